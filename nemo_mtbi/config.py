@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema of the ``model:`` section. An unknown or contradictory key is an error that names the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_mtbi.data.interleave import InterleaveConfig
+from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.modules.connector import ConnectorConfig
+
+FORMAT_VERSION = 1  # of the .nemo
+
+
+@dataclass
+class TargetsConfig:
+    """What training asks of its targets.
+
+    Attributes:
+        allow_foreign: train on the answers of another LLM or chat format.
+    """
+
+    allow_foreign: bool = False
+
+
+@dataclass
+class ModelConfig:
+    """Everything that stands under ``model:``.
+
+    Attributes:
+        pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, or ``demo``.
+        pretrained_llm: text LLM directory, or ``demo``.
+        connector: the trainable part.
+        interleave: which rows get words as text; ``null`` leaves all rows speech.
+        generation: decoding, in validation and ``generate``.
+        micro_batch_tokens: rows x longest row of a microbatch; bounds activation memory.
+        on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch).
+        targets: see :class:`TargetsConfig`.
+        transcription_task: task whose generated answer is scored as a transcript in validation.
+        train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).
+        optim: NeMo's optimizer and ``sched`` keys; it trains the connector.
+        fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
+    """
+
+    pretrained_asr: str = MISSING
+    pretrained_llm: str = MISSING
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    micro_batch_tokens: int = 8192
+    on_bad_audio: str = "raise"
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    transcription_task: str = "transcribe"
+    train_ds: Any = None
+    validation_ds: Any = None
+    test_ds: Any = None
+    optim: Any = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    # NeMo writes these into every model's configuration
+    target: str | None = None
+    nemo_version: str | None = None
+
+
+def parse_model_config(cfg: Mapping) -> ModelConfig:
+    """Checks a ``model:`` section against the schema.
+
+    Args:
+        cfg: a ``DictConfig`` or mapping.
+
+    Raises:
+        ValueError: unknown key (with the nearest known one), wrong type, missing key or contradiction.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), cfg)
+        config: ModelConfig = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+    if config.micro_batch_tokens < 1:
+        raise ValueError(f"model.micro_batch_tokens is {config.micro_batch_tokens}; it must be at least 1")
+    if config.on_bad_audio not in ("raise", "skip"):
+        raise ValueError(f"model.on_bad_audio is {config.on_bad_audio!r}; it must be raise or skip")
+    if config.format_version > FORMAT_VERSION:
+        raise ValueError(
+            f"this model has format_version {config.format_version}, but this nemo_mtbi reads up to {FORMAT_VERSION}: "
+            "install a newer nemo_mtbi"
+        )
+    return config
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line: where, what, and the nearest known key."""
+    key = f"model.{error.full_key}" if error.full_key else "model"
+    if "Missing mandatory value" in str(error):
+        return f"{key} is missing: set it in the YAML or on the command line"
+    known = getattr(error, "object_type", None)
+    names = list(getattr(known, "__dataclass_fields__", {}))
+    if error.key is not None and names and error.key not in names:
+        near = difflib.get_close_matches(str(error.key), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {key}: {hint}"
+    return f"{key}: {str(error).splitlines()[0]}"

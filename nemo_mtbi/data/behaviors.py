@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cut carries: the text LLM's responses to its transcript, and where they come from.
+
+``cut.custom["behaviors"]`` is a list of ``{task, prompt, response, truncated}``, and ``cut.custom["behaviors_from"]``
+is the provenance ``{"llm": hash, "chat": hash, "decoding": {...}}``. Both may also stand in a supervision's custom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from lhotse.cut import Cut, MixedCut
+
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.interleave import WordSpan
+from nemo_mtbi.data.layout import Row, make_row
+from nemo_mtbi.data.tasks import stable_rng
+
+BEHAVIORS, PROVENANCE = "behaviors", "behaviors_from"
+GENERATE = "examples/mtbi_generate_targets.py"
+_TOLERANCE = 0.1  # seconds by which an aligner may miss the bounds of an utterance
+_FIELDS = {"task": str, "prompt": str, "response": str, "truncated": bool}
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """One response of the text LLM.
+
+    Attributes:
+        task: name of the task.
+        prompt: the instruction; may be empty.
+        response: what the LLM answered.
+        truncated: the answer was cut by the length limit, so it teaches no end token.
+    """
+
+    task: str
+    prompt: str
+    response: str
+    truncated: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Any, cut_id: str) -> Behavior:
+        """Reads one entry of ``behaviors``; ``truncated`` may be missing.
+
+        Raises:
+            ValueError: if a key is missing or has another type; names the cut.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"cut {cut_id}: a behavior must be a mapping with the keys {list(_FIELDS)}, got {data!r}")
+        values = {"truncated": False, **{name: data[name] for name in _FIELDS if name in data}}
+        for name, kind in _FIELDS.items():
+            if name not in values:
+                raise ValueError(
+                    f"cut {cut_id}: a behavior has no key {name!r}; write the targets again with {GENERATE}"
+                )
+            if not isinstance(values[name], kind):
+                raise ValueError(f"cut {cut_id}: {name!r} of a behavior must be {kind.__name__}, got {values[name]!r}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def teaches(self) -> bool:
+        """False for an empty truncated response, which holds not a single token to learn."""
+        return bool(self.response) or not self.truncated
+
+    def row(self, chat: ChatFormat, audio: Sequence[int], utterance: int | None = None) -> Row:
+        """The training row with ``audio`` (layout values) in the audio slot of the prompt."""
+        return make_row(chat.prompt(self.prompt, audio), chat.response(self.response, self.truncated), utterance)
+
+
+def custom_value(cut: Cut, key: str) -> Any:
+    """A custom value of the cut or of one of its supervisions: manifests and tools differ in where they put it."""
+    for holder in (cut, *cut.supervisions):
+        if holder.custom is not None and key in holder.custom:
+            return holder.custom[key]
+    return None
+
+
+def transcript(cut: Cut) -> str:
+    """Text of all supervisions in order of time, words separated by single spaces; empty if there is none."""
+    segments = sorted(cut.supervisions, key=lambda supervision: supervision.start)
+    return " ".join(" ".join(segment.text or "" for segment in segments).split())
+
+
+def word_times(cut: Cut) -> tuple[WordSpan, ...] | None:
+    """When each word of the transcript is spoken, from ``supervision.alignment["word"]``; ``None`` if it does not fit.
+
+    Lhotse keeps alignments in the time of the recording, whatever part of it the cut is, and does not move them when a
+    cut is padded or joined to another. So the offsets are added here, and words outside their supervision do not fit.
+    """
+    tracks = [(track.cut, track.offset) for track in cut.tracks] if isinstance(cut, MixedCut) else [(cut, 0.0)]
+    segments = [(segment, offset, part.start) for part, offset in tracks for segment in part.supervisions]
+    words: list[WordSpan] = []
+    for segment, offset, part_start in sorted(segments, key=lambda entry: entry[0].start + entry[1]):
+        for item in (segment.alignment or {}).get("word", ()):
+            if not item.symbol.strip():  # aligners write silences as empty words
+                continue
+            start = item.start - part_start
+            if start < segment.start - _TOLERANCE or start + item.duration > segment.end + _TOLERANCE:
+                return None
+            words.append(WordSpan(start + offset, start + offset + item.duration))
+    in_order = all(a.start_s <= b.start_s for a, b in pairwise(words)) and all(w.start_s <= w.end_s for w in words)
+    return tuple(words) if words and in_order and len(words) == len(transcript(cut).split()) else None
+
+
+def read_behaviors(cut: Cut) -> list[Behavior]:
+    """All behaviors of a cut.
+
+    Raises:
+        ValueError: if there is none, or one is malformed.
+    """
+    entries = custom_value(cut, BEHAVIORS)
+    if not entries:
+        raise ValueError(
+            f"cut {cut.id} carries no behaviors: run {GENERATE} on this data first, and train on what it writes"
+        )
+    return [Behavior.from_dict(entry, cut.id) for entry in entries]
+
+
+def draw_behaviors(cut: Cut, k: int | None, seed: int, epoch: int) -> list[Behavior]:
+    """Draws ``k`` behaviors of distinct tasks (fewer if the cut has fewer tasks); ``None``: every behavior, in order.
+
+    A pure function of (seed, epoch, cut id) and of the cut's behaviors. Behaviors that teach nothing are left out, so
+    the result may be empty.
+    """
+    behaviors = [behavior for behavior in read_behaviors(cut) if behavior.teaches]
+    if k is None:
+        return behaviors
+    by_task: dict[str, list[Behavior]] = {}
+    for behavior in behaviors:
+        by_task.setdefault(behavior.task, []).append(behavior)
+    rng = stable_rng("behaviors", seed, epoch, cut.id)
+    tasks = rng.sample(list(by_task), min(k, len(by_task)))
+    return [rng.choice(by_task[task]) for task in tasks]
+
+
+def check_provenance(cut: Cut, expected: Mapping[str, str], allow_foreign: bool = False) -> None:
+    """Refuses responses of another LLM or chat format: the connector would imitate another model's behavior.
+
+    Args:
+        cut: a cut with behaviors.
+        expected: fingerprints of the model that is trained, such as ``{"llm": "sha256:...", "chat": "sha256:..."}``.
+        allow_foreign: accept whatever the cut says.
+
+    Raises:
+        ValueError: names both fingerprints and the remedy.
+    """
+    if allow_foreign:
+        return
+    found = custom_value(cut, PROVENANCE) or {}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"the behaviors of cut {cut.id} come from another {key}: {found.get(key)}, but the model has {value}. "
+                f"Regenerate them with {GENERATE}, or set model.targets.allow_foreign: true to train on them as is"
+            )

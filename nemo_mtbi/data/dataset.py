@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sampled cuts to a step: loads audio, builds the rows, groups them into microbatches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from lhotse.audio import AudioLoadingError, DurationMismatchError
+from lhotse.cut import Cut
+
+from nemo_mtbi.data.behaviors import Behavior
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.draw import DrawnRows, check_policy
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.interleave import InterleaveConfig, choose_text, interleave, speech_only
+from nemo_mtbi.data.layout import RowInfo, StepBatch, collate
+from nemo_mtbi.data.tasks import stable_rng
+
+# What Lhotse and its audio backends raise for a missing, foreign or damaged file.
+LOADING_ERRORS = (
+    AudioLoadingError,
+    DurationMismatchError,
+    AssertionError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+
+
+class BadAudioError(ValueError):
+    """Audio that cannot be trained on. ``reason`` is the name under which it is counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def load_samples(cut: Cut, frames: FrameCounter) -> torch.Tensor:
+    """Loads a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
+
+    Raises:
+        BadAudioError: if it is unreadable, empty, not finite, silent (all samples equal) or owns no speech frame.
+    """
+    try:
+        samples = np.asarray(cut.resample(frames.sample_rate).load_audio(), dtype=np.float32)
+    except LOADING_ERRORS as error:
+        # Lhotse appends a dump of the cut to the message.
+        message = str(error).split("\n[extra info]")[0]
+        raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {message}") from error
+    if samples.ndim == 2:
+        samples = samples.mean(axis=0)
+    return check_samples(torch.from_numpy(samples), f"the audio of cut {cut.id}", frames)
+
+
+def check_samples(samples: torch.Tensor, name: str, frames: FrameCounter) -> torch.Tensor:
+    """Returns ``[N]`` samples as they are.
+
+    Raises:
+        BadAudioError: if they are empty, not finite, silent (all samples equal) or own no speech frame.
+    """
+    if len(samples) == 0:
+        raise BadAudioError("empty", f"{name} has no samples")
+    if not samples.isfinite().all():
+        raise BadAudioError("not_finite", f"{name} holds NaN or infinite samples")
+    if samples.min() == samples.max():
+        raise BadAudioError("silent", f"{name} is silent: all its samples are equal")
+    if frames(len(samples)) == 0:
+        raise BadAudioError("too_short", f"{name} is too short to own a single speech frame")
+    return samples
+
+
+class MTBIDataset(torch.utils.data.Dataset):
+    """Maps the cuts that a sampler chose (with rows drawn by ``DrawRows``) to a :class:`StepBatch`.
+
+    Picklable, and a pure function of the cuts: what it draws depends on seed, epoch, cut id and task.
+
+    Args:
+        chat: the chat format of the model.
+        frames: the frame counter of the model.
+        micro_batch_tokens: bound on rows times longest row of a microbatch.
+        interleave: ``None`` leaves all rows speech.
+        on_bad_audio: ``raise`` stops with the name of the cut; ``skip`` leaves the cut out and counts it by reason in
+            ``StepBatch.skipped``. If no cut of a batch is left, the batch is ``StepBatch.empty``.
+        with_rows: fill ``StepBatch.rows``, which generation-based validation reads.
+    """
+
+    def __init__(
+        self,
+        chat: ChatFormat,
+        frames: FrameCounter,
+        micro_batch_tokens: int,
+        interleave: InterleaveConfig | None = None,
+        on_bad_audio: str = "raise",
+        with_rows: bool = False,
+    ):
+        if micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens must be positive, got {micro_batch_tokens}")
+        self.chat = chat
+        self.frames = frames
+        self.micro_batch_tokens = micro_batch_tokens
+        self.interleave = interleave
+        self.on_bad_audio = check_policy(on_bad_audio)
+        self.with_rows = with_rows
+
+    def __getitem__(self, cuts: Iterable[Cut]) -> StepBatch:
+        """Loads and builds one step.
+
+        Raises:
+            BadAudioError: under ``on_bad_audio: raise``.
+        """
+        skipped, stats = Counter(), Counter()
+        audio, counts, rows, infos, ids = [], [], [], [], []
+        for cut in cuts:
+            drawn = DrawnRows.of(cut)
+            skipped.update(drawn.skipped)
+            try:
+                samples = load_samples(cut, self.frames)
+            except BadAudioError as error:
+                if self.on_bad_audio == "raise":
+                    raise BadAudioError(
+                        error.reason, f"{error}; mend the data, or set on_bad_audio: skip to leave it out"
+                    ) from error
+                skipped[error.reason] += 1
+                continue
+            utterance, num_frames = len(audio), self.frames(len(samples))
+            for behavior, layout in zip(drawn.behaviors, self._layouts(drawn, num_frames, stats), strict=True):
+                rows.append(behavior.row(self.chat, layout, utterance))
+                if self.with_rows:
+                    infos.append(self._info(drawn, behavior, utterance, num_frames))
+            audio.append(samples)
+            counts.append(num_frames)
+            ids.append(drawn.cut_id)
+        if not rows:
+            return StepBatch.empty(dict(skipped))
+        batch = collate(audio, counts, rows, self.micro_batch_tokens, ids)
+        batch.rows, batch.stats, batch.skipped = infos, dict(stats), dict(skipped)
+        return batch
+
+    def _layouts(self, drawn: DrawnRows, num_frames: int, stats: Counter) -> Sequence[Sequence[int]]:
+        """What stands in the audio slot of each row."""
+        whole = speech_only(num_frames)
+        if self.interleave is None:
+            return [whole] * len(drawn.behaviors)
+        if drawn.words is None:
+            stats["no_alignment"] += 1
+            return [whole] * len(drawn.behaviors)
+        tokens = self.chat.encode_words(drawn.transcript.split())
+        layouts = []
+        for number, behavior in enumerate(drawn.behaviors):
+            # Without draws by task, a cut may have several rows of one task: the number tells them apart.
+            rng = stable_rng("interleave", drawn.seed, drawn.epoch, drawn.cut_id, behavior.task, number)
+            is_text = choose_text(len(drawn.words), self.interleave, rng)
+            if not any(is_text):
+                layouts.append(whole)
+                continue
+            stats["interleaved_rows"] += 1
+            layouts.append(interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds))
+        return layouts
+
+    def _info(self, drawn: DrawnRows, behavior: Behavior, utterance: int, num_frames: int) -> RowInfo:
+        return RowInfo(
+            utterance=utterance,
+            cut_id=drawn.cut_id,
+            task=behavior.task,
+            prompt=tuple(self.chat.prompt(behavior.prompt, speech_only(num_frames))),
+            instruction=behavior.prompt,
+            reference=behavior.response,
+            truncated=behavior.truncated,
+            transcript=drawn.transcript,
+        )

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connected digits of human speakers, made of the recordings in a clone of the Free Spoken Digit Dataset.
+
+The corpus has one file for each spoken digit, ``recordings/{digit}_{speaker}_{index}.wav``:
+https://github.com/Jakobovski/free-spoken-digit-dataset
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from scipy.ndimage import median_filter
+
+from nemo_mtbi.data import grammar
+from nemo_mtbi.data.corpus import (
+    SAMPLE_RATE,
+    Augment,
+    Utterance,
+    build_corpus,
+    digest_of,
+    finish,
+    resample,
+    stable_seed,
+)
+
+VERSION = 1  # raise it when the same arguments and recordings give another corpus
+
+SPLITS = ("train", "validation", "test")
+_RESERVED = 5  # recordings 0 to 4 of each digit are kept from training: the corpus' own convention
+_NUM_DIGITS = (2, 6)
+_PAUSE = (0.05, 0.3)  # seconds between two digits
+_SILENCE = (0.05, 0.25)  # seconds before and after the speech
+_SPEEDS = (90, 110)  # percent
+_GAIN_DB = (-3.0, 3.0)  # of one digit against the others
+_LEVEL = 0.1  # RMS of the loud part of each recording
+_FRAME = SAMPLE_RATE // 100
+_QUIET_DB = -30.0  # below the loudest frame: silence
+_MARGIN = 5  # frames of silence that stay at each end
+_FADE = SAMPLE_RATE // 200  # so that no recording starts or ends with a click
+_FILE_NAME = re.compile(r"(?P<digit>[0-9])_(?P<speaker>.+)_(?P<index>[0-9]+)\.wav")
+_REMEDY = "give the folder of a clone of https://github.com/Jakobovski/free-spoken-digit-dataset"
+
+
+@dataclass(frozen=True)
+class _Recording:
+    digit: int
+    speaker: str
+    index: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    id: str
+    speaker: str
+    files: tuple[str, ...]  # one recording for each digit spoken
+    words: tuple[str, ...]
+    pauses: tuple[float, ...]  # before each digit and after the last, in seconds
+    gains_db: tuple[float, ...]
+    speed: int  # percent
+    seed: int
+    augment: Augment | None
+    references: dict[str, str] | None
+
+
+def list_speakers(digits_dir: str | Path) -> list[str]:
+    """Names of the speakers in a clone of the corpus, sorted.
+
+    Raises:
+        ValueError: there are no recordings.
+    """
+    return sorted({recording.speaker for recording in _find_recordings(digits_dir)})
+
+
+def build_digits(
+    cache_dir: str | Path,
+    digits_dir: str | Path,
+    *,
+    speakers: Sequence[str],
+    num_utterances: int,
+    seed: int,
+    split: str,
+    with_references: bool = False,
+    augment: bool = False,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Build a corpus of connected digits (2 to 6, one speaker each), or find it in the cache.
+
+    Args:
+        cache_dir: where corpora are kept.
+        digits_dir: the clone, or its folder of recordings. It is only read.
+        speakers: whose recordings are used.
+        num_utterances: how many utterances.
+        seed: of digits, recordings, pauses and sound.
+        split: ``train`` uses the recordings from index 5 on, ``validation`` those before (the same speakers, never the
+            same recording); ``test`` uses all of them, so it is for speakers held out from training.
+        with_references: store the right answer of each demo task in the cuts' custom field ``references``.
+        augment: speed from 0.9 to 1.1, a gain for each digit, noise and reverberation; for training.
+        num_workers: processes; None: as many as there are cores.
+        progress: show a progress bar.
+
+    Returns:
+        The folder with ``cuts.jsonl.gz`` (see `nemo_mtbi.data.corpus.load_corpus`).
+
+    Raises:
+        ValueError: no recordings, a recording that can't be used, an unknown speaker or split, or a digit of which a
+            speaker has no recording in this split. The message says what to do.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    if num_utterances < 1:
+        raise ValueError(f"num_utterances={num_utterances} must be at least 1")
+    pool = _pool(_find_recordings(digits_dir), speakers, split, digits_dir)
+    jobs = _plan(pool, num_utterances, seed, split, augment, with_references)
+    paths = sorted({path for takes in pool.values() for path in takes}, key=lambda path: path.name)
+    recordings = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+    return build_corpus(
+        partial(_render, paths[0].parent),
+        jobs,
+        cache_dir,
+        {"plan": digest_of([asdict(job) for job in jobs]), "recordings": digest_of(recordings)},
+        name=f"digits-{split}",
+        version=VERSION,
+        num_workers=num_workers,
+        progress=progress,
+    )
+
+
+def _find_recordings(digits_dir: str | Path) -> list[_Recording]:
+    root = Path(digits_dir).expanduser()
+    for folder in (root / "recordings", root):
+        matches = ((path, _FILE_NAME.fullmatch(path.name)) for path in sorted(folder.glob("*.wav")))
+        found = [_Recording(int(m["digit"]), m["speaker"], int(m["index"]), path) for path, m in matches if m]
+        if found:
+            return found
+    raise ValueError(f"no recordings such as 7_theo_0.wav in {root} or {root / 'recordings'}: {_REMEDY}")
+
+
+def _pool(
+    recordings: Sequence[_Recording], speakers: Sequence[str], split: str, digits_dir: str | Path
+) -> dict[tuple[str, int], list[Path]]:
+    """(speaker, digit) → the recordings that the split may use."""
+    known = sorted({recording.speaker for recording in recordings})
+    if isinstance(speakers, str) or not speakers:
+        raise ValueError(f"speakers={speakers!r} must be a list of names out of {', '.join(known)}")
+    unknown = sorted(set(speakers) - set(known))
+    if unknown:
+        raise ValueError(f"unknown speaker {', '.join(unknown)} in {digits_dir}; it has {', '.join(known)}")
+    usable = {
+        "train": lambda index: index >= _RESERVED,
+        "validation": lambda index: index < _RESERVED,
+        "test": lambda index: True,
+    }[split]
+    pool: dict[tuple[str, int], list[Path]] = {}
+    for speaker in sorted(set(speakers)):
+        for digit in range(10):
+            takes = [r for r in recordings if (r.speaker, r.digit) == (speaker, digit) and usable(r.index)]
+            if not takes:
+                raise ValueError(
+                    f"{digits_dir} has no recording of digit {digit} by {speaker} for split {split!r} (train: index "
+                    f"{_RESERVED} and up, validation: below {_RESERVED}): leave that speaker out or {_REMEDY}"
+                )
+            pool[speaker, digit] = [r.path for r in sorted(takes, key=lambda r: r.index)]
+    return pool
+
+
+def _plan(
+    pool: dict[tuple[str, int], list[Path]],
+    num_utterances: int,
+    seed: int,
+    split: str,
+    augment: bool,
+    with_references: bool,
+) -> list[_Job]:
+    speakers = sorted({speaker for speaker, _ in pool})
+    jobs = []
+    for index in range(num_utterances):
+        utterance_seed = stable_seed("digits", seed, split, index)
+        rng = random.Random(utterance_seed)
+        speaker = rng.choice(speakers)
+        digits = [rng.randrange(10) for _ in range(rng.randint(*_NUM_DIGITS))]
+        words = tuple(grammar.DIGITS[digit] for digit in digits)
+        inner = [rng.uniform(*_PAUSE) for _ in digits[1:]]
+        job = _Job(
+            id=f"digits-{split}-{seed}-{index:06d}",
+            speaker=speaker,
+            files=tuple(rng.choice(pool[speaker, digit]).name for digit in digits),
+            words=words,
+            pauses=(rng.uniform(*_SILENCE), *inner, rng.uniform(*_SILENCE)),
+            gains_db=tuple(rng.uniform(*_GAIN_DB) if augment else 0.0 for _ in digits),
+            speed=rng.randint(*_SPEEDS) if augment else 100,
+            seed=utterance_seed,
+            augment=Augment() if augment else None,
+            references=dict(grammar.references(" ".join(words))) if with_references else None,
+        )
+        jobs.append(job)
+    return jobs
+
+
+def _render(folder: Path, job: _Job) -> Utterance:
+    parts = [np.zeros(round(job.pauses[0] * SAMPLE_RATE), np.float32)]
+    spans, position = [], len(parts[0])
+    for file, gain_db, pause in zip(job.files, job.gains_db, job.pauses[1:], strict=True):
+        digit = _load_digit(folder / file, job.speed) * np.float32(10 ** (gain_db / 20))
+        silence = np.zeros(round(pause * SAMPLE_RATE), np.float32)
+        parts += [digit, silence]
+        spans.append((position, position + len(digit)))
+        position += len(digit) + len(silence)
+    samples = finish(np.concatenate(parts), np.random.default_rng(job.seed), job.augment)
+    return Utterance(job.id, samples, job.words, tuple(spans), job.speaker, job.references)
+
+
+@lru_cache(maxsize=1024)
+def _load_digit(path: Path, speed: int) -> np.ndarray:
+    """One digit: [N] float32 at 16 kHz, at a common level, without long silences, with soft ends."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"can't read the recording {path} ({error}): {_REMEDY}") from error
+    mono = samples.mean(axis=1)
+    if not len(mono) or not np.isfinite(mono).all() or not mono.any():
+        raise ValueError(f"the recording {path} is empty, silent or damaged: delete it or {_REMEDY}")
+    # Samples read as if recorded at another rate: speed and pitch change together.
+    return _level(trim_silence(resample(mono, rate * speed // 100)))
+
+
+def trim_silence(samples: np.ndarray) -> np.ndarray:
+    """Cut silence at both ends, but for 50 ms: [N] → [N'] at 16 kHz, N' ≥ 1 where N ≥ 1."""
+    # The median of five frames overlooks the clicks that some recordings end with.
+    energy = median_filter(_frame_energy(samples), 5, mode="constant")
+    loud = np.flatnonzero(energy >= energy.max() * 10 ** (_QUIET_DB / 10))
+    first, last = max(loud[0] - _MARGIN, 0), loud[-1] + 1 + _MARGIN
+    return samples[first * _FRAME : last * _FRAME]
+
+
+def _frame_energy(samples: np.ndarray) -> np.ndarray:
+    """Mean square of each 10 ms, the last frame padded with zeros."""
+    frames = np.pad(samples, (0, -len(samples) % _FRAME)).reshape(-1, _FRAME)
+    return np.mean(frames.astype(np.float64) ** 2, axis=1)
+
+
+def _level(samples: np.ndarray) -> np.ndarray:
+    energy = _frame_energy(samples)
+    loud = energy[energy >= energy.max() * 0.05]  # speech, not the pauses in it
+    samples = samples * np.float32(_LEVEL / np.sqrt(loud.mean()))
+    fade = min(_FADE, len(samples) // 2)
+    ramp = np.linspace(0.0, 1.0, fade, dtype=np.float32)
+    samples[:fade] *= ramp
+    samples[len(samples) - fade :] *= ramp[::-1]
+    return samples

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one format of a sequence: an integer layout.
+
+A value ``v >= 0`` is a token id; ``v < 0`` is speech frame ``-(v + 1)`` of the connector's output. Prompt order, audio
+first or last, text-only rows and every kind of interleaving are nothing but different layouts, made here by pure
+functions on the CPU and injected into the decoder by one gather (:meth:`nemo_mtbi.modules.speech_llm.SpeechLLM.embed`).
+There are no placeholder tokens, and masks come from lengths and never from ids: the pad token may equal the end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that predicts no response token
+
+
+def speech(first: int, count: int) -> list[int]:
+    """Layout values of ``count`` speech frames that begin with frame ``first``."""
+    return [-(frame + 1) for frame in range(first, first + count)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task on one utterance. Speech values count from the utterance's own first frame.
+
+    Attributes:
+        layout: what the decoder reads, ``T`` values (the last token of the sequence is only a label, so it is not here).
+        labels: ``T`` values: the token that position ``t`` must predict, or :data:`IGNORE`.
+        utterance: index of the utterance in the step, or ``None`` for a row without speech.
+    """
+
+    layout: tuple[int, ...]
+    labels: tuple[int, ...]
+    utterance: int | None = None
+
+
+def make_row(prompt: Sequence[int], response: Sequence[int], utterance: int | None = None) -> Row:
+    """Joins a prompt layout and the response tokens (with the end token, unless the response was cut) to a row.
+
+    Raises:
+        ValueError: if either is empty: there would be nothing to predict, or nothing to predict it from.
+    """
+    if not prompt or not response:
+        raise ValueError(
+            f"a row needs a prompt and a response, got {len(prompt)} and {len(response)} values: "
+            "check the chat format and drop behaviors whose response is empty and truncated"
+        )
+    layout = (*prompt, *response[:-1])
+    labels = (*([IGNORE] * (len(prompt) - 1)), *response)
+    return Row(layout, labels, utterance)
+
+
+@dataclass
+class MicroBatch:
+    """Rows of similar length that go through the decoder together, padded on the right."""
+
+    layout: Tensor  # [R, T] int64; speech values count over the whole step
+    labels: Tensor  # [R, T] int64; IGNORE where nothing is predicted
+    lengths: Tensor  # [R] int64
+    response_index: Tensor  # [n] int64: positions with a label, as t * R + r (Megatron's hidden states are [T, R, H])
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], offsets: Sequence[int]) -> MicroBatch:
+        """Pads ``rows`` and moves their speech values to the step's frames.
+
+        Args:
+            rows: the rows.
+            offsets: first frame of each utterance of the step.
+        """
+        lengths = torch.tensor([len(row.layout) for row in rows])
+        size = (len(rows), int(lengths.max()))
+        layout = torch.zeros(size, dtype=torch.int64)  # pad value 0 is a real token: right of the end, never attended to
+        labels = torch.full(size, IGNORE, dtype=torch.int64)
+        for r, row in enumerate(rows):
+            values = torch.tensor(row.layout)
+            if row.utterance is not None:
+                values = torch.where(values < 0, values - offsets[row.utterance], values)
+            layout[r, : len(values)] = values
+            labels[r, : len(values)] = torch.tensor(row.labels)
+        index = (labels.t().reshape(-1) != IGNORE).nonzero().squeeze(1)
+        return cls(layout, labels, lengths, index)
+
+    @property
+    def targets(self) -> Tensor:
+        """The response tokens in the order of ``response_index``, ``[n]``."""
+        return self.labels.t().reshape(-1)[self.response_index]
+
+    def to(self, device, **kwargs) -> MicroBatch:
+        return replace(self, **{name: value.to(device, **kwargs) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """What generation-based validation needs to know of a row, in the order in which the rows were made.
+
+    Attributes:
+        utterance: index of the utterance in the step.
+        cut_id: id of its cut.
+        task: name of the task.
+        prompt: prompt layout, all speech; speech values count from the utterance's own first frame.
+        instruction: the prompt as text.
+        reference: the response that the text LLM gave to the transcript.
+        truncated: the reference was cut by the length limit.
+        transcript: what is said.
+    """
+
+    utterance: int
+    cut_id: str
+    task: str
+    prompt: tuple[int, ...]
+    instruction: str
+    reference: str
+    truncated: bool
+    transcript: str
+
+
+@dataclass
+class StepBatch:
+    """One optimizer step of one data-parallel rank: each utterance once, its rows grouped by length.
+
+    Attributes:
+        audio: ``[U, N]`` float32 samples at the encoder's rate, zero padded on the right.
+        audio_lengths: ``[U]`` int64, samples.
+        frame_lengths: ``[U]`` int64, connector frames as computed from ``audio_lengths``. The model compares.
+        microbatches: the rows; their layouts point into the ``frame_lengths.sum()`` frames of the step.
+        num_targets: response tokens of all rows; the loss is a sum over them divided by their global number.
+        cut_ids: for messages.
+        rows: one entry per row, for validation only; empty in training.
+        stats: counts of what was read, by name (``no_alignment``, ``interleaved_rows``).
+        skipped: counts of what was left out, by reason. A batch of nothing but skipped cuts has no utterance, no
+            microbatch and 0 targets (:meth:`empty`).
+    """
+
+    audio: Tensor
+    audio_lengths: Tensor
+    frame_lengths: Tensor
+    microbatches: list[MicroBatch]
+    num_targets: int
+    cut_ids: list[str] = field(default_factory=list)
+    rows: list[RowInfo] = field(default_factory=list)
+    stats: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, skipped: dict[str, int]) -> StepBatch:
+        """A step whose cuts were all left out: it adds nothing to loss and gradients but takes part in collectives."""
+        lengths = torch.zeros(0, dtype=torch.int64)
+        return cls(torch.zeros(0, 0), lengths, lengths.clone(), [], 0, skipped=skipped)
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.frame_lengths.sum())
+
+    def to(self, device, **kwargs) -> StepBatch:
+        """Moves tensors to ``device``; lengths that only Python reads stay where they are."""
+        return replace(
+            self,
+            audio=self.audio.to(device, **kwargs),
+            audio_lengths=self.audio_lengths.to(device, **kwargs),
+            microbatches=[microbatch.to(device, **kwargs) for microbatch in self.microbatches],
+        )
+
+
+def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups indices so that rows of a group are similar in length and ``rows * longest`` stays within ``max_tokens``.
+
+    Deterministic: longest first, ties by index; a row that is longer than ``max_tokens`` gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def collate(
+    audio: Sequence[Tensor],
+    frame_lengths: Sequence[int],
+    rows: Sequence[Row],
+    micro_batch_tokens: int,
+    cut_ids: Sequence[str] = (),
+) -> StepBatch:
+    """Builds a :class:`StepBatch`.
+
+    Args:
+        audio: one ``[n]`` float tensor per utterance.
+        frame_lengths: connector frames of each utterance.
+        rows: rows that point at the utterances by index.
+        micro_batch_tokens: bound on ``rows * longest row`` of a microbatch.
+        cut_ids: one per utterance.
+
+    Raises:
+        ValueError: if there is no row, or a layout points past the last frame of its utterance.
+    """
+    if not rows:
+        raise ValueError("a step needs at least one row: every cut of the batch was empty or dropped")
+    for row in rows:
+        available = 0 if row.utterance is None else frame_lengths[row.utterance]
+        last = -min(row.layout)  # number of frames that the layout needs; <= 0 for text
+        if last > available:
+            name = cut_ids[row.utterance] if cut_ids and row.utterance is not None else "a row without audio"
+            raise ValueError(
+                f"the layout of {name} points at speech frame {last - 1}, but there are only {available} frames: "
+                "the layout must be built with the frame counter of the model that is trained"
+            )
+    offsets = [0]
+    for count in frame_lengths[:-1]:
+        offsets.append(offsets[-1] + count)
+    groups = group_by_length([len(row.layout) for row in rows], micro_batch_tokens)
+    lengths = torch.tensor([len(samples) for samples in audio], dtype=torch.int64)
+    padded = torch.nn.utils.rnn.pad_sequence(list(audio), batch_first=True) if len(audio) else torch.zeros(0, 0)
+    return StepBatch(
+        audio=padded,
+        audio_lengths=lengths,
+        frame_lengths=torch.tensor(list(frame_lengths), dtype=torch.int64),
+        microbatches=[MicroBatch.from_rows([rows[i] for i in group], offsets) for group in groups],
+        num_targets=sum(label != IGNORE for row in rows for label in row.labels),
+        cut_ids=list(cut_ids),
+    )

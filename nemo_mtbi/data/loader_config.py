@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the data configuration: what NeMo would ignore or settle in silence is an error that names the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+OWN_KEYS = ("rows_per_cut",)
+IGNORED_KEYS = ("use_lhotse",)  # every NeMo data configuration has it
+SOURCE_KEYS = (
+    "input_cfg",
+    "manifest_filepath",
+    "tarred_audio_filepaths",
+    "cuts_path",
+    "shar_path",
+    "skip_missing_manifest_entries",
+    "text_field",
+    "lang_field",
+    "force_finite",
+    "force_map_dataset",
+    "force_iterable_dataset",
+    "slice_length",
+    "max_open_streams",
+    "reweight_temperature",
+    "shuffle",
+    "shard_seed",
+)
+PATH_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "noise_path", "rir_path")
+LOCATION_KEYS = ("input_cfg", "cuts_path", "shar_path", "manifest_filepath")
+
+_CUTS_AUDIO = "it would cut or join what the behaviors are about. Remove it; long audio is left out by max_duration"
+_BLEND = "blend sources with input_cfg and weights instead"
+_COMPUTED = "remove it, it follows from the model"
+# Keys that may only have NeMo's default value, and what to do instead.
+REFUSED = {
+    "batch_duration": "it counts audio only: set batch_tokens, which counts prompts, frames and responses",
+    "quadratic_duration": "use quadratic_factor, which counts tokens",
+    "truncate_duration": _CUTS_AUDIO,
+    "cut_into_windows_duration": _CUTS_AUDIO,
+    "cut_into_windows_hop": _CUTS_AUDIO,
+    "concatenate_samples": _CUTS_AUDIO,
+    "multi_config": _BLEND,
+    "sampler_fusion": _BLEND,
+    "sampler_weights": _BLEND,
+    "prompt_format": "the chat format of the model makes the prompts: remove it",
+    "audio_locator_tag": "there are no placeholder tokens: remove it",
+    "token_equivalent_duration": _COMPUTED,
+    "measure_total_length": _COMPUTED,
+    "cut_text_into_windows_tokens": "there are no text examples: remove it",
+    "min_tps": "bound rows with max_tokens and audio with max_duration instead",
+    "max_tps": "bound rows with max_tokens and audio with max_duration instead",
+    "min_tpt": "there are no text examples: remove it",
+    "max_tpt": "there are no text examples: remove it",
+    "metadata_only": "training needs the audio: remove it",
+    "tarred_random_access": "NeMo renamed it to skip_missing_manifest_entries",
+}
+
+
+def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int | None]:
+    """Checks the user's keys and fills in NeMo's defaults.
+
+    Args:
+        config: the user's data configuration.
+        sample_rate: of the encoder, in hertz.
+
+    Returns:
+        NeMo's full configuration as a ``DictConfig``, and ``rows_per_cut``.
+
+    Raises:
+        ValueError: names the key and the remedy.
+    """
+    from nemo.collections.common.data.lhotse.dataloader import (
+        LhotseDataLoadingConfig,
+        make_structured_with_schema_warnings,
+    )
+    from omegaconf import DictConfig, OmegaConf
+
+    given = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    defaults = LhotseDataLoadingConfig()
+    known = {entry.name for entry in fields(LhotseDataLoadingConfig)}
+    _check_known(given, known)
+    for key, remedy in REFUSED.items():
+        if given.get(key) is not None and given[key] != getattr(defaults, key):
+            raise ValueError(f"data key {key}={given[key]!r} is not supported: {remedy}")
+    _check_batch_size(given)
+    _check_seeds(given)
+    if given.get("sample_rate") not in (None, sample_rate):
+        raise ValueError(
+            f"sample_rate is {given['sample_rate']}, but the speech encoder hears {sample_rate}: remove the key, all "
+            "audio is resampled"
+        )
+    full = make_structured_with_schema_warnings(
+        OmegaConf.create({key: value for key, value in given.items() if key in known and key != "shard_seed"})
+    )
+    full.sample_rate = sample_rate
+    return full, given.get("rows_per_cut")
+
+
+def _check_known(given: Mapping[str, Any], known: set[str]) -> None:
+    accepted = known | set(OWN_KEYS) | set(IGNORED_KEYS)
+    for key in given:
+        if key not in accepted:
+            close = difflib.get_close_matches(key, accepted, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ValueError(f"unknown data key {key!r}: {hint}")
+
+
+def _check_batch_size(given: Mapping[str, Any]) -> None:
+    rules = [key for key in ("batch_size", "batch_tokens", "bucket_batch_size") if given.get(key) is not None]
+    if len(rules) > 1:
+        raise ValueError(
+            f"{' and '.join(rules)} are both set, and each decides how many cuts make a batch: keep one. batch_tokens "
+            "bounds the memory, batch_size the number of cuts"
+        )
+    if not rules:
+        raise ValueError(
+            "no batch size: set batch_tokens (prompt tokens + speech frames + response tokens) or batch_size"
+        )
+    for key in ("batch_size", "batch_tokens"):
+        if given.get(key) is not None and given[key] < 1:
+            raise ValueError(f"{key} must be positive, got {given[key]}")
+    bins = given.get("bucket_duration_bins")
+    if given.get("bucket_batch_size") is not None and not bins:
+        raise ValueError("bucket_batch_size needs bucket_duration_bins: costs in tokens, one per bucket")
+    if bins and isinstance(bins[0], Sequence):
+        raise ValueError("two-dimensional bucket_duration_bins are not supported: a cut has one cost, in tokens")
+
+
+def _check_seeds(given: Mapping[str, Any]) -> None:
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed must be an integer, got {seed!r}: a run has to be the same when it is resumed")
+    if given.get("shard_seed", seed) not in (None, seed):
+        raise ValueError(f"shard_seed={given['shard_seed']!r} is not supported: remove it, it follows from seed")
+    if given.get("concurrent_bucketing"):
+        raise ValueError("concurrent_bucketing: true makes the order of the data random: remove it")
+
+
+def check_source(full) -> None:
+    """Checks that there is a source, and that each local path in it exists.
+
+    Raises:
+        ValueError: names the key and the path.
+    """
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.to_container(full, resolve=True)
+    if all(config[key] is None for key in LOCATION_KEYS):
+        raise ValueError(f"no data: set one of {', '.join(LOCATION_KEYS)}")
+    _check_paths(config, "")
+    if config["input_cfg"] is not None:
+        _check_group(config["input_cfg"], "input_cfg")
+
+
+def _check_group(group: Any, where: str) -> None:
+    """Checks the entries of an ``input_cfg``, and of the groups in it."""
+    from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
+    from omegaconf import OmegaConf
+
+    if isinstance(group, (str, Path)):
+        _check_path(where, str(group))
+        if _is_remote(str(group)):
+            return
+        where, group = f"{where} ({group})", OmegaConf.to_container(OmegaConf.load(group), resolve=True)
+    if not isinstance(group, list) or not group:
+        raise ValueError(f"{where} must be a list of sources, got {group!r}")
+    weighted = [isinstance(entry, Mapping) and entry.get("weight") is not None for entry in group]
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"{where}: give every source a weight, or none of them")
+    for number, entry in enumerate(group):
+        place = f"{where}[{number}]"
+        kind = entry.get("type") if isinstance(entry, Mapping) else None
+        if kind not in get_known_config_data_types():
+            known = ", ".join(sorted(get_known_config_data_types()))
+            raise ValueError(f"{place}.type is {kind!r}, but must be one of {known}")
+        if "shard_seed" in entry:
+            raise ValueError(f"{place}.shard_seed is not supported: remove it, it follows from seed")
+        _check_paths(entry, f"{place}.")
+        if kind == "group":
+            _check_group(entry.get("input_cfg"), f"{place}.input_cfg")
+
+
+def _check_paths(config: Mapping[str, Any], prefix: str) -> None:
+    for key in PATH_KEYS:
+        for path in _paths(config.get(key)):
+            _check_path(f"{prefix}{key}", path)
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """The paths in a string, in nested lists (which may hold weights) and in mappings of fields."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _paths(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _paths(item)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path or path.startswith("pipe:") or path == "-"
+
+
+def _check_path(key: str, pattern: str) -> None:
+    from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+
+    for path in [] if _is_remote(pattern) else expand_sharded_filepaths(pattern):
+        found = Path(path)
+        if not found.exists():
+            raise ValueError(f"{key}: there is no {path!r}: check the path (the working directory is {Path.cwd()})")
+        if found.is_file():
+            try:
+                found.open("rb").close()
+            except OSError as error:
+                raise ValueError(f"{key}: {path!r} cannot be read: {error}") from error

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Behavior targets: what the text LLM answers to (prompt, transcript), written into the cuts.
+
+The cuts are split into contiguous shards. What is asked about the cuts of a shard, and in which batches, is a pure
+function of the shard. Each finished batch goes to the shard's partial file, so that a run that was killed goes on
+with the next batch and ends with the same bytes as one that never stopped::
+
+    OUT/cuts-00000.jsonl.gz          a finished shard: cuts with `behaviors` and `behaviors_from`
+    OUT/cuts-00001.partial.jsonl     a shard in the making: a header, then a line per finished batch
+    OUT/targets.json                 written last: the number of shards and where the behaviors come from
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lhotse.cut import Cut
+from lhotse.serialization import deserialize_item, load_jsonl
+
+from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
+from nemo_mtbi.data.target_shards import (
+    FORMAT,
+    check_without_data,
+    read_targets,
+    shard_path,
+    split_into_shards,
+    surplus_shards,
+    with_behaviors,
+    write_index,
+    write_shard,
+)
+from nemo_mtbi.data.tasks import TaskPool
+
+__all__ = ["TargetPlan", "generate_targets", "read_targets"]
+
+logger = logging.getLogger(__name__)
+
+_OWN_KEYS = ("chat", "decoding", "plan", "pool")
+
+# A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
+Respond = Callable[[list[list[int]]], list[tuple[list[int], bool]]]
+Answer = tuple[str, bool]  # text, truncated
+
+
+def generate_targets(
+    cuts: Iterable[Cut],
+    out_dir: str | Path,
+    *,
+    pool: TaskPool,
+    chat: ChatFormat,
+    respond: Respond,
+    provenance: dict,
+    plan: TargetPlan | None = None,
+    shard_size: int = 1000,
+    on_missing_text: str = "raise",
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    counts: Counter | None = None,
+) -> list[Path]:
+    """Asks the text LLM, writes the cuts with its answers and returns this process's shards; resumes a former run.
+
+    Args:
+        cuts: input; behaviors that they carry already are replaced. Read twice (a one-way stream is kept in memory).
+        out_dir: folder of the shards.
+        pool: tasks and wordings.
+        chat: chat format and tokenizer of the LLM.
+        respond: the LLM, greedy, with ``plan.max_new_tokens`` as its limit.
+        provenance: JSON values that say which LLM this is: ``llm`` (its hash) and what else the user wants to keep.
+        plan: what is asked.
+        shard_size: cuts in a shard.
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
+        rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
+        progress: show a bar.
+        counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
+            ``skipped_no_text``, ``reused_shards``, ``reused_batches``, ``replaced`` (by ``overwrite``) added.
+
+    Raises:
+        ValueError: if an argument or a cut is not legal.
+        RuntimeError: if ``out_dir`` holds what was made otherwise and ``overwrite`` is not set.
+    """
+    plan, counts = plan or TargetPlan(), Counter() if counts is None else counts
+    _check_arguments(shard_size, on_missing_text, rank, world_size)
+    behaviors_from = _behaviors_from(provenance, plan, pool, chat)
+    cuts = list(cuts) if iter(cuts) is cuts else cuts
+    total = _survey(cuts, on_missing_text, counts)
+    num_shards = -(-total // shard_size)
+    out_dir = Path(out_dir)
+    _prepare(out_dir, num_shards, overwrite)
+    own = range(rank, num_shards, world_size)
+    paths = []
+    with _Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
+        maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter)
+        usable = (cut for cut in cuts if transcript(cut))
+        for number, shard in enumerate(split_into_shards(usable, shard_size)):
+            if number in own:
+                paths.append(maker.make(number, shard))
+    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
+    level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
+    logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
+    return paths
+
+
+def _check_arguments(shard_size: int, on_missing_text: str, rank: int, world_size: int) -> None:
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be ≥ 1, got {shard_size}")
+    if on_missing_text not in ("raise", "skip"):
+        raise ValueError(f"on_missing_text must be raise or skip, got {on_missing_text!r}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not below world_size {world_size}: give each process a rank of its own")
+
+
+def _behaviors_from(provenance: dict, plan: TargetPlan, pool: TaskPool, chat: ChatFormat) -> dict:
+    """What each cut says about the origin of its behaviors, in the form that JSON gives back."""
+    plan.tasks(pool)  # raises where the plan does not fit the pool
+    if not provenance.get("llm") or set(_OWN_KEYS) & set(provenance):
+        raise ValueError(
+            f"provenance must hold 'llm' (a hash of the LLM), but none of {', '.join(_OWN_KEYS)}, "
+            f"which are filled in here; it holds {', '.join(sorted(provenance)) or 'nothing'}"
+        )
+    draws = ("tasks_per_cut", "prompts_per_task", "split", "wordings", "seed")
+    content = {
+        **provenance,
+        "chat": chat.fingerprint(),
+        "decoding": {"method": "greedy", "max_new_tokens": plan.max_new_tokens},
+        "pool": pool.fingerprint(),
+        "plan": {name: getattr(plan, name) for name in draws},
+    }
+    try:
+        return json.loads(json.dumps(content, sort_keys=True))
+    except TypeError as err:
+        raise ValueError(f"provenance must hold JSON values only: {err}") from err
+
+
+def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
+    """Counts the usable cuts; finds what would stop the run before the LLM has worked for hours."""
+    total, missing = 0, []
+    for cut in cuts:
+        if not transcript(cut):
+            missing.append(cut.id)
+            continue
+        total += 1
+        check_without_data(cut)
+    if missing and on_missing_text == "raise":
+        raise ValueError(
+            f"{len(missing)} of {total + len(missing)} cuts have no transcript ({', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}): add supervisions with text or set on_missing_text=skip"
+        )
+    if not total:
+        raise ValueError(f"no cut to make targets for: {len(missing)} cuts have no transcript and there are no others")
+    counts["skipped_no_text"] += len(missing)
+    return total
+
+
+def _prepare(out_dir: Path, num_shards: int, overwrite: bool) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    surplus = surplus_shards(out_dir, num_shards)
+    if surplus and not overwrite:
+        raise RuntimeError(
+            f"{surplus[0]} was made from other cuts or with another shard_size (here there are {num_shards} shards): "
+            "set overwrite=true to replace it, or give another folder"
+        )
+    for path in surplus:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _ShardMaker:
+    out_dir: Path
+    plan: TargetPlan
+    pool: TaskPool
+    chat: ChatFormat
+    respond: Respond
+    behaviors_from: dict
+    overwrite: bool
+    counts: Counter
+    meter: _Meter
+
+    def make(self, number: int, cuts: list[Cut]) -> Path:
+        path = shard_path(self.out_dir, number)
+        partial = self.out_dir / f"cuts-{number:05d}.partial.jsonl"
+        if path.exists() and self._finished(path, cuts):
+            self.counts["reused_shards"] += 1
+            self.meter.advance(len(cuts))
+        else:
+            requests, batches = plan_shard(cuts, self.plan, self.pool, self.chat)
+            answers = self._answer(partial, cuts, requests, batches)
+            write_shard(path, self._attach(cuts, requests, answers))
+            logger.info("%s: %d cuts, %d rows", path.name, len(cuts), len(requests))
+        partial.unlink(missing_ok=True)
+        self.counts["cuts"] += len(cuts)
+        return path
+
+    def _attach(self, cuts: list[Cut], requests: list[Request], answers: dict[int, Answer]) -> list[Cut]:
+        behaviors: list[list[Behavior]] = [[] for _ in cuts]
+        for index, request in enumerate(requests):
+            behaviors[request.cut].append(Behavior(request.task, request.prompt, *answers[index]))
+        # Empty and truncated: neither a token nor an end to learn from. A cut that has nothing else keeps them, or
+        # training would take it for a cut that nobody made targets for; it leaves such a cut out and counts it.
+        kept = [[row for row in rows if row.teaches] or rows for rows in behaviors]
+        self._count(kept, len(requests))
+        return self._carrying(cuts, kept)
+
+    def _carrying(self, cuts: list[Cut], behaviors: list[list[Behavior]]) -> list[Cut]:
+        return [
+            with_behaviors(cut, [row.to_dict() for row in rows], self.behaviors_from)
+            for cut, rows in zip(cuts, behaviors, strict=True)
+        ]
+
+    def _count(self, behaviors: list[list[Behavior]], asked: int) -> None:
+        rows = [row for rows in behaviors for row in rows if row.teaches]
+        dropped = asked - len(rows)
+        truncated = dropped + sum(row.truncated for row in rows)
+        self.counts.update(rows=len(rows), dropped_empty=dropped, truncated=truncated)
+
+    # ----- what a former run left
+
+    def _refuse(self, path: Path, why: str) -> None:
+        """Raises, or with ``overwrite`` removes what can't be gone on with."""
+        if not self.overwrite:
+            raise RuntimeError(
+                f"{path} {why}: set overwrite=true to make it anew (what fits is kept), run with the settings "
+                "that it was made with, or give another folder"
+            )
+        self.counts["replaced"] += 1
+        path.unlink()
+
+    def _difference(self, found: object) -> str:
+        """Says in what the origin that a file gives differs from this run."""
+        found = found if isinstance(found, dict) else {}
+        other = [key for key, value in self.behaviors_from.items() if found.get(key) != value]
+        return f"was made with other {', '.join(other) or 'cuts, transcripts, tokenizer, batch_tokens or shard_size'}"
+
+    def _finished(self, path: Path, cuts: list[Cut]) -> bool:
+        """True if the shard holds these cuts with behaviors of this plan and LLM."""
+        try:
+            stored = [deserialize_item(item) for item in load_jsonl(path)]
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as err:
+            self._refuse(path, f"can't be read ({type(err).__name__}: {err})")
+            return False
+        origins = [(cut.custom or {}).get(PROVENANCE) for cut in stored]
+        same = [(cut.id, transcript(cut)) for cut in stored] == [(cut.id, transcript(cut)) for cut in cuts]
+        strange = [origin for origin in origins if origin != self.behaviors_from]  # says the seed and the pool, too
+        if strange or not same:
+            self._refuse(path, self._difference(strange[0] if strange else self.behaviors_from))
+            return False
+        behaviors = [[Behavior.from_dict(row, cut.id) for row in cut.custom[BEHAVIORS]] for cut in stored]
+        tasks = self.plan.tasks(self.pool)
+        self._count(behaviors, sum(len(self.plan.draws(cut.id, tasks)) for cut in cuts))
+        fresh = self._carrying(cuts, behaviors)
+        if [cut.to_dict() for cut in fresh] != [cut.to_dict() for cut in stored]:
+            write_shard(path, fresh)  # the answers hold; paths, alignments or other fields of the input are newer
+        return True
+
+    def _answer(
+        self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]]
+    ) -> dict[int, Answer]:
+        """The answers by index of their request, from the partial file as far as it goes and then from the LLM."""
+        asked = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
+        fingerprint = digest_of([FORMAT, self.behaviors_from, batches, asked])
+        header = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
+        finished, keep = self._read_partial(path, header, [len(batch) for batch in batches])
+        self.counts["reused_batches"] += len(finished)
+        share = len(cuts) / len(requests)
+        self.meter.advance(share * sum(len(batch) for batch in batches[: len(finished)]))
+        with open(path, "r+b" if keep else "wb") as file:
+            file.truncate(keep)
+            file.seek(keep)
+            if not keep:
+                _append(file, header)
+            for number, batch in enumerate(batches[len(finished) :], start=len(finished)):
+                started = time.monotonic()
+                finished.append(self._ask([requests[i] for i in batch]))
+                _append(file, {"batch": number, "answers": finished[-1]})
+                self.meter.advance(share * len(batch), len(batch), time.monotonic() - started)
+        pairs = zip(batches, finished, strict=True)
+        return {index: tuple(answer) for batch, answers in pairs for index, answer in zip(batch, answers, strict=True)}
+
+    def _ask(self, requests: list[Request]) -> list[Answer]:
+        responses = self.respond([list(request.layout) for request in requests])
+        if len(responses) != len(requests):
+            raise RuntimeError(f"the LLM gave {len(responses)} responses to {len(requests)} prompts: fix `respond`")
+        return [
+            (self.chat.decode(ids[: request.limit]), bool(truncated) or len(ids) > request.limit)
+            for request, (ids, truncated) in zip(requests, responses, strict=True)
+        ]
+
+    def _read_partial(self, path: Path, header: dict, sizes: list[int]) -> tuple[list[list[Answer]], int]:
+        """The finished batches in order, and how many bytes of the file they fill (0: begin anew)."""
+        data = path.read_bytes() if path.exists() else b""
+        lines = io.BytesIO(data)  # splits at line feeds only
+        first = lines.readline()
+        if not first.endswith(b"\n"):  # missing, or killed while the header was written
+            return [], 0
+        found = _parse(first)
+        if found != header:
+            self._refuse(path, self._difference(found.get(PROVENANCE) if isinstance(found, dict) else None))
+            return [], 0
+        finished, keep = [], len(first)
+        for line in lines:
+            answers = _parse_batch(line, len(finished), sizes)
+            if answers is None:
+                logger.warning("%s: %d bytes of a torn batch dropped, it is asked again", path, len(data) - keep)
+                break
+            finished.append(answers)
+            keep += len(line)
+        return finished, keep
+
+
+def _append(file: io.BufferedIOBase, value: dict) -> None:
+    file.write(json.dumps(value).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _parse(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:  # torn in the middle of JSON or of a character
+        return None
+
+
+def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | None:
+    """The answers of batch ``number``; None if the line is torn or is not that batch."""
+    value = _parse(line) if line.endswith(b"\n") else None
+    if not isinstance(value, dict) or value.get("batch") != number or number >= len(sizes):
+        return None
+    answers = value.get("answers")
+    whole = isinstance(answers, list) and len(answers) == sizes[number]
+    return answers if whole else None
+
+
+class _Meter:
+    """Progress of this process in cuts, with rows per second and the time left, from new work alone."""
+
+    def __init__(self, total: int, show: bool):
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        text = TextColumn("{task.completed:.0f}/{task.total} cuts, {task.fields[speed]}")
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), text, disable=not show)
+        self._task = self._progress.add_task("behavior targets", total=total, speed="…")
+        self._left, self._cuts, self._rows, self._seconds = float(total), 0.0, 0, 0.0
+
+    def __enter__(self):
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._progress.__exit__(*error)
+
+    def advance(self, cuts: float, rows: int = 0, seconds: float = 0.0) -> None:
+        """``cuts`` are done: in ``seconds`` if the LLM answered ``rows`` for them, else by a former run."""
+        self._left -= cuts
+        if rows:
+            self._cuts, self._rows, self._seconds = self._cuts + cuts, self._rows + rows, self._seconds + seconds
+        speed = speed_text(self._rows, self._seconds, self._left / self._cuts * self._seconds if self._cuts else 0.0)
+        self._progress.update(self._task, advance=cuts, speed=speed)
+
+
+def speed_text(rows: int, seconds: float, left: float) -> str:
+    """Rows per second and the time left (seconds) as the bar shows them."""
+    minutes, rest = divmod(max(round(left), 0), 60)
+    return f"{rows / seconds:.1f} rows/s, {minutes // 60}:{minutes % 60:02d}:{rest:02d} left" if seconds else "…"

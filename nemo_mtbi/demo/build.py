@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``scripts/build_demo_models.py`` runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.modules.pretrained import DEMO
+
+
+def build_llm(args: argparse.Namespace) -> None:
+    from nemo_mtbi.demo import llm
+
+    llm.build(args.out / "llm", TaskPool.from_yaml(args.out / "tasks.yaml"), args.steps or 5000, args.seed)
+
+
+def build_encoder(args: argparse.Namespace) -> None:
+    from nemo_mtbi.demo import encoder
+
+    encoder.build(args.out, args.steps or 4000, args.seed)
+
+
+def write_card(args: argparse.Namespace) -> None:
+    from nemo_mtbi.demo import card
+
+    card.write(args.out)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-trains the demo's text LLM: a 2 M-parameter GPT that answers every demo task about a sentence of the grammar.
+
+What makes so small an LLM usable with speech is measured in its pre-training: rotary positions, and transcripts in
+which words are repeated and a filler token is strewn between them, since speech has more frames than words.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemo_mtbi.data import grammar
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.layout import MicroBatch, Row, make_row
+from nemo_mtbi.data.tasks import TaskPool
+
+TURN, END, FILL = ["<s>", "{prompt}", "<sep>", "{audio}", "<ans>"], "</s>", "<fill>"
+ARCHITECTURE = dict(
+    num_layers=4,
+    hidden_size=192,
+    num_attention_heads=6,
+    num_query_groups=2,
+    ffn_hidden_size=512,
+    max_sequence_length=256,
+)
+VOCABULARY = 1800
+MARKS = ('"', "{", "}", ",", ":", "*", "?")
+
+
+def train_tokenizer(pool: TaskPool) -> bytes:
+    """A SentencePiece model in which every word of the demo world is one piece."""
+    import sentencepiece
+
+    rng = random.Random(0)
+    found: set[str] = set()
+    for task in pool.tasks:
+        for prompt in task.prompts + task.heldout_prompts:
+            found.update(prompt.split())
+    for _ in range(3000):
+        sentence = grammar.sample_sentence(rng)
+        for answer in grammar.ANSWERS.values():
+            found.update(answer(sentence).split())
+    strip = str.maketrans({mark: " " for mark in MARKS})
+    quoted = {piece for word in found if '"' in word for piece in word.translate(strip).split()}
+    plain = {piece for word in found for piece in word.translate(strip).split()} | set(grammar.SPANISH.values())
+    lines = [word for word in sorted(plain) for _ in range(60)] + [f'"{w}' for w in sorted(quoted) for _ in range(60)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        user_defined_symbols=["<sep>", "<ans>", FILL, *MARKS],
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def stretch(words: list[str], rng: random.Random) -> list[str]:
+    """Repeats words and strews fillers as speech frames would, with a strength drawn for the sentence."""
+    strength, stretched = rng.random(), [FILL] * rng.randrange(3)
+    for word in words:
+        stretched += [word] * (1 + (rng.random() < 0.6 * strength)) + [FILL] * int(rng.random() * 3 * strength)
+    return stretched
+
+
+def sample_row(pool: TaskPool, chat: ChatFormat, rng: random.Random, ids: Callable[[str], int]) -> Row:
+    """One pre-training row; 70% of the transcripts are stretched."""
+    sentence = grammar.sample_sentence(rng)
+    task = rng.choice(pool.tasks)
+    prompt = rng.choice(task.prompts + task.heldout_prompts)
+    words = list(sentence.words)
+    if rng.random() < 0.7:
+        words = stretch(words, rng)
+    transcript = [ids(word) for word in words]
+    return make_row(chat.prompt(prompt, transcript), chat.response(grammar.ANSWERS[task.name](sentence)))
+
+
+def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[MicroBatch]:
+    """Endless pre-training batches."""
+    rng = random.Random(seed)
+    cache: dict[str, int] = {}
+
+    def ids(word: str) -> int:
+        if word not in cache:
+            token = chat._token(word)
+            cache[word] = token if token is not None else chat.encode(word)[0]
+        return cache[word]
+
+    while True:
+        yield MicroBatch.from_rows([sample_row(pool, chat, rng, ids) for _ in range(rows)], [])
+
+
+def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak_lr: float = 2e-3) -> None:
+    """Trains the LLM and writes it to ``out``."""
+    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+    from nemo_mtbi.modules.pretrained import save_text_llm
+    from nemo_mtbi.parallel import groups
+
+    groups.initialize()
+    torch.manual_seed(seed)
+    tokenizer_model = train_tokenizer(pool)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.model").write_bytes(tokenizer_model)
+    tokenizer = SentencePieceTokenizer(str(out / "tokenizer.model"))
+    chat = ChatFormat(tuple(TURN), END, tokenizer)
+    decoder = GPTDecoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **ARCHITECTURE), torch.bfloat16)
+    optimizer = MasterWeights(decoder.to(torch.bfloat16).parameters(), peak_lr)
+    print(
+        f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters, vocabulary {VOCABULARY}", flush=True
+    )
+    source, start, average = batches(pool, chat, rows, seed), time.time(), None
+    for step in range(steps):
+        loss = batch_loss(decoder, next(source))
+        loss.backward()
+        optimizer.step(min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        if step % 100 == 0:
+            print(f"step {step}/{steps} loss {average:.4f} {time.time() - start:.0f}s", flush=True)
+        if step % 500 == 499 or step == steps - 1:
+            weights = dict(zip((name for name, _ in decoder.named_parameters()), optimizer.masters, strict=True))
+            save_text_llm(out, decoder.architecture, weights, tokenizer_model, TURN, END)
+
+
+class MasterWeights:
+    """AdamW on float32 copies of bfloat16 weights: matrix products in bfloat16 are several times faster on new CPUs."""
+
+    def __init__(self, parameters: Iterable[Tensor], peak_lr: float, clip: float = 1.0):
+        self.weights = list(parameters)
+        self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
+        self.peak_lr, self.clip = peak_lr, clip
+        self.adam = torch.optim.AdamW(self.masters, peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
+
+    def step(self, scale: float) -> None:
+        """One update at ``peak_lr * scale`` from the gradients of the bfloat16 weights, which are cleared."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        for group in self.adam.param_groups:
+            group["lr"] = self.peak_lr * scale
+        self.adam.step()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.copy_(master)
+
+
+def batch_loss(decoder, batch: MicroBatch) -> Tensor:
+    """Mean cross entropy of the response tokens; embeddings get a little noise, so that near misses mean the word."""
+    from nemo_mtbi.losses import response_cross_entropy
+
+    embeddings = decoder.embed_tokens(batch.layout).transpose(0, 1)  # [T, R, H]
+    scale = 0.2 * torch.rand(1, embeddings.shape[1], 1, dtype=embeddings.dtype) * embeddings.detach().std()
+    hidden = decoder.hidden(embeddings + scale * torch.randn_like(embeddings))
+    logits = decoder.logits(hidden, batch.response_index)
+    return response_cross_entropy(logits, batch.targets) / len(batch.targets)

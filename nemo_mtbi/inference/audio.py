@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio as users have it: files and arrays, any rate, mono or not."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from lhotse import Recording
+from scipy.signal import resample_poly
+from torch import Tensor
+
+from nemo_mtbi.data.dataset import BadAudioError, check_samples, load_samples
+from nemo_mtbi.data.frames import FrameCounter
+
+
+def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sample_rate: int = 16000) -> Tensor:
+    """Mono ``[n]`` float32 samples at the encoder's rate.
+
+    Args:
+        audio: a file that soundfile reads, or an array ``[n]`` or ``[channels, n]``.
+        frames: the model's frame counter.
+        sample_rate: of an array, in hertz.
+
+    Raises:
+        BadAudioError: a ``ValueError`` that names the file and what is wrong with it.
+    """
+    if isinstance(audio, (str, Path)):
+        try:
+            cut = Recording.from_file(audio).to_cut()
+        except Exception as error:  # soundfile, audioread and lhotse raise their own kinds for a file that is no audio
+            raise BadAudioError("unreadable", f"{audio} can't be read as audio: {error}") from error
+        return load_samples(cut, frames)
+    samples = np.asarray(audio, dtype=np.float32)
+    if samples.ndim == 2:
+        samples = samples.mean(axis=0)
+    if samples.ndim != 1:
+        raise ValueError(f"an audio array must be [n] or [channels, n], got shape {samples.shape}")
+    if sample_rate != frames.sample_rate:
+        divisor = math.gcd(sample_rate, frames.sample_rate)
+        samples = resample_poly(samples, frames.sample_rate // divisor, sample_rate // divisor).astype(np.float32)
+    return check_samples(torch.from_numpy(np.ascontiguousarray(samples)), "the audio array", frames)

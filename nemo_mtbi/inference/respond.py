@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text answers to prompts about transcripts or speech: what validation, the benchmark and users share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.layout import group_by_length, speech
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, generate
+from nemo_mtbi.modules.speech_llm import SpeechLLM
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Answers with one model, chat format and decoding configuration.
+
+    Attributes:
+        model: the speech LLM.
+        chat: its chat format.
+        config: decoding parameters.
+        encode_seconds: longest padded audio, in seconds, that is encoded at once.
+    """
+
+    model: SpeechLLM
+    chat: ChatFormat
+    config: GenerationConfig
+    encode_seconds: float = 300.0
+
+    def layouts(
+        self, layouts: Sequence[Sequence[int]], frames: Tensor | None = None, progress: Callable | None = None
+    ) -> list[Generated]:
+        """Answers to finished prompt layouts; without ``frames`` they are text only."""
+        if frames is None:
+            frames = torch.zeros(0, self.model.decoder.config.hidden_size, device=self.model.device)
+        return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
+
+    def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:
+        """Answers to (prompt, transcript) pairs."""
+        layouts = [self.chat.prompt(prompt, self.chat.encode(transcript)) for prompt, transcript in requests]
+        return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, progress=progress)]
+
+    def speech(
+        self, audio: Sequence[Tensor], requests: Sequence[tuple[str, int]], progress: Callable | None = None
+    ) -> list[str]:
+        """Answers to (prompt, index of an utterance) pairs.
+
+        Args:
+            audio: ``[n]`` samples of each utterance, at the encoder's rate. Each is encoded once.
+            requests: what is asked about which utterance.
+            progress: called with the number of rows answered.
+
+        Raises:
+            ValueError: if an utterance is too short to own a frame.
+        """
+        frames, offsets, counts = self.encode(audio)
+        layouts = []
+        for prompt, index in requests:
+            if not counts[index]:
+                raise ValueError(f"utterance {index} has {len(audio[index])} samples: too short for one speech frame")
+            layouts.append(self.chat.prompt(prompt, speech(offsets[index], counts[index])))
+        return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, frames, progress)]
+
+    @torch.no_grad()
+    def encode(self, audio: Sequence[Tensor]) -> tuple[Tensor, list[int], list[int]]:
+        """Connector frames ``[F, H]`` of all utterances in order, the first frame of each, and how many it has."""
+        counter, device = self.model.frame_counter, self.model.device
+        counts = [counter(len(samples)) for samples in audio]
+        parts: list[Tensor | None] = [None] * len(audio)
+        for group in group_by_length([len(x) for x in audio], int(self.encode_seconds * counter.sample_rate)):
+            lengths = torch.tensor([len(audio[i]) for i in group])
+            padded = torch.nn.utils.rnn.pad_sequence([audio[i] for i in group], batch_first=True)
+            expected = torch.tensor([counts[i] for i in group])
+            frames = self.model.encode_audio(padded.to(device), lengths.to(device), expected)
+            for i, part in zip(group, frames.split(expected.tolist()), strict=True):
+                parts[i] = part
+        offsets = [0, *accumulate(counts)][:-1]
+        empty = torch.zeros(0, self.model.decoder.config.hidden_size, device=device)
+        return torch.cat([empty, *parts]), offsets, counts

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CTC training of a speech encoder by NeMo's own code: for the demo's encoder and for adaptation to new speech."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from nemo.collections.asr.models import EncDecCTCModelBPE
+from omegaconf import OmegaConf, open_dict
+
+
+def train_ctc(
+    model: EncDecCTCModelBPE,
+    cuts: Sequence[str | Path],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    batch_duration: float = 50.0,
+    warmup_steps: int = 100,
+    precision: str = "32-true",
+    progress: bool = True,
+) -> None:
+    """Trains all weights of ``model`` on cut manifests with NeMo's Lhotse loader, CTC loss and cosine schedule.
+
+    Args:
+        model: changed in place; left in ``eval()``.
+        cuts: manifests, mixed with equal weight for each.
+        steps: optimizer steps.
+        learning_rate: its peak.
+        seed: of data order, SpecAugment and dropout.
+        batch_duration: seconds of speech in a batch.
+        warmup_steps: linear warm-up.
+        precision: Lightning's name.
+        progress: show Lightning's progress bar.
+    """
+    seed_everything(seed, verbose=False)
+    source = [{"type": "lhotse", "cuts_path": str(path), "weight": 1.0} for path in cuts]
+    data = {
+        "use_lhotse": True,
+        "input_cfg": source,
+        "batch_duration": batch_duration,
+        "use_bucketing": True,
+        "num_buckets": 6,
+        "bucket_buffer_size": 2000,
+        "num_cuts_for_bins_estimate": 1000,
+        "shuffle": True,
+        "shuffle_buffer_size": 4000,
+        "concurrent_bucketing": False,
+        "shard_seed": seed,
+        "seed": seed,
+        "num_workers": 0,
+        "sample_rate": model.cfg.sample_rate,
+    }
+    optimizer = {
+        "name": "adamw",
+        "lr": learning_rate,
+        "betas": [0.9, 0.98],
+        "weight_decay": 1e-3,
+        "sched": {"name": "CosineAnnealing", "warmup_steps": warmup_steps, "min_lr": 1e-6, "max_steps": steps},
+    }
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        precision=precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        use_distributed_sampler=False,
+        log_every_n_steps=50,
+        num_sanity_val_steps=0,
+    )
+    model.set_trainer(trainer)
+    model.setup_training_data(OmegaConf.create(data))
+    model.setup_optimization(OmegaConf.create(optimizer))
+    trainer.fit(model)
+    with open_dict(model.cfg):  # paths of this machine do not belong into the archive
+        model.cfg.train_ds = None
+        model.cfg.optim = None
+    model.eval()
+
+
+@torch.no_grad()
+def transcribe_ctc(model: EncDecCTCModelBPE, cuts, batch_size: int = 32) -> list[str]:
+    """Greedy CTC transcripts of an iterable of cuts, in order."""
+    model.eval()
+    texts: list[str] = []
+    cuts = list(cuts)
+    for start in range(0, len(cuts), batch_size):
+        samples = [torch.from_numpy(cut.load_audio()[0]) for cut in cuts[start : start + batch_size]]
+        lengths = torch.tensor([len(x) for x in samples])
+        audio = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+        device = next(model.parameters()).device
+        log_probs, encoded_lengths, _ = model.forward(
+            input_signal=audio.to(device), input_signal_length=lengths.to(device)
+        )
+        hypotheses = model.decoding.ctc_decoder_predictions_tensor(log_probs, decoder_lengths=encoded_lengths)
+        texts += [hypothesis.text for hypothesis in hypotheses]
+    return texts
+
+
+def write_tokenizer(folder: str | Path, words: Sequence[str], vocabulary: int) -> Path:
+    """A SentencePiece tokenizer folder, as NeMo's CTC models want it, in which each of ``words`` is one piece."""
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [word for word in words for _ in range(60)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=os.fspath(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocabulary,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(folder / "tokenizer.model"))
+    split = [word for word in words if len(processor.encode(word)) != 1]
+    if split:
+        raise ValueError(f"a vocabulary of {vocabulary} splits {', '.join(split[:5])}; take a larger one")
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    (folder / "vocab.txt").write_text("\n".join(piece.replace("▁", "##") for piece in pieces[1:]))
+    return folder

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``MTBIModel``: the ModelPT that NeMo trains, saves and restores. It only assembles the parts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from nemo.core.classes.common import PretrainedModelInfo
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.draw import SkipCounter
+from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.data.loader import build_dataloader
+from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
+from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.modules.archive import TensorArchive
+from nemo_mtbi.modules.pretrained import load_speech_encoder, load_text_llm, resolve
+from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.register import register
+
+TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and saved
+
+
+class MTBIModel(ModelPT):
+    """A speech LLM trained by multi-task behavior imitation (arXiv 2505.18644).
+
+    Args:
+        cfg: the ``model:`` section (:class:`nemo_mtbi.config.ModelConfig`).
+        trainer: Lightning trainer; not needed for inference.
+
+    Raises:
+        ValueError: for an unknown, missing or contradictory key, or a frozen part that is not the one trained with.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None):
+        register()
+        config = parse_model_config(cfg)
+        groups.initialize()
+        prints = frozen_fingerprints(config.pretrained_asr, config.pretrained_llm)
+        for part, found in prints.items():
+            if config.fingerprints.get(part, found) != found:
+                raise ValueError(
+                    f"model.pretrained_{part} is {getattr(config, f'pretrained_{part}')} with hash {found}, but this "
+                    f"model was trained with {config.fingerprints[part]}: give the path of that one"
+                )
+        data = {name: cfg.get(name) for name in ("train_ds", "validation_ds", "test_ds")}
+        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        with open_dict(cfg):
+            for name in data:  # set up below: the loaders need the frame counter of the modules
+                cfg.pop(name, None)
+            cfg.fingerprints, cfg.format_version = prints, config.format_version
+        super().__init__(cfg, trainer)
+        self._save_restore_connector = TensorArchive()
+        self.config = config
+        llm = load_text_llm(config.pretrained_llm)
+        self.chat = llm.chat
+        self.speech_llm = SpeechLLM(load_speech_encoder(config.pretrained_asr), config.connector, llm.decoder)
+        self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
+        self._skipped = SkipCounter()
+        self._validation: list[dict] = []
+        if not self._is_model_being_restored():
+            if data["train_ds"] is not None:
+                self.setup_training_data(data["train_ds"])
+            if data["validation_ds"] is not None:
+                self.setup_validation_data(data["validation_ds"])
+
+    # ----- data
+
+    def _dataset(self, train: bool) -> MTBIDataset:
+        return MTBIDataset(
+            self.chat,
+            self.speech_llm.frame_counter,
+            self.config.micro_batch_tokens,
+            interleave=self.config.interleave if train else None,
+            on_bad_audio=self.config.on_bad_audio,
+            with_rows=not train,
+        )
+
+    def _loader(self, config: DictConfig, train: bool):
+        return build_dataloader(
+            config,
+            self._dataset(train),
+            rank=groups.data_parallel_rank(),
+            world_size=groups.data_parallel_size(),
+            train=train,
+            expected=self._expected,
+            allow_foreign=self.config.targets.allow_foreign,
+        )
+
+    def setup_training_data(self, train_data_config: DictConfig) -> None:
+        """Builds the training loader from NeMo's data keys."""
+        self._update_dataset_config(dataset_name="train", config=train_data_config)
+        self._train_dl = self._loader(train_data_config, train=True)
+
+    def setup_validation_data(self, val_data_config: DictConfig) -> None:
+        """Builds the validation loader: every behavior of its cuts, or ``rows_per_cut`` of them."""
+        self._update_dataset_config(dataset_name="validation", config=val_data_config)
+        self._validation_dl = self._loader(val_data_config, train=False)
+
+    # ----- training
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Hands only the connector to the optimizer."""
+        trained = [value for value in self.parameters() if value.requires_grad]
+        self._optimizer_param_groups = [{"params": trained}]
+
+    def on_fit_start(self) -> None:
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches must be 1: a step is already split into microbatches; raise "
+                "model.train_ds.batch_tokens for a larger step"
+            )
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor | None:
+        """One step through Megatron's schedule, which runs forward and backward itself."""
+        for value in self.speech_llm.connector.parameters():
+            value.grad = None  # before the schedule: Lightning would clear what it computed
+        self._skipped.update(batch.skipped)
+        count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets), device=self.device))
+        if not count:
+            return None  # every cut was left out: nothing to learn, no update
+        loss = self.speech_llm.train_step(batch, int(count)) if batch.microbatches else torch.zeros_like(count)
+        loss = groups.data_parallel_sum(loss.detach())
+        self.log("train_loss", loss, prog_bar=True)
+        self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
+        self.log("response_tokens", count)
+        return loss
+
+    def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        """Nothing is left to do: the schedule has run backward."""
+
+    def optimizer_zero_grad(self, *args, **kwargs) -> None:
+        """Lightning calls it behind the schedule, where it would erase the gradients."""
+
+    def on_train_epoch_end(self) -> None:
+        if self._skipped:
+            logging.warning(f"left out in epoch {self.current_epoch}: {self._skipped.message()}")
+            self._skipped.clear()
+
+    # ----- validation
+
+    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> dict:
+        """Loss on the targets, and free-running answers to the speech against the LLM's answers to the text."""
+        result = {"loss": self.speech_llm.evaluate_step(batch).item() if batch.microbatches else 0.0}
+        result["tokens"] = batch.num_targets
+        result["rows"] = batch.rows
+        with torch.no_grad():
+            frames = self.speech_llm.encode(batch)
+        offsets = batch.frame_lengths.cumsum(0) - batch.frame_lengths
+        layouts = [
+            [value - int(offsets[row.utterance]) if value < 0 else value for value in row.prompt] for row in batch.rows
+        ]
+        answers = self.responder().layouts(layouts, frames) if layouts else []
+        result["answers"] = [self.chat.decode(answer.ids) for answer in answers]
+        self._validation.append(result)
+        self._skipped.update(batch.skipped)
+        return result
+
+    def on_validation_epoch_end(self) -> None:
+        results, self._validation = self._validation, []
+        rows = [row for result in results for row in result["rows"]]
+        answers = [answer for result in results for answer in result["answers"]]
+        tokens = sum(result["tokens"] for result in results)
+        if not rows:
+            return
+        self.log("val_loss", sum(result["loss"] for result in results) / max(tokens, 1), prog_bar=True)
+        pairs = [(row.reference, answer) for row, answer in zip(rows, answers, strict=True)]
+        self.log("val_agreement", sum(exact(*pair) for pair in pairs) / len(pairs), prog_bar=True)
+        self.log("val_f1", sum(token_f1(*pair) for pair in pairs) / len(pairs))
+        spoken = [
+            (row.transcript, answer)
+            for row, answer in zip(rows, answers, strict=True)
+            if row.task == self.config.transcription_task
+        ]
+        if spoken:
+            self.log("val_wer", wer(*map(list, zip(*spoken, strict=True))), prog_bar=True)
+
+    # ----- inference
+
+    def responder(self) -> Responder:
+        """Answers with this model."""
+        return Responder(self.speech_llm, self.chat, self.config.generation)
+
+    def generate(
+        self,
+        audio: Sequence[str | Path | Tensor],
+        prompts: Sequence[str] | str,
+        sample_rate: int = 16000,
+    ) -> list[str]:
+        """Answers to spoken utterances.
+
+        Args:
+            audio: paths, or arrays ``[n]`` or ``[channels, n]`` at ``sample_rate``; any rate, channels are averaged.
+            prompts: one for each utterance, or one for all; ``""`` is the empty prompt.
+            sample_rate: of arrays, in hertz; files know theirs.
+
+        Raises:
+            ValueError: if the numbers differ, or audio is empty, silent, not finite or unreadable.
+        """
+        prompts = [prompts] * len(audio) if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != len(audio):
+            raise ValueError(f"{len(audio)} utterances, but {len(prompts)} prompts: give one each, or one for all")
+        counter = self.speech_llm.frame_counter
+        samples = [load_audio(item, counter, sample_rate) for item in audio]
+        return self.responder().speech(samples, list(zip(prompts, range(len(samples)), strict=True)))
+
+    # ----- checkpoints: the frozen parts are referred to by path and hash, not stored
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        full = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in full.items() if name.startswith(TRAINED)}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
+        wrong = sorted(self.state_dict().keys() ^ state_dict.keys())
+        if strict and wrong:
+            raise ValueError(
+                f"the checkpoint does not fit model.connector; missing or unknown: {', '.join(wrong[:5])}"
+            )
+        return super().load_state_dict(state_dict, strict=False, **kwargs)
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs):
+        """Restores a ``.nemo``; see NeMo's ``ModelPT.restore_from``.
+
+        Raises:
+            ValueError: if the file is no MTBI ``.nemo``.
+        """
+        register()
+        connector = save_restore_connector or TensorArchive()
+        try:
+            return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
+        except (FileNotFoundError, OSError, EOFError, KeyError) as error:
+            raise ValueError(f"{restore_path} can't be restored: it is no .nemo of an MTBI model ({error})") from error
+
+    @classmethod
+    def list_available_models(cls) -> list[PretrainedModelInfo]:
+        return []
+
+
+def frozen_fingerprints(pretrained_asr: str, pretrained_llm: str) -> dict[str, str]:
+    """Hashes of the frozen parts on disk."""
+    from nemo_mtbi.modules.pretrained import llm_fingerprint
+
+    asr = resolve(pretrained_asr, "model.pretrained_asr", "encoder.nemo")
+    digest = hashlib.sha256(asr.read_bytes()).hexdigest()
+    return {"asr": f"sha256:{digest}", "llm": llm_fingerprint(resolve(pretrained_llm, "model.pretrained_llm", "llm"))}

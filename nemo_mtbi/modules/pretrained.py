@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen parts on disk: text LLMs and speech encoders, by path or by the name ``demo``.
+
+A text LLM is a directory: ``llm.yaml`` (architecture and chat format), ``model.safetensors`` (weights under canonical
+names, the same for every layer spec) and ``tokenizer.model`` (SentencePiece). A speech encoder is the ``.nemo`` of any
+NeMo ASR model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+
+DEMO = Path(__file__).parent.parent / "assets" / "demo"
+_FILES = ("llm.yaml", "model.safetensors", "tokenizer.model")
+
+
+@dataclass
+class TextLLM:
+    """A frozen text LLM with what belongs to it.
+
+    Attributes:
+        decoder: the Megatron GPT.
+        chat: its chat format, with the tokenizer.
+        fingerprint: hash of architecture, weights, tokenizer and chat format: who made a target.
+    """
+
+    decoder: GPTDecoder
+    chat: ChatFormat
+    fingerprint: str
+
+
+def resolve(name: str | Path, key: str, demo: str) -> Path:
+    """Path of a pretrained part; ``demo`` means the small one inside this package.
+
+    Raises:
+        ValueError: if nothing is there; names the config ``key``.
+    """
+    path = DEMO / demo if str(name) == "demo" else Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"{key}={name}: {path} does not exist; give a path or 'demo' for the small model shipped with us"
+        )
+    return path
+
+
+def llm_fingerprint(path: str | Path) -> str:
+    """Hash of the files of a text LLM."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        digest.update(hashlib.sha256((Path(path) / name).read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _canonical(name: str) -> str:
+    """Name of a weight, whatever the layer spec: Transformer Engine fuses norms into the linear layer behind them."""
+    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
+        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+    )
+
+
+def load_decoder_weights(decoder: GPTDecoder, weights: dict[str, Tensor]) -> None:
+    """Copies canonical weights into the decoder, in the decoder's dtype.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    own = {_canonical(name): value for name, value in decoder.named_parameters()}
+    wrong = sorted(own.keys() ^ weights.keys()) or sorted(n for n in own if own[n].shape != weights[n].shape)
+    if wrong:
+        raise ValueError(
+            f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
+
+
+def save_text_llm(
+    path: str | Path,
+    architecture: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer_model: bytes,
+    turn: Sequence[str],
+    end: str,
+) -> None:
+    """Writes a text LLM directory; ``weights`` by the decoder's own names, stored as float16."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    chat = {"turn": list(turn), "end": end}
+    settings = {"format_version": 1, "architecture": dataclasses.asdict(architecture), "chat": chat}
+    (path / "llm.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (path / "tokenizer.model").write_bytes(tokenizer_model)
+    stored = {_canonical(name): value.detach().half().contiguous() for name, value in weights.items()}
+    save_file(stored, path / "model.safetensors")
+
+
+def load_text_llm(name: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> TextLLM:
+    """Loads a text LLM.
+
+    Args:
+        name: directory, or ``demo``.
+        dtype: of the decoder's weights.
+        weights: ``False`` leaves them unset, for a model whose weights come from a checkpoint.
+
+    Raises:
+        ValueError: if the directory is incomplete or its parts do not fit.
+    """
+    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    path = resolve(name, "model.pretrained_llm", "llm")
+    missing = [file for file in _FILES if not (path / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.pretrained_llm={name}: {path} lacks {', '.join(missing)}; it is no text LLM directory"
+        )
+    settings = yaml.safe_load((path / "llm.yaml").read_text())
+    if settings.get("format_version") != 1:
+        raise ValueError(
+            f"{path / 'llm.yaml'} has format_version {settings.get('format_version')}; this version reads 1"
+        )
+    tokenizer = SentencePieceTokenizer(str(path / "tokenizer.model"))
+    chat = ChatFormat(tuple(settings["chat"]["turn"]), settings["chat"]["end"], tokenizer)
+    decoder = GPTDecoder(DecoderConfig(**settings["architecture"]), dtype)
+    if weights:
+        load_decoder_weights(decoder, load_file(path / "model.safetensors"))
+    return TextLLM(decoder, chat, llm_fingerprint(path))
+
+
+def load_asr_model(name: str | Path):
+    """Restores a NeMo ASR model on the CPU; our own safetensors archives too."""
+    from nemo.collections.asr.models import ASRModel
+
+    from nemo_mtbi.modules.archive import TensorArchive
+
+    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    try:
+        return ASRModel.restore_from(str(path), map_location="cpu", save_restore_connector=TensorArchive())
+    except (OSError, KeyError) as error:
+        raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+
+
+def load_speech_encoder(name: str | Path) -> SpeechEncoder:
+    """Front end and encoder of a NeMo ASR ``.nemo``, or of ``demo``."""
+    return SpeechEncoder(load_asr_model(name))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen speech encoder: front end and encoder of any NeMo ASR model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.data.frames import FrameCounter, LengthStage
+
+
+class SpeechEncoder(nn.Module):
+    """Front end (float32) and encoder of a NeMo ASR model, frozen and always in ``eval()``.
+
+    Args:
+        asr_model: any NeMo ASR model with ``preprocessor`` and ``encoder``; its decoder is not kept.
+
+    Raises:
+        ValueError: if the lengths that the modules report can't be counted exactly without running them.
+    """
+
+    def __init__(self, asr_model: nn.Module):
+        super().__init__()
+        self.preprocessor = asr_model.preprocessor
+        self.encoder = asr_model.encoder
+        self.sample_rate = int(asr_model.cfg.sample_rate)
+        self.size = int(self.encoder.d_model)
+        self.stages = tuple(_front_end_stages(self.preprocessor)) + tuple(_subsampling_stages(self.encoder))
+        self.requires_grad_(False)
+        self.eval()
+        self._check_stages()
+
+    @property
+    def frame_rate(self) -> float:
+        """Encoder frames per second."""
+        return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
+
+    def train(self, mode: bool = True) -> SpeechEncoder:
+        """Stays in ``eval()``: dither, dropout, SpecAugment and batch statistics belong to the encoder's own training."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            audio: ``[U, N]`` samples at ``sample_rate``.
+            lengths: ``[U]`` valid samples.
+
+        Returns:
+            ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
+        """
+        with torch.autocast(audio.device.type, enabled=False):
+            features, feature_lengths = self.preprocessor(input_signal=audio.float(), length=lengths)
+        features = features.to(next(self.encoder.parameters()).dtype)
+        encoded, encoded_lengths = self.encoder(audio_signal=features, length=feature_lengths)  # [U, D, E]
+        return encoded.transpose(1, 2), encoded_lengths.long()
+
+    def _check_stages(self) -> None:
+        """Compares the counted frames with those of the modules at lengths around every rounding edge."""
+        counter = FrameCounter(self.stages, self.sample_rate)
+        step = counter.samples_per_frame
+        samples = [8 * step + offset for offset in (-1, 0, 1, step // 2, step - 1, step)]
+        audio = torch.zeros(len(samples), max(samples))
+        device = next(self.encoder.parameters()).device
+        _, lengths = self(audio.to(device), torch.tensor(samples, device=device))
+        counted = [counter(n) for n in samples]
+        if lengths.tolist() != counted:
+            raise ValueError(
+                f"this encoder gives {lengths.tolist()} frames for {samples} samples, but its configuration says "
+                f"{counted}: this kind of front end or subsampling is not supported; use a (Fast)Conformer encoder"
+            )
+
+
+def _front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
+    """The short-time Fourier transform as NeMo counts it (``FilterbankFeatures.get_seq_len``)."""
+    featurizer = preprocessor.featurizer
+    padding = featurizer.n_fft // 2 * 2 if featurizer.stft_pad_amount is None else featurizer.stft_pad_amount * 2
+    probe = torch.tensor([featurizer.n_fft + 10 * featurizer.hop_length])
+    plain = (int(probe) + padding - featurizer.n_fft) // featurizer.hop_length
+    extra = int(featurizer.get_seq_len(probe)) - plain  # older NeMo counts one frame more
+    # LengthStage adds one; take it back by one more stride of kernel where NeMo does not
+    kernel = featurizer.n_fft + (1 - extra) * featurizer.hop_length
+    yield LengthStage(kernel, featurizer.hop_length, padding)
+
+
+def _subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
+    """The strided convolutions in front of a (Fast)Conformer."""
+    subsampling = getattr(encoder, "pre_encode", None)
+    try:
+        for _ in range(subsampling._sampling_num):
+            yield LengthStage(
+                subsampling._kernel_size,
+                subsampling._stride,
+                subsampling._left_padding + subsampling._right_padding,
+                subsampling._ceil_mode,
+            )
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(encoder).__name__} with {type(subsampling).__name__} has no convolutional subsampling whose lengths "
+            "can be counted; use a Conformer or FastConformer encoder"
+        ) from error

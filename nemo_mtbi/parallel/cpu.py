@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Megatron-core needs to run without CUDA, and nothing more.
+
+Megatron-core allocates small tensors on ``torch.cuda.current_device()`` or ``device="cuda"`` and forks a CUDA random
+state where weights are initialized. :func:`megatron_device` answers these on the CPU while its body runs. It patches a
+handful of names and restores them: the user's process stays as it was outside the body, and no operator pays a tax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+
+_lock = threading.RLock()
+_depth = 0
+
+
+class _CpuTorch:
+    """``torch`` as seen by a Megatron module that writes ``device="cuda"`` literally."""
+
+    def __getattr__(self, name: str):
+        attribute = getattr(torch, name)
+        if name not in ("zeros", "ones", "empty", "tensor", "full"):
+            return attribute
+
+        def on_cpu(*args, device=None, **kwargs):
+            return attribute(*args, **kwargs)
+
+        return on_cpu
+
+
+class _NoRngTracker:
+    """Stands for the CUDA random state tracker: on the CPU there is one generator, which every rank seeds itself."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str | None = None) -> Iterator[None]:
+        yield
+
+    def is_initialized(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def megatron_device(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Runs Megatron-core code on ``device``. On CUDA nothing is changed; nested use costs nothing.
+
+    Args:
+        device: where the model's parameters are.
+    """
+    global _depth
+    if torch.device(device).type == "cuda" or _depth:
+        yield
+        return
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import layers, random
+
+    tracker = _NoRngTracker()
+    with _lock, contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (torch.cuda, "current_device", lambda: torch.device("cpu")),
+            (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+            (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
+            (schedules, "torch", _CpuTorch()),
+            (random, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
+            (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1

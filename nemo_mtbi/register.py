@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where NeMo learns of this package."""
+
+from __future__ import annotations
+
+PREFIX = "nemo_mtbi."
+
+
+def register() -> None:
+    """Makes NeMo accept our classes as config targets and our data type; may be called again and again.
+
+    NeMo 3 instantiates only targets with an allowed prefix, so that a ``.nemo`` file cannot run code of its choice.
+    Ours is added and no other. NeMo 2 has no such list.
+    """
+    from nemo.collections.common.data.lhotse.cutset import data_type_parser
+    from nemo.core.classes import common
+
+    from nemo_mtbi.data.loader import DATA_TYPE, read_drawn_rows
+
+    allowed = getattr(common, "ALLOWED_TARGET_PREFIXES", None)
+    if allowed is not None and PREFIX not in allowed:
+        allowed.append(PREFIX)
+    data_type_parser(DATA_TYPE)(read_drawn_rows)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# Read, not imported: an import would need what this file is about to install.
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "nemo_mtbi/__init__.py").read_text(), re.MULTILINE).group(1)
+README = ROOT / "README.md"
+
+setup(
+    name="nemo_mtbi",
+    version=VERSION,
+    description="Multi-task behavior imitation with speech-text interleaving (MTBI): a speech LLM for NVIDIA NeMo",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["nemo_mtbi", "nemo_mtbi.*"]),
+    package_data={"nemo_mtbi": ["assets/**"]},
+    install_requires=[
+        # NeMo 3 has no extra `nlp` any more; pip says so and installs it without.
+        "nemo_toolkit[asr,nlp]>=2.7",
+        "torch",
+        "megatron-core>=0.16",
+        "omegaconf",
+        "hydra-core",
+        "lhotse>=1.33",
+        "lightning",
+        "psutil",  # the checkpoint writer of Megatron imports it and does not require it
+        "safetensors",
+        "sentencepiece",
+        "soundfile",
+        "numpy",
+        "scipy",
+        "pyyaml",
+        "rich",
+        "jiwer",
+        "sacrebleu",
+        "torchmetrics",
+        "tensorboard",
+    ],
+    extras_require={
+        "demo": ["espeakng-loader"],  # brings espeak-ng, which is GPL
+        "test": ["pytest", "hypothesis", "ruff", "import-linter", "build"],
+        "serve": ["grpcio", "nvidia-riva-client"],
+        # By URL: PyPI's `apex` is another project.
+        "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
