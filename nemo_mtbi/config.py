@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_mtbi.data.interleave import InterleaveConfig
@@ -79,8 +79,7 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     """
     cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), cfg)
-        config: ModelConfig = OmegaConf.to_object(merged)
+        config: ModelConfig = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
     if config.micro_batch_tokens < 1:
@@ -93,6 +92,14 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
             "install a newer nemo_mtbi"
         )
     return config
+
+
+def _schema() -> DictConfig:
+    """The schema, with frozen dataclasses open for merging (OmegaConf takes them for read-only)."""
+    schema = OmegaConf.structured(ModelConfig)
+    for node in (schema.connector, schema.interleave, schema.generation, schema.targets):
+        OmegaConf.set_readonly(node, False)
+    return schema
 
 
 def _explain(error: OmegaConfBaseException) -> str:

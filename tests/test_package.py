@@ -162,6 +162,8 @@ SCRIPT = '''
     import sys
     from pathlib import Path
 
+    sys.addaudithook(lambda event, args: event == "import" and args[0] in BANNED and sys.exit(f"imported {args[0]}"))
+
     from nemo_mtbi.cli import hydra_main
 
 
@@ -171,9 +173,6 @@ SCRIPT = '''
 
 
     if __name__ == "__main__":
-        sys.addaudithook(
-            lambda event, args: event == "import" and args[0] in BANNED and sys.exit(f"imported {args[0]}")
-        )
         main()
 '''
 

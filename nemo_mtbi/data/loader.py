@@ -11,6 +11,7 @@ bound a single row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import islice
@@ -26,10 +27,9 @@ from nemo_mtbi.data.behaviors import custom_value
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.tasks import stable_rng
 
 DATA_TYPE = "nemo_mtbi"
-# NeMo has no limit; a forgotten two-hour recording should be counted, not end the run for lack of memory.
-DEFAULT_MAX_DURATION = 300.0
 
 _READING: ContextVar[tuple[CutSet, bool]] = ContextVar("nemo_mtbi_reading")
 
@@ -46,30 +46,105 @@ def read_drawn_rows(config: Any) -> tuple[CutSet, bool]:
     return reading
 
 
-class EpochSampler(torch.utils.data.Sampler):
-    """Tells :class:`DrawRows` and NeMo's sampler which pass begins. They are numbered from 0, or by ``set_epoch``.
+class DrawnSource:
+    """The user's data with rows, opened anew for each pass.
+
+    So whatever is random in a pass (order, mixing, noise, reverberation) depends on the seed and the pass alone, and not
+    on the passes before: a run can enter any pass directly.
 
     Args:
-        sampler: NeMo's sampler, which yields ``CutSet`` batches.
-        rows: what it samples from.
+        full: NeMo's full configuration, checked.
+        draw: how rows are drawn.
+        dataset: turns cuts into steps.
+        rank: data-parallel rank.
+        world_size: data-parallel size.
+    """
+
+    def __init__(self, full, draw: DrawConfig, dataset: MTBIDataset, rank: int, world_size: int):
+        from nemo.collections.common.data.lhotse.dataloader import determine_use_iterable_dataset
+
+        self.full = full
+        self.draw = draw
+        self.dataset = dataset
+        self.rank = rank
+        self.world_size = world_size
+        fix_random_seed(full.seed)  # what "randomized" means outside of workers
+        # Streams, which every worker of every rank reads on its own, get an order for each reader.
+        self._seed: int | str = "randomized" if full.num_workers > 0 else full.seed + 100_000 * rank
+        _, is_tarred = self._read(self._seed)
+        self.iterable = determine_use_iterable_dataset(is_tarred, full)
+
+    def _read(self, seed: int | str) -> tuple[CutSet, bool]:
+        from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+        from omegaconf import OmegaConf
+
+        source = {key: self.full[key] for key in SOURCE_KEYS if key in self.full}
+        return read_cutset_from_config(OmegaConf.create({**source, "shard_seed": seed}))
+
+    def seed_of(self, epoch: int) -> int | str:
+        """The seed of a pass. It is the same on all ranks, which share the batches out, unless each reads a stream."""
+        return self._seed if self.iterable else stable_rng("pass", self.full.seed, epoch).getrandbits(31)
+
+    def open(self, epoch: int) -> tuple[DrawRows, bool]:
+        """The cuts of a pass with their rows, and whether NeMo calls the source tarred."""
+        cuts, is_tarred = self._read(self.seed_of(epoch))
+        reader = (self.rank, self.world_size) if self.iterable else None
+        rows = DrawRows(_prepare(cuts, self.full), self.dataset.chat, self.dataset.frames, self.draw, reader)
+        rows.set_epoch(epoch)
+        return rows, is_tarred
+
+    @contextmanager
+    def offered(self, epoch: int) -> Iterator[Any]:
+        """Yields the configuration with which NeMo reads the cuts of a pass through :func:`read_drawn_rows`."""
+        rows, is_tarred = self.open(epoch)
+        token = _READING.set((CutSet(rows), is_tarred))
+        try:
+            yield _for_nemo(self.full, self.seed_of(epoch))
+        finally:
+            _READING.reset(token)
+
+    def loader(self) -> torch.utils.data.DataLoader:
+        """NeMo's data loader of pass 0."""
+        from nemo.collections.common.data.lhotse.dataloader import get_lhotse_dataloader_from_config
+
+        tokenizer = self.dataset.chat.tokenizer
+        with self.offered(0) as config:
+            return get_lhotse_dataloader_from_config(config, self.rank, self.world_size, self.dataset, tokenizer)
+
+    def sampler(self, epoch: int) -> torch.utils.data.Sampler:
+        """NeMo's sampler of a pass."""
+        from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
+
+        with self.offered(epoch) as config:
+            return get_lhotse_sampler_from_config(config, self.rank, self.world_size, self.dataset.chat.tokenizer)[0]
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Batches of cuts, pass by pass. Passes are numbered from 0, or by ``set_epoch``, which Lightning calls.
+
+    Args:
+        source: the data.
         fixed: every pass is pass 0, for validation.
     """
 
-    def __init__(self, sampler: torch.utils.data.Sampler, rows: DrawRows, fixed: bool):
-        self.sampler = sampler
-        self.rows = rows
+    def __init__(self, source: DrawnSource, fixed: bool):
+        self.source = source
         self.fixed = fixed
         self.epoch = 0
+        self._consumed = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before a pass."""
+        """The next iteration is pass ``epoch``."""
         self.epoch = 0 if self.fixed else epoch
 
+    def resume(self, batches: int) -> None:
+        """The next iteration leaves out its first batches, which were trained on before; no audio is read for them."""
+        self._consumed = batches
+
     def __iter__(self) -> Iterator[CutSet]:
-        epoch = self.epoch
-        self.rows.set_epoch(epoch)
-        self.sampler.set_epoch(epoch)
-        yield from self.sampler
+        epoch, consumed = self.epoch, self._consumed
+        self._consumed = 0
+        yield from islice(self.source.sampler(epoch), consumed, None)
         if self.epoch == epoch:
             self.set_epoch(epoch + 1)
 
@@ -91,7 +166,7 @@ def build_dataloader(
     ``rows_per_cut`` of each cut, or all its behaviors.
 
     Args:
-        config: NeMo's keys and ``rows_per_cut``. ``max_duration`` defaults to :data:`DEFAULT_MAX_DURATION`.
+        config: NeMo's keys and ``rows_per_cut``. NeMo's defaults, but for ``loader_config.DEFAULTS``.
         dataset: turns cuts into steps.
         rank: data-parallel rank.
         world_size: data-parallel size.
@@ -99,12 +174,13 @@ def build_dataloader(
         expected: fingerprints that the behaviors must come from.
         allow_foreign: accept behaviors of another LLM.
 
+    Returns:
+        A loader whose ``sampler`` is an :class:`EpochSampler`, or, for streams, NeMo's own (its workers sample).
+
     Raises:
         ValueError: if a key is unknown, contradicts another or would cut what the behaviors are about; if a path does
             not exist; if the first usable cut cannot be read or its behaviors come from another LLM.
     """
-    from nemo.collections.common.data.lhotse.dataloader import get_lhotse_dataloader_from_config
-
     from nemo_mtbi.register import register
 
     register()
@@ -112,26 +188,15 @@ def build_dataloader(
     check_source(full)
     if not train:
         _for_validation(full)
-    cuts, is_tarred, iterable = _read_source(full, rank)
-    rows = DrawRows(
-        _prepare(cuts, full),
-        dataset.chat,
-        dataset.frames,
-        _draw_config(full, rows_per_cut, dataset, expected=dict(expected or {}), allow_foreign=allow_foreign),
-        reader=(rank, world_size) if iterable else None,
-    )
-    _fit_buckets(full, rows)
-    _hand_over(full)
-    token = _READING.set((CutSet(rows), is_tarred))
-    try:
-        loader = get_lhotse_dataloader_from_config(full, rank, world_size, dataset, tokenizer=dataset.chat.tokenizer)
-    finally:
-        _READING.reset(token)
-    if iterable:
+    draw = _draw_config(full, rows_per_cut, dataset, expected=dict(expected or {}), allow_foreign=allow_foreign)
+    source = DrawnSource(full, draw, dataset, rank, world_size)
+    _fit_buckets(source)
+    loader = source.loader()
+    if source.iterable:
         return loader
     return torch.utils.data.DataLoader(
         loader.dataset,
-        sampler=EpochSampler(loader.sampler, rows, fixed=not train),
+        sampler=EpochSampler(source, fixed=not train),
         batch_size=None,
         num_workers=full.num_workers,
         pin_memory=full.pin_memory,
@@ -144,30 +209,6 @@ def _for_validation(full) -> None:
         raise ValueError("validation data have no buckets: set batch_size or batch_tokens, not bucket_batch_size")
     full.shuffle, full.use_bucketing, full.bucket_duration_bins = False, False, None
     full.force_finite, full.force_map_dataset, full.force_iterable_dataset = True, True, False
-
-
-def _read_source(full, rank: int) -> tuple[CutSet, bool, bool]:
-    """The user's source, read by NeMo as it would be without us.
-
-    Returns:
-        The cuts; whether NeMo calls them tarred; whether they are a stream, which every worker of every rank reads on
-        its own. Streams get an order for each reader, all others one order, since the ranks share their batches out.
-    """
-    from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
-    from nemo.collections.common.data.lhotse.dataloader import determine_use_iterable_dataset
-    from omegaconf import OmegaConf
-
-    def read() -> tuple[CutSet, bool]:
-        return read_cutset_from_config(OmegaConf.create({key: full[key] for key in SOURCE_KEYS}))
-
-    fix_random_seed(full.seed)  # what "randomized" means outside of workers
-    full.shard_seed = "randomized" if full.num_workers > 0 else full.seed + 100_000 * rank
-    cuts, is_tarred = read()
-    iterable = determine_use_iterable_dataset(is_tarred, full)
-    if not iterable:
-        full.shard_seed = full.seed
-        cuts, is_tarred = read()
-    return cuts, is_tarred, iterable
 
 
 def _prepare(cuts: CutSet, full) -> CutSet:
@@ -216,13 +257,12 @@ def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provena
     max_cost = unlimited
     if full.bucket_batch_size is not None and full.bucket_duration_bins is not None:
         max_cost = full.bucket_duration_bins[-1]  # NeMo drops what is longer than the last bucket
-    max_duration = full.max_duration
     return DrawConfig(
         seed=full.seed,
         rows_per_cut=rows_per_cut,
         on_bad_audio=dataset.on_bad_audio,
         min_duration=0.0 if full.min_duration is None else full.min_duration,
-        max_duration=DEFAULT_MAX_DURATION if max_duration in (None, unlimited) else max_duration,
+        max_duration=unlimited if full.max_duration is None else full.max_duration,
         min_tokens=full.min_tokens or 0,
         max_tokens=full.max_tokens or unlimited,
         max_cost=max_cost,
@@ -231,44 +271,46 @@ def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provena
     )
 
 
-def _fit_buckets(full, rows: DrawRows) -> None:
+def _fit_buckets(source: DrawnSource) -> None:
     """Reads the first cuts: to find the buckets, and to fail now and clearly where they cannot be used."""
+    full = source.full
     estimate = full.use_bucketing and full.bucket_duration_bins is None
+    rows, _ = source.open(0)
     costs = [DrawnRows.of(cut).cost for cut in islice(rows, full.num_cuts_for_bins_estimate if estimate else 1)]
-    rows.set_epoch(0)
-    if not estimate:
-        return
-    bins = cost_bins(costs, full.num_buckets)
-    if bins:
-        full.bucket_duration_bins = bins
-    else:
-        full.use_bucketing = False
+    if estimate:
+        full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
+        full.use_bucketing = full.bucket_duration_bins is not None
 
 
 def cost_bins(costs: list[int], num_buckets: int) -> list[int]:
-    """Lower bounds of all buckets but the first, such that every bucket holds about the same total cost.
+    """Upper bounds of all buckets but the last, such that every bucket holds about the same total cost.
 
     Unlike Lhotse's own, it accepts fewer cuts than buckets; the result may have fewer buckets, and none is empty.
     """
-    share = sum(costs) / max(min(num_buckets, len(costs)), 1)
+    share = sum(costs) / num_buckets
     bins: list[int] = []
-    total = 0
+    total = previous = 0
     for cost in sorted(costs):
-        if total >= share and (not bins or cost > bins[-1]):
-            bins.append(cost)
+        if total >= share and cost > previous:
+            bins.append(previous)
             total = 0
         total += cost
+        previous = cost
     return bins
 
 
-def _hand_over(full) -> None:
+def _for_nemo(full, seed: int | str) -> Any:
     """What NeMo gets: our data type as the only source, and costs where its sampling constraint counts them."""
-    full.update({key: None for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path")})
-    full.input_cfg = [{"type": DATA_TYPE}]
-    full.reweight_temperature = None
-    full.perturb_speed, full.pad_min_duration = False, None
-    full.min_duration, full.max_duration = -1, float("inf")
-    full.use_multimodal_sampling, full.measure_total_length, full.pretokenize = True, True, False
+    full = full.copy()
+    changes = {key: None for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path")}
+    changes |= {"input_cfg": [{"type": DATA_TYPE}], "reweight_temperature": None}
+    changes |= {"perturb_speed": False, "pad_min_duration": None, "min_duration": -1, "max_duration": float("inf")}
+    changes |= {"use_multimodal_sampling": True, "measure_total_length": True, "pretokenize": False}
     # The whole cost stands in supervision.tokens: with this value a second of audio adds nothing to it.
-    full.token_equivalent_duration = float("inf")
-    full.concurrent_bucketing = False  # Lhotse: not deterministic
+    changes["token_equivalent_duration"] = float("inf")
+    changes["concurrent_bucketing"] = False  # Lhotse: not deterministic
+    changes["shard_seed"] = seed
+    if isinstance(seed, int):
+        changes["seed"] = seed  # reverberation takes this one
+    full.update({key: value for key, value in changes.items() if key in full})
+    return full

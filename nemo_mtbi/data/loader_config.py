@@ -27,10 +27,18 @@ SOURCE_KEYS = (
     "max_open_streams",
     "reweight_temperature",
     "shuffle",
-    "shard_seed",
 )
 PATH_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "noise_path", "rir_path")
 LOCATION_KEYS = ("input_cfg", "cuts_path", "shar_path", "manifest_filepath")
+
+# Where we differ from NeMo's defaults, if the user's configuration is silent.
+DEFAULTS = {
+    "max_duration": 300.0,  # no limit in NeMo; a two-hour recording is to be counted, not to end the run out of memory
+    # 10000 each in NeMo, which a small blend fills by reading its data over and over before the first batch.
+    "bucket_buffer_size": 2000,
+    "shuffle_buffer_size": 2000,
+    "num_cuts_for_bins_estimate": 1000,
+}
 
 _CUTS_AUDIO = "it would cut or join what the behaviors are about. Remove it; long audio is left out by max_duration"
 _BLEND = "blend sources with input_cfg and weights instead"
@@ -84,7 +92,7 @@ def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int 
     known = {entry.name for entry in fields(LhotseDataLoadingConfig)}
     _check_known(given, known)
     for key, remedy in REFUSED.items():
-        if given.get(key) is not None and given[key] != getattr(defaults, key):
+        if given.get(key) is not None and given[key] != getattr(defaults, key, None):
             raise ValueError(f"data key {key}={given[key]!r} is not supported: {remedy}")
     _check_batch_size(given)
     _check_seeds(given)
@@ -93,10 +101,13 @@ def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int 
             f"sample_rate is {given['sample_rate']}, but the speech encoder hears {sample_rate}: remove the key, all "
             "audio is resampled"
         )
-    full = make_structured_with_schema_warnings(
-        OmegaConf.create({key: value for key, value in given.items() if key in known and key != "shard_seed"})
-    )
+    values = {key: value for key, value in given.items() if key in known and key != "shard_seed"}
+    full = make_structured_with_schema_warnings(OmegaConf.create({**DEFAULTS, **values}))
     full.sample_rate = sample_rate
+    if full.bucket_duration_bins is not None:
+        full.use_bucketing = True  # as NeMo 3 does
+    if full.use_bucketing and "shuffle_buffer_size" not in given:
+        full.shuffle_buffer_size = None  # Lhotse would add it to the buffer of the buckets
     return full, given.get("rows_per_cut")
 
 

@@ -31,7 +31,7 @@ ARCHITECTURE = dict(
     ffn_hidden_size=512,
     max_sequence_length=256,
 )
-VOCABULARY = 1800
+VOCABULARY = 2000
 MARKS = ('"', "{", "}", ",", ":", "*", "?")
 
 
@@ -97,8 +97,7 @@ def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[
 
     def ids(word: str) -> int:
         if word not in cache:
-            token = chat._token(word)
-            cache[word] = token if token is not None else chat.encode(word)[0]
+            (cache[word],) = [chat.tokenizer.token_to_id(FILL)] if word == FILL else chat.encode(word)
         return cache[word]
 
     while True:

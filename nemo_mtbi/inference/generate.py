@@ -15,7 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from nemo_mtbi.data.layout import group_by_length
-from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel.cpu import megatron_device
 
 
@@ -48,8 +48,8 @@ def left_pad(layouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Pads layouts on the left with token 0.
 
     Returns:
-        The layout ``[R, T]`` and a mask ``[R, 1, T, T]``, true where attention is forbidden. A padding position attends
-        to itself alone: a row of the mask that forbids everything would give NaN.
+        The layout ``[R, T]`` and a mask ``[R, 1, T, T]``, true where attention is forbidden. A padding position
+        attends to itself alone: a row of the mask that forbids everything would give NaN.
     """
     longest = max(len(layout) for layout in layouts)
     padding = torch.tensor([longest - len(layout) for layout in layouts])
@@ -64,7 +64,7 @@ def left_pad(layouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _generate_batch(
-    model: SpeechLLM, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, max_new_tokens: int
+    model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, max_new_tokens: int
 ) -> list[Generated]:
     """Answers one batch. The decoder must be in ``eval()``."""
     device = model.device
@@ -95,7 +95,7 @@ def _generate_batch(
 
 
 def generate(
-    model: SpeechLLM,
+    model: LayoutDecoder,
     layouts: Sequence[Sequence[int]],
     frames: Tensor,
     end_id: int,
@@ -113,15 +113,17 @@ def generate(
         progress: called with the number of rows answered, after each batch.
 
     Raises:
-        ValueError: if a prompt and its answer could pass the LLM's longest sequence.
+        ValueError: if a prompt and its answer could pass the LLM's longest sequence, or it points past ``frames``.
     """
     limit = model.decoder.max_sequence_length - config.max_new_tokens
     for layout in layouts:
         if not 0 < len(layout) <= limit:
             raise ValueError(
-                f"a prompt has {len(layout)} positions; with max_new_tokens={config.max_new_tokens} the LLM takes 1 to "
-                f"{limit}: use shorter audio or fewer new tokens"
+                f"a prompt has {len(layout)} positions; with max_new_tokens={config.max_new_tokens} the LLM takes 1 "
+                f"to {limit}: use shorter audio or fewer new tokens"
             )
+        if -min(layout) > len(frames):
+            raise ValueError(f"a prompt points at speech frame {-min(layout) - 1}, but there are {len(frames)} frames")
     results: list[Generated | None] = [None] * len(layouts)
     costs = [len(layout) + config.max_new_tokens for layout in layouts]
     training = model.decoder.training
@@ -131,7 +133,7 @@ def generate(
             for group in group_by_length(costs, config.batch_tokens):
                 batch = [layouts[i] for i in group]
                 answers = _generate_batch(model, batch, frames, end_id, config.max_new_tokens)
-                for i, answer in zip(group, answers):
+                for i, answer in zip(group, answers, strict=True):
                     results[i] = answer
                 if progress:
                     progress(len(group))

@@ -13,7 +13,7 @@ from torch import Tensor
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import group_by_length, speech
 from nemo_mtbi.inference.generate import Generated, GenerationConfig, generate
-from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Responder:
     """Answers with one model, chat format and decoding configuration.
 
     Attributes:
-        model: the speech LLM.
+        model: the speech LLM; a `LayoutDecoder` alone answers text only.
         chat: its chat format.
         config: decoding parameters.
         encode_seconds: longest padded audio, in seconds, that is encoded at once.
     """
 
-    model: SpeechLLM
+    model: SpeechLLM | LayoutDecoder
     chat: ChatFormat
     config: GenerationConfig
     encode_seconds: float = 300.0

@@ -52,8 +52,8 @@ class ConnectorConfig:
         if abs(encoder_rate / best - self.frame_rate) > 0.2 * self.frame_rate:
             reachable = ", ".join(f"{encoder_rate / factor:g}" for factor in factors[:5])
             raise ValueError(
-                f"model.connector.frame_rate {self.frame_rate} Hz can't be made from an encoder at {encoder_rate:g} Hz "
-                f"with kind={self.kind}; choose one of {reachable}, … Hz"
+                f"model.connector.frame_rate {self.frame_rate} Hz can't be made from an encoder at {encoder_rate:g} "
+                f"Hz with kind={self.kind}; choose one of {reachable}, … Hz"
             )
         return best
 
@@ -99,14 +99,14 @@ class Connector(nn.Module):
             ``[U, C, H]`` connector frames and their ``[U]`` valid lengths. Padding never reaches a valid frame.
         """
         x = frames.masked_fill(_padding(frames, lengths), 0.0)  # [U, E, D]
-        for conv, stage in zip(self.convs, self.stages):
+        for conv, stage in zip(self.convs, self.stages, strict=False):  # stacking is a stage without one
             x = F.gelu(conv(x.transpose(1, 2)).transpose(1, 2))  # [U, C, W]
             lengths = (lengths + stage.padding - stage.kernel).div(stage.stride, rounding_mode="floor") + 1
             x = x.masked_fill(_padding(x, lengths), 0.0)
         if self.stacking > 1:
             lengths = lengths // self.stacking
             whole = x.shape[1] // self.stacking
-            x = x[:, : whole * self.stacking].reshape(x.shape[0], whole, -1)  # [U, C, D * stacking]
+            x = x[:, : whole * self.stacking].reshape(x.shape[0], whole, self.stacking * x.shape[2])  # [U, C, S * D]
         return self.mlp(self.norm(x)), lengths.clamp(min=0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,16 +128,27 @@ def load_text_llm(name: str | Path, dtype: torch.dtype = torch.float32, weights:
             f"model.pretrained_llm={name}: {path} lacks {', '.join(missing)}; it is no text LLM directory"
         )
     settings = yaml.safe_load((path / "llm.yaml").read_text())
-    if settings.get("format_version") != 1:
-        raise ValueError(
-            f"{path / 'llm.yaml'} has format_version {settings.get('format_version')}; this version reads 1"
-        )
+    version = settings.get("format_version") if isinstance(settings, dict) else None
+    if version != 1:
+        raise ValueError(f"{path / 'llm.yaml'} has format_version {version}; this version reads 1")
+    try:
+        turn, end = tuple(settings["chat"]["turn"]), settings["chat"]["end"]
+        architecture = DecoderConfig(**settings["architecture"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'llm.yaml'} lacks a key, or has one too many: {error}") from error
     tokenizer = SentencePieceTokenizer(str(path / "tokenizer.model"))
-    chat = ChatFormat(tuple(settings["chat"]["turn"]), settings["chat"]["end"], tokenizer)
-    decoder = GPTDecoder(DecoderConfig(**settings["architecture"]), dtype)
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LLM embeds {architecture.vocab_size}: "
+            "they do not belong together"
+        )
+    decoder = GPTDecoder(architecture, dtype)
     if weights:
-        load_decoder_weights(decoder, load_file(path / "model.safetensors"))
-    return TextLLM(decoder, chat, llm_fingerprint(path))
+        try:
+            load_decoder_weights(decoder, load_file(path / "model.safetensors"))
+        except SafetensorError as error:
+            raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}; copy it again") from error
+    return TextLLM(decoder, ChatFormat(turn, end, tokenizer), llm_fingerprint(path))
 
 
 def load_asr_model(name: str | Path):

@@ -26,8 +26,8 @@ class SpeechEncoder(nn.Module):
         self.preprocessor = asr_model.preprocessor
         self.encoder = asr_model.encoder
         self.sample_rate = int(asr_model.cfg.sample_rate)
-        self.size = int(self.encoder.d_model)
         self.stages = tuple(_front_end_stages(self.preprocessor)) + tuple(_subsampling_stages(self.encoder))
+        self.size = int(self.encoder.d_model)
         self.requires_grad_(False)
         self.eval()
         self._check_stages()
@@ -38,7 +38,7 @@ class SpeechEncoder(nn.Module):
         return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
 
     def train(self, mode: bool = True) -> SpeechEncoder:
-        """Stays in ``eval()``: dither, dropout, SpecAugment and batch statistics belong to the encoder's own training."""
+        """Stays in ``eval()``: dither, dropout and batch statistics belong to the encoder's own training."""
         return super().train(False)
 
     @torch.no_grad()
@@ -75,7 +75,12 @@ class SpeechEncoder(nn.Module):
 
 def _front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
     """The short-time Fourier transform as NeMo counts it (``FilterbankFeatures.get_seq_len``)."""
-    featurizer = preprocessor.featurizer
+    featurizer = getattr(preprocessor, "featurizer", None)
+    if not hasattr(featurizer, "get_seq_len"):
+        raise ValueError(
+            f"the frames of {type(preprocessor).__name__} can't be counted; use an ASR model whose front end is "
+            "AudioToMelSpectrogramPreprocessor"
+        )
     padding = featurizer.n_fft // 2 * 2 if featurizer.stft_pad_amount is None else featurizer.stft_pad_amount * 2
     probe = torch.tensor([featurizer.n_fft + 10 * featurizer.hop_length])
     plain = (int(probe) + padding - featurizer.n_fft) // featurizer.hop_length
@@ -98,6 +103,6 @@ def _subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
             )
     except AttributeError as error:
         raise ValueError(
-            f"{type(encoder).__name__} with {type(subsampling).__name__} has no convolutional subsampling whose lengths "
-            "can be counted; use a Conformer or FastConformer encoder"
+            f"{type(encoder).__name__} with {type(subsampling).__name__} has no convolutional subsampling whose "
+            "lengths can be counted; use a Conformer or FastConformer encoder"
         ) from error

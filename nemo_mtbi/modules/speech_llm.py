@@ -17,50 +17,16 @@ from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 
 
-class SpeechLLM(nn.Module):
-    """The model of one rank. Encoder and decoder are frozen, the connector trains.
+class LayoutDecoder(nn.Module):
+    """The frozen decoder behind layouts. Alone it is the text LLM: its layouts hold token ids only."""
 
-    The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
-    inside ``generate``, where its cache needs ``eval()``.
-    """
-
-    def __init__(self, encoder: SpeechEncoder, connector: ConnectorConfig, decoder: GPTDecoder):
+    def __init__(self, decoder: GPTDecoder):
         super().__init__()
-        self.encoder = encoder
         self.decoder = decoder.requires_grad_(False)
-        self.connector = Connector(connector, encoder.size, decoder.config.hidden_size, encoder.frame_rate)
-
-    @property
-    def frame_counter(self) -> FrameCounter:
-        """Counts connector frames from samples, for the data side."""
-        return FrameCounter(self.encoder.stages + self.connector.stages, self.encoder.sample_rate)
 
     @property
     def device(self) -> torch.device:
-        return self.connector.mlp[0].weight.device
-
-    def encode(self, batch: StepBatch) -> Tensor:
-        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to the connector.
-
-        Raises:
-            RuntimeError: if an utterance yields another number of frames than the data side counted.
-        """
-        return self.encode_audio(batch.audio, batch.audio_lengths, batch.frame_lengths, batch.cut_ids)
-
-    def encode_audio(self, audio: Tensor, lengths: Tensor, expected: Tensor, names: list[str] | None = None) -> Tensor:
-        """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
-        if not len(audio):
-            return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
-        encoded, encoded_lengths = self.encoder(audio, lengths)  # [U, E, D]
-        frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
-        found = frame_lengths.tolist()
-        for index, (have, want) in enumerate(zip(found, expected.tolist())):
-            if have != want:
-                raise RuntimeError(
-                    f"{names[index] if names else f'utterance {index}'} has {have} speech frames, but its layout was "
-                    f"built for {want}: data and model disagree on the encoder; build the dataset from this model"
-                )
-        return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
+        return self.decoder.device
 
     def embed(self, layout: Tensor, frames: Tensor) -> Tensor:
         """Token ids take the LLM's embedding row, negative values take speech frames: one gather each.
@@ -77,6 +43,47 @@ class SpeechLLM(nn.Module):
             speech = F.embedding((-layout - 1).clamp(min=0), frames.to(tokens.dtype))  # [R, T, H]
             tokens = torch.where((layout < 0).unsqueeze(-1), speech, tokens)
         return tokens.transpose(0, 1).contiguous()
+
+
+class SpeechLLM(LayoutDecoder):
+    """The model of one rank. Encoder and decoder are frozen, the connector trains.
+
+    The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
+    inside ``generate``, where its cache needs ``eval()``.
+    """
+
+    def __init__(self, encoder: SpeechEncoder, connector: ConnectorConfig, decoder: GPTDecoder):
+        super().__init__(decoder)
+        self.encoder = encoder
+        self.connector = Connector(connector, encoder.size, decoder.config.hidden_size, encoder.frame_rate)
+
+    @property
+    def frame_counter(self) -> FrameCounter:
+        """Counts connector frames from samples, for the data side."""
+        return FrameCounter(self.encoder.stages + self.connector.stages, self.encoder.sample_rate)
+
+    def encode(self, batch: StepBatch) -> Tensor:
+        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to the connector.
+
+        Raises:
+            RuntimeError: if an utterance yields another number of frames than the data side counted.
+        """
+        return self.encode_audio(batch.audio, batch.audio_lengths, batch.frame_lengths, batch.cut_ids)
+
+    def encode_audio(self, audio: Tensor, lengths: Tensor, expected: Tensor, names: list[str] | None = None) -> Tensor:
+        """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
+        if not len(audio):
+            return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
+        encoded, encoded_lengths = self.encoder(audio, lengths)  # [U, E, D]
+        frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
+        found = frame_lengths.tolist()
+        for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
+            if have != want:
+                raise RuntimeError(
+                    f"{names[index] if names else f'utterance {index}'} has {have} speech frames, but its layout was "
+                    f"built for {want}: data and model disagree on the encoder; build the dataset from this model"
+                )
+        return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
     def loss_sum(self, microbatch: MicroBatch, frames: Tensor) -> Tensor:
         """Summed cross entropy of the response tokens of one microbatch."""
@@ -99,7 +106,7 @@ class SpeechLLM(nn.Module):
         """
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
-        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / num_targets, forward_only=False)
+        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only=False)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
         return losses
@@ -114,6 +121,9 @@ class SpeechLLM(nn.Module):
     ) -> Tensor:
         """Sends the microbatches through Megatron's schedule; each loss is its sum times ``scale``."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
+            return torch.zeros((), device=self.device)
 
         def forward_step(iterator, decoder):
             microbatch = next(iterator)

@@ -15,8 +15,9 @@ from unittest import mock
 
 import torch
 
-_lock = threading.RLock()
-_depth = 0
+_lock = threading.Lock()
+_depth = 0  # bodies that are running, in all threads
+_patches = contextlib.ExitStack()
 
 
 class _CpuTorch:
@@ -44,33 +45,44 @@ class _NoRngTracker:
         return True
 
 
+def _patch() -> None:
+    """Puts the CPU's answers in the place of CUDA's; ``_patches.close()`` takes them away."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.tensor_parallel import layers, random
+
+    tracker = _NoRngTracker()
+    for target, name, value in (
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
+        (schedules, "torch", _CpuTorch()),
+        (random, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
+        (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
+    ):
+        _patches.enter_context(mock.patch.object(target, name, value))
+
+
 @contextlib.contextmanager
 def megatron_device(device: torch.device | str = "cpu") -> Iterator[None]:
     """Runs Megatron-core code on ``device``. On CUDA nothing is changed; nested use costs nothing.
+
+    Threads may overlap (a server answers several requests): the last one out restores the names.
 
     Args:
         device: where the model's parameters are.
     """
     global _depth
-    if torch.device(device).type == "cuda" or _depth:
+    if torch.device(device).type == "cuda":
         yield
         return
-    from megatron.core.pipeline_parallel import schedules
-    from megatron.core.tensor_parallel import layers, random
-
-    tracker = _NoRngTracker()
-    with _lock, contextlib.ExitStack() as stack:
-        for target, name, value in (
-            (torch.cuda, "current_device", lambda: torch.device("cpu")),
-            (torch.cuda, "synchronize", lambda *args, **kwargs: None),
-            (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
-            (schedules, "torch", _CpuTorch()),
-            (random, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
-            (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
+    with _lock:
+        if _depth == 0:
+            _patch()
         _depth += 1
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with _lock:
             _depth -= 1
+            if _depth == 0:
+                _patches.close()

@@ -32,8 +32,8 @@ def initialize(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
         )
         if sizes != (tensor_parallel, pipeline_parallel):
             raise ValueError(
-                f"Megatron's groups were started with TP x PP = {sizes}, now {(tensor_parallel, pipeline_parallel)} is "
-                "wanted: one process serves one layout, start another process"
+                f"Megatron's groups were started with TP x PP = {sizes}, now {(tensor_parallel, pipeline_parallel)} "
+                "is wanted: one process serves one layout, start another process"
             )
         return
     if dist.get_world_size() % (tensor_parallel * pipeline_parallel):

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generalization benchmark: every task on every test utterance, by text and by speech."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from lhotse.cut import Cut
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from nemo_mtbi.data.behaviors import custom_value, transcript
+from nemo_mtbi.data.dataset import load_samples
+from nemo_mtbi.data.tasks import Task, TaskPool, draw_prompt
+from nemo_mtbi.evaluation.report import Answer
+from nemo_mtbi.inference.respond import Responder
+
+SEEN, NEW_WORDINGS, NEW_TASKS = "seen", "heldout_wordings", "heldout_tasks"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of the benchmark: a prompt about an utterance."""
+
+    utterance: int
+    task: Task
+    prompt: str
+    group: str
+
+
+def questions(cuts: Sequence[Cut], pool: TaskPool, seed: int) -> list[Question]:
+    """Every task on every cut: trained tasks with a seen and a held-out wording, held-out tasks with one of theirs.
+
+    A pure function of its arguments; the wordings are drawn for each cut and task.
+    """
+    rows = []
+    for index, cut in enumerate(cuts):
+        for task in pool.train:
+            rows.append(Question(index, task, draw_prompt(task.prompts, "seen", seed, cut.id, task.name), SEEN))
+            if task.heldout_prompts:
+                prompt = draw_prompt(task.heldout_prompts, "heldout", seed, cut.id, task.name)
+                rows.append(Question(index, task, prompt, NEW_WORDINGS))
+        for task in pool.heldout:
+            prompt = draw_prompt(task.prompts, "task", seed, cut.id, task.name)
+            rows.append(Question(index, task, prompt, NEW_TASKS))
+    return rows
+
+
+def run_benchmark(
+    responder: Responder, cuts: Iterable[Cut], pool: TaskPool, seed: int = 0, progress: bool = True
+) -> list[Answer]:
+    """Asks every question by transcript and by speech.
+
+    Args:
+        responder: the model. The text answers come from the same decoder.
+        cuts: test utterances; the custom field ``references`` (task to right answer) is used where it is there.
+        pool: tasks.
+        seed: of the wordings.
+        progress: show a bar.
+
+    Raises:
+        BadAudioError: if a test utterance can't be used. A benchmark leaves nothing out.
+    """
+    cuts = list(cuts)
+    samples: list[Tensor] = [load_samples(cut, responder.model.frame_counter) for cut in cuts]
+    texts = [transcript(cut) for cut in cuts]
+    references = [custom_value(cut, "references") or {} for cut in cuts]
+    rows = questions(cuts, pool, seed)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+    with bar if progress else nullcontext():
+        by_text = bar.add_task("answers to text", total=len(rows))
+        by_speech = bar.add_task("answers to speech", total=len(rows))
+        text = responder.text(
+            [(row.prompt, texts[row.utterance]) for row in rows], lambda n: bar.advance(by_text, n)
+        )
+        speech = responder.speech(
+            samples, [(row.prompt, row.utterance) for row in rows], lambda n: bar.advance(by_speech, n)
+        )
+    return [
+        Answer(
+            cut_id=cuts[row.utterance].id,
+            task=row.task.name,
+            prompt=row.prompt,
+            group=row.group,
+            scoring=row.task.scoring,
+            transcript=texts[row.utterance],
+            reference=references[row.utterance].get(row.task.name),
+            text=text_answer,
+            speech=speech_answer,
+        )
+        for row, text_answer, speech_answer in zip(rows, text, speech, strict=True)
+    ]

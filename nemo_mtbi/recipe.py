@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``data:`` section: builds a corpus, lets the text LLM answer its tasks, and hands the cuts to training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_mtbi.data.corpus import cached, digest_of, load_corpus
+from nemo_mtbi.data.digits import build_digits, list_speakers
+from nemo_mtbi.data.synthetic import build_synthetic
+from nemo_mtbi.data.targets import TargetPlan, generate_targets, read_targets
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.modules.pretrained import DEMO, load_asr_model, load_text_llm, resolve
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.parallel import groups
+
+KINDS = ("synthetic", "digits")
+
+
+@dataclass
+class AdaptConfig:
+    """CTC training of the encoder on the corpus before MTBI (``steps: 0``: none)."""
+
+    steps: int = 0
+    learning_rate: float = 5e-4
+    batch_duration: float = 60.0
+    replay_utterances: int = 2000  # synthetic sentences mixed in, so that the encoder keeps what it knew
+
+
+@dataclass
+class DataConfig:
+    """Everything that stands under ``data:``.
+
+    Attributes:
+        kind: ``synthetic`` (espeak-ng) or ``digits`` (a clone of the Free Spoken Digit Dataset).
+        cache_dir: corpora, targets and adapted encoders are kept here, by the hash of what made them.
+        tasks: task pool YAML, or ``demo``.
+        seed: of sentences, voices, recordings and tasks drawn. Training has its own.
+        train_utterances, validation_utterances, test_utterances: sizes.
+        tasks_per_cut: trained tasks answered about each training utterance; ``null``: all.
+        digits_dir: the clone, for ``kind: digits``.
+        heldout_speakers: speakers of the test utterances; all others are trained on.
+        adapt: encoder adaptation.
+    """
+
+    kind: str = "synthetic"
+    cache_dir: str = "~/.cache/nemo_mtbi"
+    tasks: str = "demo"
+    seed: int = 0
+    train_utterances: int = 3000
+    validation_utterances: int = 50
+    test_utterances: int = 150
+    tasks_per_cut: int | None = 8
+    prompts_per_task: int = 1
+    digits_dir: str | None = None
+    heldout_speakers: list[str] = field(default_factory=list)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and the benchmark read: cut manifests and the encoder that fits them."""
+
+    train: list[Path]
+    validation: list[Path]
+    test: Path
+    pretrained_asr: str
+    pool: TaskPool
+
+
+def parse_data_config(cfg: Mapping) -> DataConfig:
+    """Checks a ``data:`` section.
+
+    Raises:
+        ValueError: unknown key, wrong type or contradiction.
+    """
+    try:
+        config: DataConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), cfg))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"data.{error.full_key}: {str(error).splitlines()[0]}") from error
+    if config.kind not in KINDS:
+        raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
+    if config.kind == "digits":
+        if not config.digits_dir:
+            raise ValueError("data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset")
+        speakers = list_speakers(config.digits_dir)
+        unknown = sorted(set(config.heldout_speakers) - set(speakers))
+        if unknown or not config.heldout_speakers or set(config.heldout_speakers) == set(speakers):
+            raise ValueError(
+                f"data.heldout_speakers is {config.heldout_speakers}; name some, not all, of {', '.join(speakers)}"
+            )
+    return config
+
+
+def load_pool(tasks: str) -> TaskPool:
+    """The task pool of a YAML file, or of the demo."""
+    return TaskPool.from_yaml(DEMO / "tasks.yaml" if tasks == "demo" else tasks)
+
+
+def prepare(config: DataConfig, model: Mapping) -> Prepared:
+    """Builds corpus, adapted encoder and targets, or finds them in the cache.
+
+    Args:
+        config: the ``data:`` section.
+        model: the ``model:`` section, for its LLM, encoder and decoding parameters.
+    """
+    pool = load_pool(config.tasks)
+    folders = {split: _build(config, split) for split in ("train", "validation", "test")}
+    asr = _adapt(config, model["pretrained_asr"], folders["train"])
+    limit = model["generation"]["max_new_tokens"]
+    plans = {
+        "train": TargetPlan(config.tasks_per_cut, config.prompts_per_task, max_new_tokens=limit, seed=config.seed),
+        "validation": TargetPlan(max_new_tokens=limit, seed=config.seed),
+    }
+    with text_responder(model) as (responder, fingerprint):
+        shards = {}
+        for split, plan in plans.items():
+            name = digest_of([folders[split].name, fingerprint, repr(plan), pool.fingerprint()])
+            shards[split] = generate_targets(
+                load_corpus(folders[split]),
+                Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
+                pool=pool,
+                chat=responder.chat,
+                respond=lambda layouts: [(a.ids, a.truncated) for a in responder.layouts(layouts)],
+                provenance={"llm": fingerprint},
+                plan=plan,
+            )
+    return Prepared(shards["train"], shards["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
+
+
+@contextlib.contextmanager
+def text_responder(model: Mapping) -> Iterator[tuple[Responder, str]]:
+    """The text LLM of a ``model:`` section alone, with its fingerprint."""
+    groups.initialize()
+    llm = load_text_llm(model["pretrained_llm"])
+    yield Responder(LayoutDecoder(llm.decoder), llm.chat, GenerationConfig(**model["generation"])), llm.fingerprint
+
+
+def _build(config: DataConfig, split: str) -> Path:
+    """The corpus folder of one split."""
+    size = getattr(config, f"{split}_utterances")
+    common = dict(num_utterances=size, seed=config.seed, split=split, with_references=split == "test")
+    if config.kind == "synthetic":
+        return build_synthetic(config.cache_dir, **common)
+    speakers = list_speakers(config.digits_dir)
+    if split == "test":
+        chosen = list(config.heldout_speakers)
+    else:
+        chosen = [speaker for speaker in speakers if speaker not in config.heldout_speakers]
+    return build_digits(config.cache_dir, config.digits_dir, speakers=chosen, augment=split == "train", **common)
+
+
+def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
+    """Path of the encoder adapted to the training corpus, or the encoder as it is."""
+    adapt = config.adapt
+    if not adapt.steps:
+        return pretrained_asr
+    source = resolve(pretrained_asr, "model.pretrained_asr", "encoder.nemo")
+    key = {"source": digest_of(source.read_bytes().hex()), "corpus": corpus.name, "adapt": vars(adapt)}
+
+    def build(work: Path, final: Path) -> None:
+        from nemo_mtbi.models.ctc import train_ctc
+        from nemo_mtbi.modules.archive import TensorArchive
+
+        cuts = [corpus / "cuts.jsonl.gz"]
+        if adapt.replay_utterances:
+            replay = build_synthetic(
+                config.cache_dir, num_utterances=adapt.replay_utterances, seed=config.seed, split="train"
+            )
+            cuts.append(replay / "cuts.jsonl.gz")
+        model = load_asr_model(pretrained_asr)
+        train_ctc(
+            model,
+            cuts,
+            steps=adapt.steps,
+            learning_rate=adapt.learning_rate,
+            seed=config.seed,
+            batch_duration=adapt.batch_duration,
+        )
+        model._save_restore_connector = TensorArchive()
+        model.save_to(str(work / "encoder.nemo"))
+
+    return str(cached(build, config.cache_dir, key, name="encoder") / "encoder.nemo")
+
+
+__all__ = ["AdaptConfig", "DataConfig", "Prepared", "load_pool", "parse_data_config", "prepare", "read_targets"]

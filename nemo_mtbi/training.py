@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run from its configuration to its results: what ``examples/mtbi_train.py`` calls."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lhotse import CutSet
+from lightning.pytorch import Callback, Trainer, seed_everything
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.evaluation.benchmark import run_benchmark
+from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
+from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.recipe import load_pool, parse_data_config, prepare
+
+console = Console()
+SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is asked at the end of a run.
+
+    Attributes:
+        cuts: test utterances; ``null``: those of ``data:``. Without either there is no benchmark.
+        tasks: task pool YAML, or ``demo``.
+        seed: of the wordings.
+    """
+
+    cuts: str | None = None
+    tasks: str = "demo"
+    seed: int = 0
+
+
+class Stopwatch(Callback):
+    """Times the fit, without what comes before and after."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer, module):
+        self._start = time.monotonic()
+
+    def on_train_end(self, trainer, module):
+        self.seconds = time.monotonic() - self._start
+
+
+def train(cfg: DictConfig) -> Path:
+    """Prepares the data, trains the connector, saves the ``.nemo``, runs the benchmark and writes ``results.json``.
+
+    Returns:
+        The path of ``results.json``, or of the ``.nemo`` if there is no benchmark.
+
+    Raises:
+        ValueError: for a key that is unknown, missing or contradictory. All sections are checked before work begins.
+    """
+    started = time.monotonic()
+    unknown = sorted(set(cfg) - set(SECTIONS))
+    if unknown:
+        raise ValueError(f"unknown section {unknown[0]!r}: the configuration has {', '.join(SECTIONS)}")
+    OmegaConf.resolve(cfg)
+    parse_model_config(cfg.model)
+    data = parse_data_config(cfg.data) if cfg.get("data") else None
+    benchmark: BenchmarkConfig = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), cfg.get("benchmark") or {})
+    )
+    pool = load_pool(benchmark.tasks)
+    if data:
+        _say("data", "corpora, encoder and the text LLM's answers (cached)")
+        prepared = prepare(data, cfg.model)
+        pool, benchmark.cuts = prepared.pool, benchmark.cuts or str(prepared.test)
+        with open_dict(cfg):
+            cfg.model.pretrained_asr = prepared.pretrained_asr
+            cfg.model.train_ds.cuts_path = str(prepared.train[0])
+            cfg.model.validation_ds.cuts_path = str(prepared.validation[0])
+    seed_everything(cfg.seed, verbose=False)
+    watch = Stopwatch()
+    trainer = Trainer(**cfg.trainer, callbacks=[watch])
+    folder = Path(exp_manager(trainer, cfg.get("exp_manager")))
+    model = MTBIModel(cfg.model, trainer)
+    _say("training", _sizes(model))
+    trainer.fit(model)
+    nemo = folder / f"{cfg.name}.nemo"
+    model.save_to(str(nemo))
+    if not benchmark.cuts:
+        return nemo
+    _say("benchmark", "every task on every test utterance, by text and by speech")
+    answers = run_benchmark(model.responder(), CutSet.from_file(benchmark.cuts), pool, benchmark.seed)
+    figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
+    path = _report(answers, folder, trainer, seed=cfg.seed, train=figures, nemo=nemo)
+    _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
+    return path
+
+
+def _report(answers: list[Answer], folder: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> Path:
+    """Prints the tables, writes ``results.json``, and puts figures and examples on TensorBoard."""
+    summary = summarize(answers)
+    render(summary, answers, console)
+    if trainer.logger is not None:
+        board = trainer.logger.experiment
+        board.add_text("examples", examples_markdown(answers), trainer.global_step)
+        for group, figures in summary["behavior"].items():
+            if figures["n"]:
+                board.add_scalar(f"benchmark/{group}", figures["agreement"], trainer.global_step)
+        board.flush()
+    return write_results(folder / "results.json", summary=summary, seed=seed, train=train, nemo_path=str(nemo))
+
+
+def peak_rss_gib() -> float:
+    """Most memory this process has held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _sizes(model: MTBIModel) -> str:
+    count = {False: 0, True: 0}
+    for value in model.parameters():
+        count[value.requires_grad] += value.numel()
+    rate = 1 / model.speech_llm.frame_counter.frame_seconds
+    return f"{count[True] / 1e6:.2f} M trained and {count[False] / 1e6:.2f} M frozen parameters, {rate:g} frames/s"
+
+
+def _say(stage: str, text: str) -> None:
+    console.print(f"[bold]{stage}[/bold] · {text}", highlight=False)
+
+

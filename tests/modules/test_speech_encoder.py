@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.testing import tiny_asr_model
+
+
+@pytest.fixture(scope="module")
+def encoder(asr_model):
+    return SpeechEncoder(asr_model)
+
+
+def sound(lengths, seed=0):
+    """Utterances of noise, zero padded: [U, N] and [U]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(n, generator=generator) for n in lengths]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(lengths)
+
+
+def test_it_is_the_front_end_and_the_encoder_of_the_model(encoder, asr_model):
+    audio, lengths = sound([20000, 9000])
+    asr_model.eval()
+    log_probs, expected, _ = asr_model(input_signal=audio, input_signal_length=lengths)
+    frames, found = encoder(audio, lengths)
+    assert frames.shape == (2, 16, 16) and encoder.size == 16
+    assert encoder.frame_rate == 12.5
+    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(asr_model.decoder(encoder_output=frames.transpose(1, 2)), log_probs, rtol=0, atol=1e-6)
+
+
+def test_it_stays_in_eval_and_frozen(encoder):
+    parent = nn.Sequential(encoder)
+    parent.train()
+    assert not any(module.training for module in encoder.modules())
+    assert not any(value.requires_grad for value in encoder.parameters())
+    audio, lengths = sound([16000])
+    first, second = encoder(audio, lengths)[0], encoder(audio, lengths)[0]
+    assert torch.equal(first, second)  # no dropout, no dither
+    assert not first.requires_grad
+
+
+def test_padding_changes_nothing(encoder):
+    lengths = [31999, 16000, 5000, 700]
+    audio, _ = sound(lengths)
+    together, counts = encoder(audio, torch.tensor(lengths))
+    wider, _ = encoder(torch.nn.functional.pad(audio, (0, 16000)), torch.tensor(lengths))
+    for u, n in enumerate(lengths):
+        alone, count = encoder(audio[u : u + 1, :n], torch.tensor([n]))
+        assert count.item() == counts[u]
+        torch.testing.assert_close(together[u, :count], alone[0, :count], rtol=0, atol=1e-5)
+        torch.testing.assert_close(wider[u, :count], alone[0, :count], rtol=0, atol=1e-5)
+
+
+SUBSAMPLING = [("dw_striding", 8), ("dw_striding", 4), ("striding", 4), ("striding", 2)]
+
+
+@pytest.mark.parametrize("kind, factor", SUBSAMPLING)
+def test_frames_are_those_that_the_counter_counts(tmp_path, kind, factor):
+    encoder = SpeechEncoder(tiny_asr_model(tmp_path, subsampling=kind, subsampling_factor=factor))
+    counter = FrameCounter(encoder.stages, encoder.sample_rate)
+    assert counter.samples_per_frame == 160 * factor and encoder.frame_rate == 100 / factor
+    generator = torch.Generator().manual_seed(1)
+    samples = [*range(160, 200), *torch.randint(160, 40000, (300,), generator=generator).tolist()]
+    samples += [edge + offset for edge in range(1280, 20000, 1280) for offset in (-1, 0, 1)]
+    for first in range(0, len(samples), 64):
+        part = samples[first : first + 64]
+        frames, lengths = encoder(torch.zeros(len(part), max(part)), torch.tensor(part))
+        assert lengths.tolist() == [counter(n) for n in part]
+        assert frames.shape[1] >= max(lengths)
+
+
+def test_audio_shorter_than_a_frame_gives_none(encoder):
+    counter = FrameCounter(encoder.stages, encoder.sample_rate)
+    for n in (1, 80, 159, 160):
+        frames, lengths = encoder(*sound([n]))
+        assert lengths.tolist() == [counter(n)] == [int(n == 160)]
+        assert frames.isfinite().all()
+
+
+def test_the_front_end_stays_in_float32(encoder, tmp_path):
+    half = SpeechEncoder(tiny_asr_model(tmp_path))
+    half.encoder.to(torch.bfloat16)
+    seen = []
+    half.preprocessor.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    audio, lengths = sound([16000])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frames, _ = half(audio.to(torch.bfloat16), lengths)
+    reference = encoder.preprocessor(input_signal=audio.to(torch.bfloat16).float(), length=lengths)[0]
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], reference)
+    assert frames.dtype == torch.bfloat16
+
+
+class Quartz(nn.Module):
+    """An encoder that strides elsewhere than in ``pre_encode``."""
+
+    d_model = 4
+
+
+def test_encoders_whose_frames_cannot_be_counted_are_refused(asr_model):
+    def model(**parts):
+        own = {"preprocessor": asr_model.preprocessor, "encoder": asr_model.encoder, "cfg": asr_model.cfg}
+        return SimpleNamespace(**{**own, **parts})
+
+    with pytest.raises(ValueError, match="Quartz.*use a Conformer or FastConformer"):
+        SpeechEncoder(model(encoder=Quartz()))
+    with pytest.raises(ValueError, match="Linear can't be counted; use .* AudioToMelSpectrogramPreprocessor"):
+        SpeechEncoder(model(preprocessor=nn.Linear(2, 2)))
+
+
+def test_an_encoder_that_strides_once_more_is_refused(tmp_path):
+    """Its pre_encode looks well, but a reduction inside halves the frames again."""
+    model = tiny_asr_model(tmp_path, n_layers=2, reduction="pooling", reduction_position=0, reduction_factor=2)
+    with pytest.raises(ValueError, match="its configuration says"):
+        SpeechEncoder(model)
+
+
+def test_stacking_subsampling_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="StackingSubsampling has no convolutional subsampling"):
+        SpeechEncoder(tiny_asr_model(tmp_path, subsampling="stacking"))
