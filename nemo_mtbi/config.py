@@ -77,11 +77,17 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, missing key or contradiction.
     """
-    cfg = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(cfg), resolve=True))
+    if not isinstance(cfg, Mapping):
+        raise ValueError(f"the section model: must hold keys and values, got {cfg!r}")
     try:
-        config: ModelConfig = OmegaConf.to_object(OmegaConf.merge(_schema(), cfg))
+        section = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)  # a copy would lose ${...} of its parent
+        values = OmegaConf.to_container(section, resolve=True)
+        for name in ("connector", "interleave", "generation", "targets"):
+            if not isinstance(values.get(name, {}), (dict, type(None))):  # OmegaConf's error would not name the key
+                raise ValueError(f"model.{name} must hold keys and values, got {values[name]!r}")
+        config: ModelConfig = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error)) from error
+        raise ValueError(explain(error, "model")) from error
     if config.micro_batch_tokens < 1:
         raise ValueError(f"model.micro_batch_tokens is {config.micro_batch_tokens}; it must be at least 1")
     if config.on_bad_audio not in ("raise", "skip"):
@@ -102,10 +108,10 @@ def _schema() -> DictConfig:
     return schema
 
 
-def _explain(error: OmegaConfBaseException) -> str:
-    """One line: where, what, and the nearest known key."""
-    key = f"model.{error.full_key}" if error.full_key else "model"
-    if "Missing mandatory value" in str(error):
+def explain(error: OmegaConfBaseException, section: str) -> str:
+    """What OmegaConf found wrong in a section, in one line: where, what, and the nearest known key."""
+    key = f"{section}.{error.full_key}" if error.full_key else section
+    if "missing mandatory value" in str(error).lower():
         return f"{key} is missing: set it in the YAML or on the command line"
     known = getattr(error, "object_type", None)
     names = list(getattr(known, "__dataclass_fields__", {}))

@@ -6,15 +6,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_mtbi.config import explain
 from nemo_mtbi.data.corpus import cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
 from nemo_mtbi.data.synthetic import build_synthetic
-from nemo_mtbi.data.targets import TargetPlan, generate_targets, read_targets
+from nemo_mtbi.data.targets import TargetPlan, generate_targets
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
@@ -23,6 +25,15 @@ from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
 
 KINDS = ("synthetic", "digits")
+LEAST = {
+    "train_utterances": 1,
+    "validation_utterances": 1,
+    "test_utterances": 1,
+    "tasks_per_cut": 1,
+    "prompts_per_task": 1,
+    "adapt.steps": 0,
+    "adapt.replay_utterances": 0,
+}
 
 
 @dataclass
@@ -69,8 +80,8 @@ class DataConfig:
 class Prepared:
     """What training and the benchmark read: cut manifests and the encoder that fits them."""
 
-    train: list[Path]
-    validation: list[Path]
+    train: Path
+    validation: Path
     test: Path
     pretrained_asr: str
     pool: TaskPool
@@ -85,9 +96,15 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
     try:
         config: DataConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), cfg))
     except OmegaConfBaseException as error:
-        raise ValueError(f"data.{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ValueError(explain(error, "data")) from error
     if config.kind not in KINDS:
         raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
+    for name, least in LEAST.items():
+        value = attrgetter(name)(config)
+        if value is not None and value < least:
+            raise ValueError(f"data.{name} is {value}; it must be at least {least}")
+    if config.kind == "synthetic" and (config.digits_dir or config.heldout_speakers):
+        raise ValueError("data.digits_dir and data.heldout_speakers belong to kind: digits; set it, or remove them")
     if config.kind == "digits":
         if not config.digits_dir:
             raise ValueError("data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset")
@@ -121,10 +138,10 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
         "validation": TargetPlan(max_new_tokens=limit, seed=config.seed),
     }
     with text_responder(model) as (responder, fingerprint):
-        shards = {}
+        targets = {}
         for split, plan in plans.items():
             name = digest_of([folders[split].name, fingerprint, repr(plan), pool.fingerprint()])
-            shards[split] = generate_targets(
+            (targets[split],) = generate_targets(
                 load_corpus(folders[split]),
                 Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
                 pool=pool,
@@ -132,8 +149,9 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
                 respond=lambda layouts: [(a.ids, a.truncated) for a in responder.layouts(layouts)],
                 provenance={"llm": fingerprint},
                 plan=plan,
+                shard_size=getattr(config, f"{split}_utterances"),
             )
-    return Prepared(shards["train"], shards["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
+    return Prepared(targets["train"], targets["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
 
 
 @contextlib.contextmanager
@@ -189,6 +207,3 @@ def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
         model.save_to(str(work / "encoder.nemo"))
 
     return str(cached(build, config.cache_dir, key, name="encoder") / "encoder.nemo")
-
-
-__all__ = ["AdaptConfig", "DataConfig", "Prepared", "load_pool", "parse_data_config", "prepare", "read_targets"]

@@ -3,25 +3,31 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import resource
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.config import ModelConfig, explain, parse_model_config
+from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.models.mtbi_model import MTBIModel
-from nemo_mtbi.recipe import load_pool, parse_data_config, prepare
+from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 
 console = Console()
 SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
+REQUIRED = ("name", "seed", "model", "model.train_ds", "model.validation_ds", "model.optim", "trainer", "exp_manager")
 
 
 @dataclass
@@ -62,28 +68,22 @@ def train(cfg: DictConfig) -> Path:
         ValueError: for a key that is unknown, missing or contradictory. All sections are checked before work begins.
     """
     started = time.monotonic()
-    unknown = sorted(set(cfg) - set(SECTIONS))
-    if unknown:
-        raise ValueError(f"unknown section {unknown[0]!r}: the configuration has {', '.join(SECTIONS)}")
-    OmegaConf.resolve(cfg)
-    parse_model_config(cfg.model)
-    data = parse_data_config(cfg.data) if cfg.get("data") else None
-    benchmark: BenchmarkConfig = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), cfg.get("benchmark") or {})
-    )
-    pool = load_pool(benchmark.tasks)
+    model_config, data, benchmark = _check(cfg)
+    pool, watch = load_pool(benchmark.tasks), Stopwatch()
+    trainer = Trainer(**cfg.trainer, callbacks=[watch])
+    try:
+        folder = Path(exp_manager(trainer, cfg.exp_manager))
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, "exp_manager")) from error
     if data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
-        prepared = prepare(data, cfg.model)
+        prepared = prepare(data, asdict(model_config))
         pool, benchmark.cuts = prepared.pool, benchmark.cuts or str(prepared.test)
         with open_dict(cfg):
             cfg.model.pretrained_asr = prepared.pretrained_asr
-            cfg.model.train_ds.cuts_path = str(prepared.train[0])
-            cfg.model.validation_ds.cuts_path = str(prepared.validation[0])
+            cfg.model.train_ds.cuts_path = str(prepared.train)
+            cfg.model.validation_ds.cuts_path = str(prepared.validation)
     seed_everything(cfg.seed, verbose=False)
-    watch = Stopwatch()
-    trainer = Trainer(**cfg.trainer, callbacks=[watch])
-    folder = Path(exp_manager(trainer, cfg.get("exp_manager")))
     model = MTBIModel(cfg.model, trainer)
     _say("training", _sizes(model))
     trainer.fit(model)
@@ -99,18 +99,46 @@ def train(cfg: DictConfig) -> Path:
     return path
 
 
+def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
+    """Checks the sections and resolves their interpolations, in place."""
+    _check_keys(cfg, SECTIONS, "section")
+    _check_keys(cfg.get("trainer") or {}, inspect.signature(Trainer).parameters, "key trainer.")
+    for name in REQUIRED:
+        if OmegaConf.select(cfg, name) is None:
+            raise ValueError(f"{name} is missing: set it in the YAML or on the command line")
+    try:
+        OmegaConf.resolve(cfg)
+        merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), cfg.get("benchmark") or {})
+        benchmark: BenchmarkConfig = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, "benchmark" if "BenchmarkConfig" in str(error) else "config")) from error
+    model = parse_model_config(cfg.model)
+    for name in ("train_ds", "validation_ds"):
+        check_config(cfg.model[name], cfg.model[name].get("sample_rate") or 16000)  # the model checks the rate
+    return model, parse_data_config(cfg.data) if cfg.get("data") else None, benchmark
+
+
+def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown {what} {key!r}: {hint}")
+
+
 def _report(answers: list[Answer], folder: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> Path:
     """Prints the tables, writes ``results.json``, and puts figures and examples on TensorBoard."""
     summary = summarize(answers)
     render(summary, answers, console)
-    if trainer.logger is not None:
-        board = trainer.logger.experiment
+    path = write_results(folder / "results.json", summary=summary, seed=seed, train=train, nemo_path=str(nemo))
+    board = getattr(trainer.logger, "experiment", None)
+    if hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
         board.add_text("examples", examples_markdown(answers), trainer.global_step)
         for group, figures in summary["behavior"].items():
             if figures["n"]:
                 board.add_scalar(f"benchmark/{group}", figures["agreement"], trainer.global_step)
         board.flush()
-    return write_results(folder / "results.json", summary=summary, seed=seed, train=train, nemo_path=str(nemo))
+    return path
 
 
 def peak_rss_gib() -> float:
@@ -128,5 +156,3 @@ def _sizes(model: MTBIModel) -> str:
 
 def _say(stage: str, text: str) -> None:
     console.print(f"[bold]{stage}[/bold] · {text}", highlight=False)
-
-

@@ -2,7 +2,7 @@
 """From samples to connector frames without running a model.
 
 Every stage between the waveform and the connector's output (short-time Fourier transform, strided convolutions, frame
-stacking) maps a length ``n`` to ``floor((n + padding - kernel) / stride) + 1``. The data side multiplies the stages out
+stacking) maps a length ``n`` to ``floor((n + padding - kernel) / stride) + 1``. The data side chains the stages
 to know the exact number of frames of an utterance before it is encoded.
 """
 

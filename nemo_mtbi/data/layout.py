@@ -3,7 +3,7 @@
 
 A value ``v >= 0`` is a token id; ``v < 0`` is speech frame ``-(v + 1)`` of the connector's output. Prompt order, audio
 first or last, text-only rows and every kind of interleaving are nothing but different layouts, made here by pure
-functions on the CPU and injected into the decoder by one gather (:meth:`nemo_mtbi.modules.speech_llm.SpeechLLM.embed`).
+functions on the CPU and injected into the decoder by one gather (``LayoutDecoder.embed``).
 There are no placeholder tokens, and masks come from lengths and never from ids: the pad token may equal the end token.
 """
 
@@ -28,7 +28,7 @@ class Row:
     """One task on one utterance. Speech values count from the utterance's own first frame.
 
     Attributes:
-        layout: what the decoder reads, ``T`` values (the last token of the sequence is only a label, so it is not here).
+        layout: what the decoder reads, ``T`` values (the last token of the sequence is only a label: not here).
         labels: ``T`` values: the token that position ``t`` must predict, or :data:`IGNORE`.
         utterance: index of the utterance in the step, or ``None`` for a row without speech.
     """
@@ -73,7 +73,7 @@ class MicroBatch:
         """
         lengths = torch.tensor([len(row.layout) for row in rows])
         size = (len(rows), int(lengths.max()))
-        layout = torch.zeros(size, dtype=torch.int64)  # pad value 0 is a real token: right of the end, never attended to
+        layout = torch.zeros(size, dtype=torch.int64)  # padding: behind the end, never attended to
         labels = torch.full(size, IGNORE, dtype=torch.int64)
         for r, row in enumerate(rows):
             values = torch.tensor(row.layout)

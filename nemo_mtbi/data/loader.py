@@ -49,8 +49,8 @@ def read_drawn_rows(config: Any) -> tuple[CutSet, bool]:
 class DrawnSource:
     """The user's data with rows, opened anew for each pass.
 
-    So whatever is random in a pass (order, mixing, noise, reverberation) depends on the seed and the pass alone, and not
-    on the passes before: a run can enter any pass directly.
+    So whatever is random in a pass (order, mixing, noise, clipping) depends on the seed and the pass alone, and not on
+    the passes before: a run can enter any pass directly.
 
     Args:
         full: NeMo's full configuration, checked.

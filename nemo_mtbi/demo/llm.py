@@ -7,7 +7,6 @@ which words are repeated and a filler token is strewn between them, since speech
 
 from __future__ import annotations
 
-import io
 import math
 import random
 import time
@@ -21,6 +20,7 @@ from nemo_mtbi.data import grammar
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import MicroBatch, Row, make_row
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.data.tokenizer import train_tokenizer
 
 TURN, END, FILL = ["<s>", "{prompt}", "<sep>", "{audio}", "<ans>"], "</s>", "<fill>"
 ARCHITECTURE = dict(
@@ -35,12 +35,10 @@ VOCABULARY = 2000
 MARKS = ('"', "{", "}", ",", ":", "*", "?")
 
 
-def train_tokenizer(pool: TaskPool) -> bytes:
+def build_tokenizer(pool: TaskPool) -> bytes:
     """A SentencePiece model in which every word of the demo world is one piece."""
-    import sentencepiece
-
     rng = random.Random(0)
-    found: set[str] = set()
+    found: set[str] = set(grammar.SPANISH.values())
     for task in pool.tasks:
         for prompt in task.prompts + task.heldout_prompts:
             found.update(prompt.split())
@@ -49,31 +47,20 @@ def train_tokenizer(pool: TaskPool) -> bytes:
         for answer in grammar.ANSWERS.values():
             found.update(answer(sentence).split())
     strip = str.maketrans({mark: " " for mark in MARKS})
-    quoted = {piece for word in found if '"' in word for piece in word.translate(strip).split()}
-    plain = {piece for word in found for piece in word.translate(strip).split()} | set(grammar.SPANISH.values())
-    lines = [word for word in sorted(plain) for _ in range(60)] + [f'"{w}' for w in sorted(quoted) for _ in range(60)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        user_defined_symbols=["<sep>", "<ans>", FILL, *MARKS],
-        minloglevel=2,
-    )
-    return model.getvalue()
+    plain = {piece for word in found for piece in word.translate(strip).split()}
+    quoted = {f'"{piece}' for word in found if '"' in word for piece in word.translate(strip).split()}
+    return train_tokenizer(plain | quoted, VOCABULARY, symbols=["<sep>", "<ans>", FILL, *MARKS])
 
 
 def stretch(words: list[str], rng: random.Random) -> list[str]:
-    """Repeats words and strews fillers as speech frames would, with a strength drawn for the sentence."""
+    """Repeats words and strews fillers as speech frames would, with a strength drawn for the sentence.
+
+    A word said twice always has a filler in between: side by side are the frames of one word.
+    """
     strength, stretched = rng.random(), [FILL] * rng.randrange(3)
     for word in words:
+        if stretched[-1:] == [word]:
+            stretched.append(FILL)
         stretched += [word] * (1 + (rng.random() < 0.6 * strength)) + [FILL] * int(rng.random() * 3 * strength)
     return stretched
 
@@ -114,7 +101,7 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak
 
     groups.initialize()
     torch.manual_seed(seed)
-    tokenizer_model = train_tokenizer(pool)
+    tokenizer_model = build_tokenizer(pool)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(tokenizer_model)
     tokenizer = SentencePieceTokenizer(str(out / "tokenizer.model"))
@@ -138,7 +125,7 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak
 
 
 class MasterWeights:
-    """AdamW on float32 copies of bfloat16 weights: matrix products in bfloat16 are several times faster on new CPUs."""
+    """AdamW on float32 copies of bfloat16 weights: matrix products in bfloat16 are far faster on new CPUs."""
 
     def __init__(self, parameters: Iterable[Tensor], peak_lr: float, clip: float = 1.0):
         self.weights = list(parameters)

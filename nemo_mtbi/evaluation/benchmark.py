@@ -74,9 +74,7 @@ def run_benchmark(
     with bar if progress else nullcontext():
         by_text = bar.add_task("answers to text", total=len(rows))
         by_speech = bar.add_task("answers to speech", total=len(rows))
-        text = responder.text(
-            [(row.prompt, texts[row.utterance]) for row in rows], lambda n: bar.advance(by_text, n)
-        )
+        text = responder.text([(row.prompt, texts[row.utterance]) for row in rows], lambda n: bar.advance(by_text, n))
         speech = responder.speech(
             samples, [(row.prompt, row.utterance) for row in rows], lambda n: bar.advance(by_speech, n)
         )

@@ -12,7 +12,7 @@ from lhotse import Recording
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from nemo_mtbi.data.dataset import BadAudioError, check_samples, load_samples
+from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, check_samples, load_samples
 from nemo_mtbi.data.frames import FrameCounter
 
 
@@ -20,7 +20,7 @@ def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sa
     """Mono ``[n]`` float32 samples at the encoder's rate.
 
     Args:
-        audio: a file that soundfile reads, or an array ``[n]`` or ``[channels, n]``.
+        audio: a file that soundfile reads, or an array ``[n]`` or ``[channels, n]``, floats or PCM integers.
         frames: the model's frame counter.
         sample_rate: of an array, in hertz.
 
@@ -28,12 +28,17 @@ def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sa
         BadAudioError: a ``ValueError`` that names the file and what is wrong with it.
     """
     if isinstance(audio, (str, Path)):
+        if not Path(audio).is_file():
+            raise BadAudioError("unreadable", f"there is no audio file {str(audio)!r}: check the path")
         try:
             cut = Recording.from_file(audio).to_cut()
-        except Exception as error:  # soundfile, audioread and lhotse raise their own kinds for a file that is no audio
+        except LOADING_ERRORS as error:
             raise BadAudioError("unreadable", f"{audio} can't be read as audio: {error}") from error
         return load_samples(cut, frames)
-    samples = np.asarray(audio, dtype=np.float32)
+    samples = np.asarray(audio)
+    if np.issubdtype(samples.dtype, np.integer):  # PCM as WAV files hold it
+        samples = samples / np.iinfo(samples.dtype).max
+    samples = samples.astype(np.float32)
     if samples.ndim == 2:
         samples = samples.mean(axis=0)
     if samples.ndim != 1:

@@ -94,6 +94,25 @@ def _generate_batch(
     return results
 
 
+def check_prompts(
+    model: LayoutDecoder, layouts: Sequence[Sequence[int]], num_frames: int, config: GenerationConfig
+) -> None:
+    """Checks prompt layouts before work is spent on them.
+
+    Raises:
+        ValueError: if a prompt and its answer could pass the LLM's longest sequence, or it points past the last frame.
+    """
+    limit = model.decoder.max_sequence_length - config.max_new_tokens
+    for layout in layouts:
+        if not 0 < len(layout) <= limit:
+            raise ValueError(
+                f"a prompt has {len(layout)} positions; with max_new_tokens={config.max_new_tokens} the LLM takes 1 "
+                f"to {limit}: use shorter audio or fewer new tokens"
+            )
+        if -min(layout) > num_frames:
+            raise ValueError(f"a prompt points at speech frame {-min(layout) - 1}, but there are {num_frames} frames")
+
+
 def generate(
     model: LayoutDecoder,
     layouts: Sequence[Sequence[int]],
@@ -115,15 +134,7 @@ def generate(
     Raises:
         ValueError: if a prompt and its answer could pass the LLM's longest sequence, or it points past ``frames``.
     """
-    limit = model.decoder.max_sequence_length - config.max_new_tokens
-    for layout in layouts:
-        if not 0 < len(layout) <= limit:
-            raise ValueError(
-                f"a prompt has {len(layout)} positions; with max_new_tokens={config.max_new_tokens} the LLM takes 1 "
-                f"to {limit}: use shorter audio or fewer new tokens"
-            )
-        if -min(layout) > len(frames):
-            raise ValueError(f"a prompt points at speech frame {-min(layout) - 1}, but there are {len(frames)} frames")
+    check_prompts(model, layouts, len(frames), config)
     results: list[Generated | None] = [None] * len(layouts)
     costs = [len(layout) + config.max_new_tokens for layout in layouts]
     training = model.decoder.training

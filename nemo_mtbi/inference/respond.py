@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import group_by_length, speech
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, generate
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, check_prompts, generate
 from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
 
 
@@ -56,19 +56,22 @@ class Responder:
             progress: called with the number of rows answered.
 
         Raises:
-            ValueError: if an utterance is too short to own a frame.
+            ValueError: if an utterance is too short to own a frame, or too long for the LLM.
         """
-        frames, offsets, counts = self.encode(audio)
+        counts = [self.model.frame_counter(len(samples)) for samples in audio]
+        offsets = [0, *accumulate(counts)][:-1]
         layouts = []
         for prompt, index in requests:
             if not counts[index]:
                 raise ValueError(f"utterance {index} has {len(audio[index])} samples: too short for one speech frame")
             layouts.append(self.chat.prompt(prompt, speech(offsets[index], counts[index])))
-        return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, frames, progress)]
+        # before hours of audio, which the LLM could not take anyway, fill the memory of the encoder
+        check_prompts(self.model, layouts, sum(counts), self.config)
+        return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, self.encode(audio), progress)]
 
     @torch.no_grad()
-    def encode(self, audio: Sequence[Tensor]) -> tuple[Tensor, list[int], list[int]]:
-        """Connector frames ``[F, H]`` of all utterances in order, the first frame of each, and how many it has."""
+    def encode(self, audio: Sequence[Tensor]) -> Tensor:
+        """Connector frames ``[F, H]`` of all utterances in order."""
         counter, device = self.model.frame_counter, self.model.device
         counts = [counter(len(samples)) for samples in audio]
         parts: list[Tensor | None] = [None] * len(audio)
@@ -79,6 +82,5 @@ class Responder:
             frames = self.model.encode_audio(padded.to(device), lengths.to(device), expected)
             for i, part in zip(group, frames.split(expected.tolist()), strict=True):
                 parts[i] = part
-        offsets = [0, *accumulate(counts)][:-1]
         empty = torch.zeros(0, self.model.decoder.config.hidden_size, device=device)
-        return torch.cat([empty, *parts]), offsets, counts
+        return torch.cat([empty, *parts])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from nemo.collections.asr.models import EncDecCTCModelBPE
 from omegaconf import OmegaConf, open_dict
+
+from nemo_mtbi.data.tokenizer import train_tokenizer
 
 
 def train_ctc(
@@ -113,22 +114,9 @@ def write_tokenizer(folder: str | Path, words: Sequence[str], vocabulary: int) -
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [word for word in words for _ in range(60)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=os.fspath(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=vocabulary,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_file=os.fspath(folder / "tokenizer.model"))
-    split = [word for word in words if len(processor.encode(word)) != 1]
-    if split:
-        raise ValueError(f"a vocabulary of {vocabulary} splits {', '.join(split[:5])}; take a larger one")
+    model = train_tokenizer(words, vocabulary, sentence_marks=False)
+    (folder / "tokenizer.model").write_bytes(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     (folder / "vocab.txt").write_text("\n".join(piece.replace("▁", "##") for piece in pieces[1:]))
     return folder

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from yaml import YAMLError
 
 from nemo_mtbi.config import parse_model_config
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -88,6 +91,10 @@ class MTBIModel(ModelPT):
         )
 
     def _loader(self, config: DictConfig, train: bool):
+        # Longer rows are counted and left out: the LLM has not seen such positions, and generation would refuse them.
+        longest = self.speech_llm.decoder.max_sequence_length
+        longest -= 0 if train else self.config.generation.max_new_tokens
+        config = {"max_tokens": longest, **OmegaConf.to_container(OmegaConf.create(config), resolve=True)}
         return build_dataloader(
             config,
             self._dataset(train),
@@ -206,8 +213,10 @@ class MTBIModel(ModelPT):
             sample_rate: of arrays, in hertz; files know theirs.
 
         Raises:
-            ValueError: if the numbers differ, or audio is empty, silent, not finite or unreadable.
+            ValueError: if the numbers differ, or audio is empty, silent, not finite, unreadable or too long.
         """
+        if isinstance(audio, (str, Path)) or hasattr(audio, "shape"):
+            raise ValueError("audio must be a list of paths or arrays, also for one utterance: audio=[...]")
         prompts = [prompts] * len(audio) if isinstance(prompts, str) else list(prompts)
         if len(prompts) != len(audio):
             raise ValueError(f"{len(audio)} utterances, but {len(prompts)} prompts: give one each, or one for all")
@@ -239,9 +248,15 @@ class MTBIModel(ModelPT):
         register()
         connector = save_restore_connector or TensorArchive()
         try:
+            stored = super().restore_from(restore_path, save_restore_connector=connector, return_config=True)
+            # NeMo would restore whatever class the archive names and return that
+            if stored.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
+                raise ValueError(f"{restore_path} can't be restored: it holds a {stored.get('target')}, no MTBI model")
             return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
-        except (FileNotFoundError, OSError, EOFError, KeyError) as error:
+        except (OSError, EOFError, KeyError, tarfile.TarError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{restore_path} can't be restored: it is no .nemo of an MTBI model ({error})") from error
+        finally:  # NeMo leaves this on after an error, and the next model would be built without its data
+            cls._set_model_restore_state(is_being_restored=False)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:

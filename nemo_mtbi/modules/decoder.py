@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -116,6 +117,14 @@ def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> Mod
     return spec
 
 
+def block_spec(config: DecoderConfig, megatron: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """This stage's layers and final norm. Megatron would take torch's norm for the latter, always in float32."""
+    if HAVE_TE:
+        return layer_spec(config)
+    layers = [layer_spec(config)] * get_num_layers_to_build(megatron)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
 def transformer_config(config: DecoderConfig, dtype: torch.dtype, **parallel) -> TransformerConfig:
     """Megatron's configuration. ``parallel`` holds its own parallelism keys."""
     return TransformerConfig(
@@ -158,10 +167,11 @@ class GPTDecoder(GPTModel):
     """
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype = torch.float32, **parallel):
+        megatron = transformer_config(config, dtype, **parallel)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
-                config=transformer_config(config, dtype, **parallel),
-                transformer_layer_spec=layer_spec(config),
+                config=megatron,
+                transformer_layer_spec=block_spec(config, megatron),
                 vocab_size=config.vocab_size,
                 max_sequence_length=config.max_sequence_length,
                 pre_process=groups.is_first_stage(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def load_asr_model(name: str | Path):
     path = resolve(name, "model.pretrained_asr", "encoder.nemo")
     try:
         return ASRModel.restore_from(str(path), map_location="cpu", save_restore_connector=TensorArchive())
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, tarfile.TarError) as error:
         raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
 
 

@@ -106,7 +106,8 @@ class SpeechLLM(LayoutDecoder):
         """
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
-        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only=False)
+        # without a single frame nothing here trains, and autograd refuses to run backward
+        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only=not len(leaf))
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
         return losses

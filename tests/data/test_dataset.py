@@ -69,10 +69,16 @@ def test_interleaving_is_the_same_whatever_the_batch(corpus, chat, frames, draw)
 
 
 def test_rows_of_one_cut_are_interleaved_apart(corpus, chat, frames, draw):
-    (cut,) = draw([corpus.cut(4, seconds=4.0, text="a b c d e f g h")])
-    batch = MTBIDataset(chat, frames, 1000, interleave=ALWAYS)[[cut]]
-    spoken = {tuple(v for v in layout if v < 0) for layout, _ in rows_in(batch)}
-    assert len(spoken) > 3
+    cut = corpus.cut(4, seconds=4.0, text="a b c d e f g h")
+    for behavior in cut.custom["behaviors"]:
+        behavior["task"] = "the same"
+    dataset = MTBIDataset(chat, frames, 1000, interleave=ALWAYS)
+    spoken = [
+        [tuple(v for v in layout if v < 0) for layout, _ in rows_in(dataset[draw([cut], epoch=epoch)])]
+        for epoch in (0, 1)
+    ]
+    assert len(set(spoken[0])) > 3
+    assert spoken[0] != spoken[1]  # all behaviors in both epochs, but other words are written
 
 
 def test_without_word_times_all_rows_stay_speech_and_are_counted(corpus, chat, frames, draw):
@@ -152,6 +158,18 @@ def test_bad_audio_is_one_clear_error_or_a_counted_skip(corpus, chat, frames, dr
     assert batch.skipped == {BAD[kind]: 1}
     assert batch.cut_ids == ["cut-001", "cut-002"]
     assert rows_in(batch) == rows_in(skipping[[cuts[0], cuts[2]]])
+
+
+def test_a_missing_library_is_no_bad_audio(corpus, chat, frames, draw, monkeypatch):
+    """Lhotse reports it by a RuntimeError on every cut: skipping them all would train on nothing."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("Please install torchaudio and try again.")
+
+    cuts = draw([corpus.cut(1)])
+    monkeypatch.setattr("lhotse.audio.recording.Recording.load_audio", fail)
+    with pytest.raises(RuntimeError, match="Please install torchaudio"):
+        MTBIDataset(chat, frames, 200, on_bad_audio="skip")[cuts]
 
 
 def test_a_batch_of_bad_cuts_is_an_empty_step(corpus, chat, frames, draw):

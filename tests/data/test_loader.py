@@ -215,8 +215,14 @@ def test_rows_are_the_same_whatever_the_batches_and_workers(corpus, dataset, buc
 def test_every_epoch_has_other_rows_and_can_be_entered_directly(corpus, dataset):
     config = {"cuts_path": corpus.jsonl(corpus.cuts(8)), "rows_per_cut": 2, "batch_size": 3, "shuffle": True}
     loader = build_dataloader(config, dataset)
+    rows = [rows_by_cut(loader) for _ in range(3)]
+    assert rows[0] != rows[1] != rows[2] != rows[0]
+    loader.sampler.set_epoch(0)
     passes = [[content(batch) for batch in loader] for _ in range(3)]
-    assert passes[0] != passes[1] != passes[2] != passes[0]
+    orders = [[cut for batch in batches for cut in batch[0]] for batches in passes]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    other = build_dataloader({**config, "seed": 1}, dataset)
+    assert [cut for batch in other for cut in batch.cut_ids] != orders[0]
     resumed = build_dataloader(config, dataset)
     resumed.sampler.set_epoch(2)  # what Lightning does
     assert [content(batch) for batch in resumed] == passes[2]
@@ -224,11 +230,18 @@ def test_every_epoch_has_other_rows_and_can_be_entered_directly(corpus, dataset)
 
 @pytest.mark.parametrize("blend", [False, True])
 def test_a_resumed_run_goes_on_where_it_stopped(corpus, dataset, blend):
-    """Also with noise and reverberation, whose generators would otherwise depend on what was read before."""
+    """Also with noise and clipping, whose generators would otherwise depend on what was read before."""
     cuts = corpus.cuts(8)
     source = group(corpus, cuts) if blend else {"cuts_path": corpus.jsonl(cuts)}
     noise = corpus.jsonl(corpus.cuts(3, prefix="noise", seconds=4.0), "noise")
-    config = {**source, "rows_per_cut": 2, "batch_size": 3, "shuffle": True, "noise_path": noise, "rir_enabled": True}
+    config = {
+        **source,
+        "rows_per_cut": 2,
+        "batch_size": 3,
+        "shuffle": True,
+        "noise_path": noise,
+        "clipping_enabled": True,
+    }
     epoch = 0 if blend else 2
     straight = build_dataloader(config, dataset)
     for _ in range(epoch):
@@ -255,12 +268,14 @@ def test_ranks_share_the_batches_of_a_manifest_and_draw_the_same_rows(corpus, da
     assert {**ranks[0], **ranks[1]} == alone
 
 
-def test_ranks_and_workers_read_a_stream_in_orders_of_their_own(corpus, dataset):
-    config = {**shar(corpus, corpus.cuts(9)), "batch_size": 3, "rows_per_cut": 2, "num_workers": 2}
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_read_a_stream_in_orders_of_their_own(corpus, dataset, workers):
+    config = {**shar(corpus, corpus.cuts(9)), "batch_size": 3, "rows_per_cut": 2, "num_workers": workers}
     loaders = [build_dataloader(config, dataset, rank=rank, world_size=2) for rank in (0, 0, 1)]
     one, again, other = ([content(batch) for batch in islice(loader, 6)] for loader in loaders)
     assert one == again
     assert not set(one) & set(other) and len(set(one)) == 6
+    assert [batch[0] for batch in one] != [batch[0] for batch in other]
 
 
 # Cost ------------------------------------------------------------

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores the demo's frozen models on held-out data and writes their model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_mtbi.data.behaviors import custom_value, transcript
+from nemo_mtbi.data.corpus import load_corpus
+from nemo_mtbi.data.synthetic import VOICES, build_synthetic
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.evaluation.benchmark import questions
+from nemo_mtbi.evaluation.metrics import score, wer
+from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.models.ctc import transcribe_ctc
+from nemo_mtbi.modules.pretrained import load_asr_model, load_text_llm
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.parallel import groups
+
+CARD = """# The demo's frozen models
+
+Made by `python scripts/build_demo_models.py llm`, `encoder` and `card`; nothing was downloaded. Licence: Apache-2.0.
+The speech was made by espeak-ng, which is not part of this package.
+
+| model | architecture | parameters | file |
+|---|---|---|---|
+| text LLM | Megatron-core GPT, {layers} layers of {width}, RoPE, RMSNorm, SwiGLU, grouped queries | {llm:.2f} M | `llm/` |
+| speech encoder | NeMo FastConformer-CTC, 4 layers of {encoder_width}, 12.5 frames/s | {asr:.2f} M | `encoder.nemo` |
+
+They know the small world of `nemo_mtbi/data/grammar.py` ({words} spoken words) and nothing else: a means to try and to
+test, not models to use.
+
+## Scores
+
+On {n} sentences and {voices} voices that neither model was trained on (seed 0 of the test split):
+
+- speech encoder: word error rate {error:.2%} (greedy CTC)
+- text LLM: {right:.2%} of {rows} answers to transcripts right
+
+| task | scored by | held out from MTBI training | right |
+|---|---|---|---|
+{tasks}
+"""
+
+
+def write(folder: Path, utterances: int = 300) -> None:
+    """Scores the models in ``folder`` and writes ``folder/README.md``."""
+    groups.initialize()
+    pool = TaskPool.from_yaml(folder / "tasks.yaml")
+    cache = Path.home() / ".cache" / "nemo_mtbi"
+    corpus = build_synthetic(cache, num_utterances=utterances, seed=0, split="test", with_references=True)
+    cuts = list(load_corpus(corpus))
+    texts = [transcript(cut) for cut in cuts]
+    asr = load_asr_model(folder / "encoder.nemo")
+    error = wer(texts, transcribe_ctc(asr, cuts))
+    llm = load_text_llm(folder / "llm")
+    responder = Responder(LayoutDecoder(llm.decoder), llm.chat, GenerationConfig(max_new_tokens=40))
+    rows = questions(cuts, pool, seed=0)
+    answers = responder.text([(row.prompt, texts[row.utterance]) for row in rows])
+    right: dict[str, list[bool]] = {task.name: [] for task in pool.tasks}
+    for row, answer in zip(rows, answers, strict=True):
+        reference = custom_value(cuts[row.utterance], "references")[row.task.name]
+        right[row.task.name].append(score(row.task.scoring, reference, answer) == 1.0)
+    lines = [
+        f"| {task.name} | {task.scoring} | {'yes' if task.heldout else 'no'} "
+        f"| {sum(right[task.name]) / len(right[task.name]):.1%} |"
+        for task in pool.tasks
+    ]
+    architecture = llm.decoder.architecture
+    card = CARD.format(
+        layers=architecture.num_layers,
+        width=architecture.hidden_size,
+        llm=sum(p.numel() for p in llm.decoder.parameters()) / 1e6,
+        encoder_width=asr.encoder.d_model,
+        asr=sum(p.numel() for p in asr.parameters()) / 1e6,
+        words=len({word for text in texts for word in text.split()}),
+        n=len(cuts),
+        voices=len(VOICES["test"]),
+        error=error,
+        right=sum(map(sum, right.values())) / len(rows),
+        rows=len(rows),
+        tasks="\n".join(lines),
+    )
+    (folder / "README.md").write_text(card)
+    print(card)

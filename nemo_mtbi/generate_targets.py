@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Behavior targets for a corpus, from a configuration: what ``examples/mtbi_generate_targets.py`` calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lhotse import CutSet
+from lhotse.cut import Cut, MixedCut, PaddingCut
+from lhotse.lazy import count_newlines_fast
+from omegaconf import MISSING, OmegaConf
+from rich.console import Console
+
+from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
+from nemo_mtbi.data.target_plan import TargetPlan
+from nemo_mtbi.data.target_shards import read_targets
+from nemo_mtbi.data.targets import generate_targets
+from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.inference.transcribe import pick_device, read_config
+from nemo_mtbi.recipe import load_pool, text_responder
+
+JOINED = "cuts.jsonl.gz"  # all shards in one file, which NeMo's cuts_path takes
+SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
+
+
+@dataclass
+class PlanConfig:
+    """What is asked about each cut; see :class:`nemo_mtbi.data.target_plan.TargetPlan`."""
+
+    tasks_per_cut: int | None = None
+    prompts_per_task: int = 1
+    split: str = "train"
+    wordings: str = "train"
+    seed: int = 0
+
+
+@dataclass
+class GenerateTargetsConfig:
+    """Everything that ``conf/mtbi_generate_targets.yaml`` may hold.
+
+    Attributes:
+        output_dir: folder of the shards.
+        pretrained_llm: text LLM directory, or ``demo``.
+        tasks: task pool YAML, or ``demo``.
+        cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
+        text_field, lang_field: keys of a NeMo manifest.
+        generation: decoding; ``batch_tokens`` also sets the unit of resume.
+        plan: what is asked.
+        shard_size: cuts in a shard (those of a Shar corpus are kept).
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        overwrite: replace what was made otherwise.
+        rank, world_size: this process makes the shards ``rank``, ``rank + world_size``, …
+        cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
+    """
+
+    output_dir: str = MISSING
+    pretrained_llm: str = "demo"
+    tasks: str = "demo"
+    cuts_path: Any = None
+    manifest_filepath: Any = None
+    shar_path: Any = None
+    input_cfg: Any = None
+    tarred_audio_filepaths: Any = None
+    text_field: str = "text"
+    lang_field: str = "lang"
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    shard_size: int = 1000
+    on_missing_text: str = "raise"
+    overwrite: bool = False
+    rank: int = 0
+    world_size: int = 1
+    cuda: int | None = None
+
+    def target_plan(self) -> TargetPlan:
+        """The plan with the decoding parameters that belong to it."""
+        return TargetPlan(**asdict(self.plan), **asdict(self.generation))
+
+
+def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
+    """Checks the keys of ``conf/mtbi_generate_targets.yaml``.
+
+    Raises:
+        ValueError: unknown, missing or contradictory key; names the remedy.
+    """
+    config = read_config(GenerateTargetsConfig, cfg)
+    given = [key for key in LOCATION_KEYS if getattr(config, key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"set exactly one source of {', '.join(LOCATION_KEYS)}; set are: {', '.join(given) or 'none'}"
+        )
+    if config.tarred_audio_filepaths is not None:
+        raise ValueError(
+            "tarred_audio_filepaths is not supported: targets are written into manifests, without audio. Give the "
+            "manifest of the files before they were tarred, or convert the corpus to Shar and give shar_path"
+        )
+    if config.shar_path is not None and config.on_missing_text != "raise":
+        raise ValueError("on_missing_text=skip would shift the cuts of a Shar against their audio: leave it at raise")
+    config.target_plan()
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+
+def open_source(config: GenerateTargetsConfig) -> CutSet:
+    """The cuts of the source, with absolute paths (they are written to another folder), in the same order each time.
+
+    Raises:
+        ValueError: if the source does not exist or is a stream of audio.
+    """
+    from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
+
+    from nemo_mtbi.register import register
+
+    register()
+    source = {key: getattr(config, key) for key in (*LOCATION_KEYS, "text_field", "lang_field")}
+    source = OmegaConf.create({**source, "noise_path": None, "rir_path": None})
+    check_source(source)
+    if config.shar_path is not None:
+        return CutSet.from_files(shar_fields(config.shar_path)["cuts"], shuffle_iters=False)
+    # a fixed seed: a blend is then mixed alike in every run, which resuming builds on
+    fixed = {"shuffle": False, "shard_seed": 0, "force_finite": True, "tarred_audio_filepaths": None}
+    cuts, is_stream = read_cutset_from_config(OmegaConf.merge(source, fixed))
+    if is_stream:
+        raise ValueError(
+            "the source is a stream of audio or text (tarred, Shar or text data in input_cfg), but targets are "
+            "written into manifests of cuts: give manifests, or one Shar corpus with shar_path"
+        )
+    return cuts.map(absolute_paths)
+
+
+def absolute_paths(cut: Cut) -> Cut:
+    """``cut`` with absolute paths of its audio files; it is changed in place."""
+    for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
+        if not isinstance(part, PaddingCut) and part.has_recording:
+            for source in part.recording.sources:
+                if source.type == "file":
+                    source.source = os.path.abspath(source.source)
+    return cut
+
+
+def shar_fields(shar_path: Any) -> dict[str, list[str]]:
+    """The files of one Shar corpus by field, in order of their shards.
+
+    Args:
+        shar_path: its folder, or a mapping of fields to paths as NeMo takes it.
+
+    Raises:
+        ValueError: if it is neither, or has no cuts.
+    """
+    from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+
+    fields: dict[str, list[str]] = {}
+    if isinstance(shar_path, (str, Path)):
+        for path in sorted(Path(shar_path).absolute().glob("*.*")):
+            fields.setdefault(path.name.split(".")[0], []).append(str(path))
+    elif isinstance(shar_path, Mapping):
+        fields = {
+            key: [os.path.abspath(path) for path in expand_sharded_filepaths(paths)]
+            for key, paths in shar_path.items()
+        }
+    if not fields.get("cuts"):
+        raise ValueError(
+            f"shar_path={shar_path} must be the folder of one Shar corpus, or a mapping with the key cuts"
+        )
+    return fields
+
+
+def shar_shard_size(files: list[str]) -> int:
+    """Cuts in each shard of a Shar corpus; ours must be the same, since cuts and audio are read side by side.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    sizes = [count_newlines_fast(path) for path in files]
+    if len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0]:
+        raise ValueError(
+            f"the shards of this Shar corpus hold {min(sizes)} to {max(sizes)} cuts, and targets are made for shards "
+            "of one size (the last may be smaller): write it again with Lhotse and a single shard_size"
+        )
+    return sizes[0]
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+@dataclass(frozen=True)
+class TargetsReport:
+    """What a run did.
+
+    Attributes:
+        folder: of the shards.
+        shards: how many this process made or found finished.
+        counts: of ``generate_targets``.
+        llm, chat: fingerprints that training compares.
+        train_on: the key and value for training; ``None`` while other ranks are at work.
+        waiting: why ``train_on`` is not there.
+    """
+
+    folder: Path
+    shards: int
+    counts: Counter
+    llm: str
+    chat: str
+    train_on: str | None = None
+    waiting: str | None = None
+
+    def render(self, console: Console) -> None:
+        """Prints what was made, left out and reused, and what to train on."""
+        counts, lines = self.counts, []
+        lines.append(f"{counts['cuts']} cuts with {counts['rows']} rows in {self.shards} shards in {self.folder}")
+        lines.append(f"responses cut by the length limit: {counts['truncated']}")
+        if counts["dropped_empty"]:
+            lines[-1] += f", of these empty and dropped: {counts['dropped_empty']}"
+        if counts["skipped_no_text"]:
+            lines.append(f"left out: {counts['skipped_no_text']} cuts without a transcript")
+        if counts["reused_shards"] or counts["reused_batches"]:
+            lines.append(f"from a former run: {counts['reused_shards']} shards and {counts['reused_batches']} batches")
+        if counts["replaced"]:
+            lines.append(f"replaced, since made otherwise: {counts['replaced']} files")
+        lines += [f"LLM {self.llm}", f"chat format {self.chat}"]
+        lines.append(f"not complete: {self.waiting}" if self.waiting else f"train on: model.train_ds.{self.train_on}")
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def run(cfg: Mapping, progress: bool = True) -> TargetsReport:
+    """Makes the targets of a configuration, or what is left of them after a run that was killed.
+
+    Raises:
+        ValueError: if the configuration, the source or a cut is not legal.
+        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set.
+    """
+    config = parse_generate_config(cfg)
+    pool, plan, folder = load_pool(config.tasks), config.target_plan(), Path(config.output_dir).expanduser()
+    plan.tasks(pool)
+    cuts, shard_size = open_source(config), config.shard_size
+    if config.shar_path is not None:
+        shard_size = shar_shard_size(shar_fields(config.shar_path)["cuts"])
+    if config.overwrite:  # until it is written anew nobody trains on what is about to be replaced
+        for name in (JOINED, SHAR_CONFIG):
+            (folder / name).unlink(missing_ok=True)
+    counts: Counter = Counter()
+    section = {"pretrained_llm": config.pretrained_llm, "generation": asdict(config.generation)}
+    with text_responder(section) as (responder, llm):
+        responder.model.to(pick_device(config.cuda))
+        shards = generate_targets(
+            cuts,
+            folder,
+            pool=pool,
+            chat=responder.chat,
+            respond=lambda layouts: [(answer.ids, answer.truncated) for answer in responder.layouts(layouts)],
+            provenance={"llm": llm},
+            plan=plan,
+            shard_size=shard_size,
+            on_missing_text=config.on_missing_text,
+            overwrite=config.overwrite,
+            rank=config.rank,
+            world_size=config.world_size,
+            progress=progress and config.rank == 0,
+            counts=counts,
+        )
+        report = dict(folder=folder, shards=len(shards), counts=counts, llm=llm, chat=responder.chat.fingerprint())
+    try:
+        read_targets(folder)
+    except RuntimeError as error:
+        if config.world_size == 1:
+            raise
+        return TargetsReport(**report, waiting=f"{error}; the last rank says what to train on")
+    return TargetsReport(**report, train_on=publish(folder, config.shar_path))
+
+
+def publish(folder: Path, shar_path: Any = None) -> str:
+    """Writes the one file that training is pointed at; returns its key and path as ``key=path``.
+
+    All ranks may do this; they write the same.
+    """
+    folder = folder.absolute()
+    shards = sorted(folder.glob("cuts-*.jsonl.gz"))
+    name = JOINED if shar_path is None else SHAR_CONFIG
+    scratch = folder / f"{name}.{os.getpid()}.tmp"
+    if shar_path is None:
+        with open(scratch, "wb") as joined:
+            for shard in shards:
+                with open(shard, "rb") as file:
+                    shutil.copyfileobj(file, joined)  # gzip files, one behind the other, are a gzip file
+    else:
+        fields = {**shar_fields(shar_path), "cuts": [str(shard) for shard in shards]}
+        scratch.write_text(yaml.safe_dump([{"type": "lhotse_shar", "shar_path": fields}], sort_keys=False))
+    os.replace(scratch, folder / name)
+    return f"{'cuts_path' if shar_path is None else 'input_cfg'}={folder / name}"

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+import threading
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import layers, random
+
+from nemo_mtbi.parallel.cpu import megatron_device
+
+NAMES = [
+    (torch.cuda, "current_device"),
+    (torch.cuda, "synchronize"),
+    (torch.Tensor, "cuda"),
+    (schedules, "torch"),
+    (random, "get_cuda_rng_tracker"),
+    (layers, "get_cuda_rng_tracker"),
+]
+
+
+def found():
+    return [getattr(target, name) for target, name in NAMES]
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Whatever a test does, every patched name is afterwards what it was."""
+    before = found()
+    yield before
+    assert all(now is then for now, then in zip(found(), before, strict=True))
+
+
+def patched(before):
+    return [now is not then for now, then in zip(found(), before, strict=True)]
+
+
+def test_every_name_is_patched_inside_and_restored_outside(untouched):
+    with megatron_device():
+        assert all(patched(untouched))
+    assert not any(patched(untouched))
+
+
+def test_an_exception_restores_them(untouched):
+    with pytest.raises(KeyError), megatron_device("cpu"):
+        assert all(patched(untouched))
+        raise KeyError
+    assert not any(patched(untouched))
+
+
+def test_an_inner_body_leaves_the_outer_one_patched(untouched):
+    with megatron_device():
+        with pytest.raises(KeyError), megatron_device():
+            raise KeyError
+        assert all(patched(untouched))
+    with megatron_device():  # and it can be entered again
+        assert all(patched(untouched))
+
+
+def test_the_thread_that_leaves_last_restores_them(untouched):
+    """Two requests of a server overlap: the second enters before, and leaves after, the first."""
+    entered, leave = threading.Event(), threading.Event()
+    inside = []
+
+    def second():
+        with megatron_device():
+            entered.set()
+            leave.wait(10)
+            inside.append(all(patched(untouched)))
+
+    thread = threading.Thread(target=second)
+    with megatron_device():
+        thread.start()
+        assert entered.wait(10)  # it must not wait for the first either
+    assert all(patched(untouched))
+    leave.set()
+    thread.join()
+    assert inside == [True]
+
+
+def test_on_cuda_nothing_is_patched(untouched):
+    with megatron_device("cuda:0"):
+        assert not any(patched(untouched))
+
+
+def test_what_megatron_asks_of_cuda_is_answered_on_the_cpu():
+    with megatron_device():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        torch.cuda.synchronize()
+        tensor = torch.ones(2)
+        assert tensor.cuda() is tensor
+        counter = schedules.torch.zeros([], dtype=torch.int, device="cuda")
+        assert counter.device.type == "cpu" and counter.dtype == torch.int
+        assert schedules.torch.tensor([3], device="cuda").tolist() == [3]
+        assert schedules.torch.Tensor is torch.Tensor
+        for module in (random, layers):
+            with module.get_cuda_rng_tracker().fork():
+                pass
+
+
+def test_a_literal_cuda_device_outside_megatron_is_still_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with megatron_device(), pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")
