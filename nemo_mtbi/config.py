@@ -80,8 +80,8 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     if not isinstance(cfg, Mapping):
         raise ValueError(f"the section model: must hold keys and values, got {cfg!r}")
     try:
-        section = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg)  # a copy would lose ${...} of its parent
-        values = OmegaConf.to_container(section, resolve=True)
+        # not a copy: it would lose the parent that ${...} may point to
+        values = OmegaConf.to_container(cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg), resolve=True)
         for name in ("connector", "interleave", "generation", "targets"):
             if not isinstance(values.get(name, {}), (dict, type(None))):  # OmegaConf's error would not name the key
                 raise ValueError(f"model.{name} must hold keys and values, got {values[name]!r}")

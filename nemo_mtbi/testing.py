@@ -150,7 +150,8 @@ def tiny_text_llm(folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
 
     groups.initialize()
     tokenizer = tiny_tokenizer(folder)
-    decoder = GPTDecoder(DecoderConfig(**{**ARCHITECTURE, **overrides}))
+    with _seeded(seed):
+        decoder = GPTDecoder(DecoderConfig(**{**ARCHITECTURE, **overrides}))
     scale_weights(decoder, seed)
     save_text_llm(folder, decoder.architecture, dict(decoder.named_parameters()), tokenizer.read_bytes(), TURN, END)
     return Path(folder)
@@ -220,10 +221,9 @@ def tiny_speech_llm(
     from nemo_mtbi.modules.speech_encoder import SpeechEncoder
     from nemo_mtbi.modules.speech_llm import SpeechLLM
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _seeded(seed):
         text = load_text_llm(tiny_text_llm(Path(folder) / "llm", seed, **overrides), dtype)
         encoder = SpeechEncoder(tiny_asr_model(Path(folder) / "asr", seed))
-    with _seeded(seed):
         model = SpeechLLM(encoder, connector or ConnectorConfig(hidden_size=24), text.decoder)
     encoder.encoder.to(dtype)
     model.connector.to(dtype)

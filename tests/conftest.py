@@ -55,6 +55,29 @@ def speech_llm():
     return tiny_speech_llm(dtype=torch.float64, tie_embeddings=False)
 
 
+@pytest.fixture(scope="session")
+def model_section(tmp_path_factory):
+    """``model_section(**changes)``: the ``model:`` section of a tiny model with eight utterances to train on."""
+    from omegaconf import OmegaConf
+
+    from nemo_mtbi.testing import tiny_asr_nemo, tiny_cuts, tiny_text_llm
+
+    folder = tmp_path_factory.mktemp("model")
+    llm = tiny_text_llm(folder / "llm", tie_embeddings=False)
+    cuts = str(tiny_cuts(folder / "cuts", 8, llm=llm))
+    section = {
+        "pretrained_asr": str(tiny_asr_nemo(folder / "asr.nemo")),
+        "pretrained_llm": str(llm),
+        "connector": {"hidden_size": 24},
+        "generation": {"max_new_tokens": 8},
+        "transcription_task": "repeat",
+        "train_ds": {"cuts_path": cuts, "batch_size": 4, "shuffle": False, "rows_per_cut": 2},
+        "validation_ds": {"cuts_path": cuts, "batch_size": 8},
+        "optim": {"name": "adamw", "lr": 1e-2},
+    }
+    return lambda **changes: OmegaConf.merge(section, changes)
+
+
 # ------------------------------------------------------------------------------------------------- several processes
 
 _WORKER = """\

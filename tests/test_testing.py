@@ -63,8 +63,8 @@ def test_a_speech_llm_is_reproducible_and_leaves_the_random_state_alone():
     state, python_state = torch.get_rng_state(), random.getstate()
     first, second, other = tiny_speech_llm(1), tiny_speech_llm(1), tiny_speech_llm(2)
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]), name
+    weights, same, others = (dict(model.named_parameters()) for model in (first, second, other))
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
     for part in ("encoder.encoder.layers.0", "connector.mlp.0", "decoder.decoder.layers.0.mlp.linear_fc1"):
-        changed = [n for n, v in other.named_parameters() if n.startswith(part) and v.ndim > 1]
-        assert changed and not torch.equal(other.state_dict()[changed[0]], first.state_dict()[changed[0]])
+        matrices = [name for name, value in weights.items() if name.startswith(part) and value.ndim > 1]
+        assert matrices and not any(torch.equal(weights[name], others[name]) for name in matrices)

@@ -75,7 +75,7 @@ def read_config(schema: type[Config], cfg: Mapping) -> Config:
     """
     typed = OmegaConf.structured(schema)
     for key in typed:
-        if OmegaConf.is_config(typed._get_node(key)):
+        if not OmegaConf.is_missing(typed, key) and OmegaConf.is_config(typed[key]):
             OmegaConf.set_readonly(typed[key], False)  # OmegaConf takes frozen dataclasses for read-only
     try:
         return OmegaConf.to_object(OmegaConf.merge(typed, cfg))
@@ -365,7 +365,7 @@ def _open(utterance: Utterance) -> Cut:
         if utterance.offset is not None:
             cut = cut.truncate(offset=utterance.offset, duration=utterance.duration)
     except LOADING_ERRORS as error:
-        why = str(error).split("\n[extra info]")[0]  # Lhotse appends a dump of the call
+        why = " ".join(str(error).splitlines()[:2])  # Lhotse goes on with every library it tried
         raise BadAudioError("unreadable", f"it can't be read as audio: {why}") from error
     return cut
 

@@ -51,5 +51,6 @@ def layouts():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_in_three_layouts(torchrun):
     torchrun(layouts)
