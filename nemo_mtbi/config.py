@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.schema import read_section
 
 FORMAT_VERSION = 1  # of the .nemo
 
@@ -77,17 +76,7 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, missing key or contradiction.
     """
-    if not isinstance(cfg, Mapping):
-        raise ValueError(f"the section model: must hold keys and values, got {cfg!r}")
-    try:
-        # not a copy: it would lose the parent that ${...} may point to
-        values = OmegaConf.to_container(cfg if isinstance(cfg, DictConfig) else OmegaConf.create(cfg), resolve=True)
-        for name in ("connector", "interleave", "generation", "targets"):
-            if not isinstance(values.get(name, {}), (dict, type(None))):  # OmegaConf's error would not name the key
-                raise ValueError(f"model.{name} must hold keys and values, got {values[name]!r}")
-        config: ModelConfig = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "model")) from error
+    config = read_section(ModelConfig, cfg, "model")
     if config.micro_batch_tokens < 1:
         raise ValueError(f"model.micro_batch_tokens is {config.micro_batch_tokens}; it must be at least 1")
     if config.on_bad_audio not in ("raise", "skip"):
@@ -98,25 +87,3 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
             "install a newer nemo_mtbi"
         )
     return config
-
-
-def _schema() -> DictConfig:
-    """The schema, with frozen dataclasses open for merging (OmegaConf takes them for read-only)."""
-    schema = OmegaConf.structured(ModelConfig)
-    for node in (schema.connector, schema.interleave, schema.generation, schema.targets):
-        OmegaConf.set_readonly(node, False)
-    return schema
-
-
-def explain(error: OmegaConfBaseException, section: str) -> str:
-    """What OmegaConf found wrong in a section, in one line: where, what, and the nearest known key."""
-    key = f"{section}.{error.full_key}" if error.full_key else section
-    if "missing mandatory value" in str(error).lower():
-        return f"{key} is missing: set it in the YAML or on the command line"
-    known = getattr(error, "object_type", None)
-    names = list(getattr(known, "__dataclass_fields__", {}))
-    if error.key is not None and names and error.key not in names:
-        near = difflib.get_close_matches(str(error.key), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-        return f"unknown key {key}: {hint}"
-    return f"{key}: {str(error).splitlines()[0]}"

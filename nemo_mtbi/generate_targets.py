@@ -23,8 +23,9 @@ from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import read_targets
 from nemo_mtbi.data.targets import generate_targets
 from nemo_mtbi.inference.generate import GenerationConfig
-from nemo_mtbi.inference.transcribe import pick_device, read_config
+from nemo_mtbi.inference.transcribe import pick_device
 from nemo_mtbi.recipe import load_pool, text_responder
+from nemo_mtbi.schema import read_section
 
 JOINED = "cuts.jsonl.gz"  # all shards in one file, which NeMo's cuts_path takes
 SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
@@ -90,7 +91,7 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
     Raises:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
-    config = read_config(GenerateTargetsConfig, cfg)
+    config = read_section(GenerateTargetsConfig, cfg)
     given = [key for key in LOCATION_KEYS if getattr(config, key) is not None]
     if len(given) != 1:
         raise ValueError(

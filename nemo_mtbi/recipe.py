@@ -9,10 +9,6 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_mtbi.config import explain
 from nemo_mtbi.data.corpus import cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
 from nemo_mtbi.data.synthetic import build_synthetic
@@ -23,6 +19,7 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.pretrained import DEMO, load_asr_model, load_text_llm, resolve
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.schema import read_section
 
 KINDS = ("synthetic", "digits")
 LEAST = {
@@ -93,10 +90,7 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
     Raises:
         ValueError: unknown key, wrong type or contradiction.
     """
-    try:
-        config: DataConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), cfg))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "data")) from error
+    config = read_section(DataConfig, cfg, "data")
     if config.kind not in KINDS:
         raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
     for name, least in LEAST.items():

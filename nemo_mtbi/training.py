@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from nemo_mtbi.config import ModelConfig, explain, parse_model_config
+from nemo_mtbi.config import ModelConfig, parse_model_config
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.schema import explain, read_section
 
 console = Console()
 SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
@@ -101,17 +102,16 @@ def train(cfg: DictConfig) -> Path:
 
 def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
     """Checks the sections and resolves their interpolations, in place."""
-    _check_keys(cfg, SECTIONS, "section")
+    _check_keys(cfg, SECTIONS, "section ")
     _check_keys(cfg.get("trainer") or {}, inspect.signature(Trainer).parameters, "key trainer.")
     for name in REQUIRED:
         if OmegaConf.select(cfg, name) is None:
             raise ValueError(f"{name} is missing: set it in the YAML or on the command line")
     try:
         OmegaConf.resolve(cfg)
-        merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), cfg.get("benchmark") or {})
-        benchmark: BenchmarkConfig = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "benchmark" if "BenchmarkConfig" in str(error) else "config")) from error
+        raise ValueError(explain(error, "config")) from error
+    benchmark = read_section(BenchmarkConfig, cfg.get("benchmark"), "benchmark")
     model = parse_model_config(cfg.model)
     for name in ("train_ds", "validation_ds"):
         check_config(cfg.model[name], cfg.model[name].get("sample_rate") or 16000)  # the model checks the rate
@@ -123,7 +123,7 @@ def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
         if key not in known:
             near = difflib.get_close_matches(str(key), list(known), n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown {what} {key!r}: {hint}")
+            raise ValueError(f"unknown {what}{key}: {hint}")
 
 
 def _report(answers: list[Answer], folder: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> Path:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("part", choices=("llm", "encoder", "card"))
     parser.add_argument("--out", type=Path, default=build.DEMO, help="where the models are written")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: what the shipped models had)")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights that are there")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     {"llm": build.build_llm, "encoder": build.build_encoder, "card": build.write_card}[args.part](args)

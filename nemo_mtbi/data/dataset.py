@@ -32,6 +32,12 @@ class BadAudioError(ValueError):
         self.reason = reason
 
 
+def in_one_line(error: Exception) -> str:
+    """What Lhotse says of a file that it cannot load, without its hints to developers and its dump of the cut."""
+    lines = str(error).split("\n[extra info]")[0].splitlines()
+    return " ".join(line.strip() for line in lines if not line.startswith("Set LHOTSE_"))
+
+
 def load_samples(cut: Cut, frames: FrameCounter) -> torch.Tensor:
     """Loads a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
 
@@ -41,9 +47,7 @@ def load_samples(cut: Cut, frames: FrameCounter) -> torch.Tensor:
     try:
         samples = np.asarray(cut.resample(frames.sample_rate).load_audio(), dtype=np.float32)
     except LOADING_ERRORS as error:
-        # Lhotse appends a dump of the cut to the message.
-        message = str(error).split("\n[extra info]")[0]
-        raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {message}") from error
+        raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {in_one_line(error)}") from error
     if samples.ndim == 2:
         samples = samples.mean(axis=0)
     return check_samples(torch.from_numpy(samples), f"the audio of cut {cut.id}", frames)

@@ -79,7 +79,10 @@ class DrawnSource:
         from omegaconf import OmegaConf
 
         source = {key: self.full[key] for key in SOURCE_KEYS if key in self.full}
-        return read_cutset_from_config(OmegaConf.create({**source, "shard_seed": seed}))
+        try:
+            return read_cutset_from_config(OmegaConf.create({**source, "shard_seed": seed}))
+        except Exception as error:  # each reader has its own kinds for a file that is not what it is said to be
+            raise ValueError(f"the data source cannot be read: {type(error).__name__}: {error}") from error
 
     def seed_of(self, epoch: int) -> int | str:
         """The seed of a pass. It is the same on all ranks, which share the batches out, unless each reads a stream."""

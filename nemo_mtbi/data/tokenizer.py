@@ -8,21 +8,27 @@ from collections.abc import Iterable, Sequence
 
 
 def train_tokenizer(
-    words: Iterable[str], vocabulary: int, *, symbols: Sequence[str] = (), sentence_marks: bool = True
+    words: Iterable[str],
+    vocabulary: int,
+    *,
+    symbols: Sequence[str] = (),
+    sentence_marks: bool = True,
+    whole_words: bool = True,
 ) -> bytes:
-    """A byte-pair SentencePiece model in which each of ``words`` is one piece.
+    """A byte-pair SentencePiece model made for ``words``.
 
     Args:
         words: words, with the characters in front of which they also stand (``"fox`` beside ``fox``).
         vocabulary: number of pieces.
         symbols: always pieces of their own.
         sentence_marks: give it ``<pad>``, ``<s>`` and ``</s>`` as pieces 0, 1 and 2, as a language model needs them.
+        whole_words: each of ``words`` must be one piece.
 
     Returns:
         The serialized model.
 
     Raises:
-        ValueError: if the vocabulary is too small to hold every word as one piece.
+        ValueError: if ``whole_words`` and the vocabulary is too small for that.
     """
     import sentencepiece
 
@@ -40,6 +46,8 @@ def train_tokenizer(
         minloglevel=2,
         **marks,
     )
+    if not whole_words:
+        return model.getvalue()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     split = [word for word in words if not set(word) & set("".join(symbols)) and len(processor.encode(word)) != 1]
     if split:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 
 from nemo_mtbi.data.tasks import TaskPool
-from nemo_mtbi.modules.pretrained import DEMO
 
 
 def build_llm(args: argparse.Namespace) -> None:
     from nemo_mtbi.demo import llm
 
-    llm.build(args.out / "llm", TaskPool.from_yaml(args.out / "tasks.yaml"), args.steps or 5000, args.seed)
+    pool = TaskPool.from_yaml(args.out / "tasks.yaml")
+    llm.build(args.out / "llm", pool, args.steps or 4000, args.seed, args.resume)
 
 
 def build_encoder(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +32,9 @@ ARCHITECTURE = dict(
     max_sequence_length=256,
 )
 VOCABULARY = 2000
+PEAK_LR = 2e-3
+# Tasks that rewrite the whole sentence take longer to learn: they are drawn more often.
+LONG_TASKS, LONG = ("transcribe", "translate", "upper", "quoted", "reverse", "title", "ending", "count"), 3
 MARKS = ('"', "{", "}", ",", ":", "*", "?")
 
 
@@ -68,7 +71,7 @@ def stretch(words: list[str], rng: random.Random) -> list[str]:
 def sample_row(pool: TaskPool, chat: ChatFormat, rng: random.Random, ids: Callable[[str], int]) -> Row:
     """One pre-training row; 70% of the transcripts are stretched."""
     sentence = grammar.sample_sentence(rng)
-    task = rng.choice(pool.tasks)
+    task = rng.choices(pool.tasks, [LONG if task.name in LONG_TASKS else 1 for task in pool.tasks])[0]
     prompt = rng.choice(task.prompts + task.heldout_prompts)
     words = list(sentence.words)
     if rng.random() < 0.7:
@@ -91,12 +94,12 @@ def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[
         yield MicroBatch.from_rows([sample_row(pool, chat, rng, ids) for _ in range(rows)], [])
 
 
-def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak_lr: float = 2e-3) -> None:
-    """Trains the LLM and writes it to ``out``."""
+def build(out: Path, pool: TaskPool, steps: int, seed: int, resume: bool = False, rows: int = 64) -> None:
+    """Trains the LLM and writes it to ``out``; ``resume`` goes on from what stands there, at half the learning rate."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
-    from nemo_mtbi.modules.pretrained import save_text_llm
+    from nemo_mtbi.modules.pretrained import load_text_llm, save_text_llm
     from nemo_mtbi.parallel import groups
 
     groups.initialize()
@@ -106,12 +109,13 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak
     (out / "tokenizer.model").write_bytes(tokenizer_model)
     tokenizer = SentencePieceTokenizer(str(out / "tokenizer.model"))
     chat = ChatFormat(tuple(TURN), END, tokenizer)
-    decoder = GPTDecoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **ARCHITECTURE), torch.bfloat16)
-    optimizer = MasterWeights(decoder.to(torch.bfloat16).parameters(), peak_lr)
-    print(
-        f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters, vocabulary {VOCABULARY}", flush=True
-    )
-    source, start, average = batches(pool, chat, rows, seed), time.time(), None
+    if resume:
+        decoder = load_text_llm(out).decoder
+    else:
+        decoder = GPTDecoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **ARCHITECTURE))
+    optimizer = MasterWeights(decoder, PEAK_LR / 2 if resume else PEAK_LR)
+    print(f"{sum(p.numel() for p in decoder.parameters()) / 1e6:.2f} M parameters", flush=True)
+    source, start, average = batches(pool, chat, rows, seed + resume), time.time(), None
     for step in range(steps):
         loss = batch_loss(decoder, next(source))
         loss.backward()
@@ -120,18 +124,22 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, rows: int = 64, peak
         if step % 100 == 0:
             print(f"step {step}/{steps} loss {average:.4f} {time.time() - start:.0f}s", flush=True)
         if step % 500 == 499 or step == steps - 1:
-            weights = dict(zip((name for name, _ in decoder.named_parameters()), optimizer.masters, strict=True))
-            save_text_llm(out, decoder.architecture, weights, tokenizer_model, TURN, END)
+            save_text_llm(out, decoder.architecture, optimizer.named_weights(), tokenizer_model, TURN, END)
 
 
 class MasterWeights:
     """AdamW on float32 copies of bfloat16 weights: matrix products in bfloat16 are far faster on new CPUs."""
 
-    def __init__(self, parameters: Iterable[Tensor], peak_lr: float, clip: float = 1.0):
-        self.weights = list(parameters)
-        self.masters = [weight.detach().float().clone().requires_grad_() for weight in self.weights]
+    def __init__(self, module: torch.nn.Module, peak_lr: float, clip: float = 1.0):
+        self.names = [name for name, _ in module.named_parameters()]
+        self.masters = [weight.detach().float().clone().requires_grad_() for weight in module.parameters()]
+        self.weights = list(module.to(torch.bfloat16).parameters())
         self.peak_lr, self.clip = peak_lr, clip
         self.adam = torch.optim.AdamW(self.masters, peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """The float32 weights by their names in the module."""
+        return dict(zip(self.names, self.masters, strict=True))
 
     def step(self, scale: float) -> None:
         """One update at ``peak_lr * scale`` from the gradients of the bfloat16 weights, which are cleared."""

@@ -12,7 +12,7 @@ from lhotse import Recording
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, check_samples, load_samples
+from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, check_samples, in_one_line, load_samples
 from nemo_mtbi.data.frames import FrameCounter
 
 
@@ -20,7 +20,7 @@ def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sa
     """Mono ``[n]`` float32 samples at the encoder's rate.
 
     Args:
-        audio: a file that soundfile reads, or an array ``[n]`` or ``[channels, n]``, floats or PCM integers.
+        audio: a file that soundfile reads, or an array ``[n]`` or ``[channels, n]``, of floats, int16 or int32.
         frames: the model's frame counter.
         sample_rate: of an array, in hertz.
 
@@ -33,12 +33,16 @@ def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sa
         try:
             cut = Recording.from_file(audio).to_cut()
         except LOADING_ERRORS as error:
-            raise BadAudioError("unreadable", f"{audio} can't be read as audio: {error}") from error
+            raise BadAudioError("unreadable", f"{audio} can't be read as audio: {in_one_line(error)}") from error
         return load_samples(cut, frames)
     samples = np.asarray(audio)
-    if np.issubdtype(samples.dtype, np.integer):  # PCM as WAV files hold it
+    if samples.dtype in (np.int16, np.int32):  # PCM as WAV files hold it
         samples = samples / np.iinfo(samples.dtype).max
-    samples = samples.astype(np.float32)
+    elif not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"an audio array must hold floats, int16 or int32, got {samples.dtype}")
+    if sample_rate < 1:
+        raise ValueError(f"sample_rate is {sample_rate}; it counts samples per second")
+    samples = samples.astype(np.float32, copy=False)
     if samples.ndim == 2:
         samples = samples.mean(axis=0)
     if samples.ndim != 1:

@@ -10,25 +10,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch
 from lhotse import Recording
 from lhotse.cut import Cut
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor
 
-from nemo_mtbi.config import explain
 from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, load_samples
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.schema import read_section
 
 SOURCES = ("audio", "audio_dir", "dataset_manifest")
-Config = TypeVar("Config")
 
 
 @dataclass
@@ -67,29 +65,13 @@ class TranscribeConfig:
     show: int = 5
 
 
-def read_config(schema: type[Config], cfg: Mapping) -> Config:
-    """Checks a flat configuration against its dataclass.
-
-    Raises:
-        ValueError: unknown key (names the nearest, or all known ones), missing key or wrong type.
-    """
-    typed = OmegaConf.structured(schema)
-    for key in typed:
-        if not OmegaConf.is_missing(typed, key) and OmegaConf.is_config(typed[key]):
-            OmegaConf.set_readonly(typed[key], False)  # OmegaConf takes frozen dataclasses for read-only
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(typed, cfg))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "config")) from error
-
-
 def parse_transcribe_config(cfg: Mapping) -> TranscribeConfig:
     """Checks the keys of ``conf/mtbi_transcribe.yaml``.
 
     Raises:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
-    config = read_config(TranscribeConfig, cfg)
+    config = read_section(TranscribeConfig, cfg)
     given = [name for name in SOURCES if getattr(config, name) is not None]
     if len(given) != 1:
         raise ValueError(f"set exactly one of {', '.join(SOURCES)}; set are: {', '.join(given) or 'none'}")

@@ -109,12 +109,12 @@ def transcribe_ctc(model: EncDecCTCModelBPE, cuts, batch_size: int = 32) -> list
 
 
 def write_tokenizer(folder: str | Path, words: Sequence[str], vocabulary: int) -> Path:
-    """A SentencePiece tokenizer folder, as NeMo's CTC models want it, in which each of ``words`` is one piece."""
+    """A SentencePiece tokenizer folder, as NeMo's CTC models want it, made for ``words``."""
     import sentencepiece
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = train_tokenizer(words, vocabulary, sentence_marks=False)
+    model = train_tokenizer(words, vocabulary, sentence_marks=False, whole_words=False)
     (folder / "tokenizer.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]

@@ -107,11 +107,15 @@ def test_the_frozen_parts_stay_bit_for_bit_as_they_are(model_section):
     assert moved == {name for name in before if name.startswith(TRAINED)}
 
 
-def test_the_loss_of_a_batch_falls_when_it_is_learned_by_heart(model_section):
-    record = Recorder()
-    data = {"rows_per_cut": 4, "batch_size": 8}
-    fit(model_section(train_ds=data, interleave=None, connector={"hidden_size": 64}), 150, callbacks=[record])
-    assert np.mean(record.losses[-8:]) < 0.5 * record.losses[0]
+def test_the_loss_of_a_batch_falls_when_it_is_learned_by_heart(model_section, tmp_path):
+    """As far as frames can steer an LLM of random weights: 4.7 to 3.0."""
+    cut = next(iter(CutSet.from_file(model_section().train_ds.cuts_path)))
+    cut.custom["behaviors"] = [row for row in cut.custom["behaviors"] if row["task"] == "first"][:1]
+    CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl.gz")
+    record, data = Recorder(), {"cuts_path": str(tmp_path / "cuts.jsonl.gz")}
+    fit(model_section(train_ds=data, interleave=None, connector={"hidden_size": 64}), 60, callbacks=[record])
+    assert record.losses[-1] < 0.7 * record.losses[0]
+    assert all(after < before for before, after in zip(record.losses[::10], record.losses[10::10], strict=False))
 
 
 def test_a_run_depends_on_its_seed_alone(model_section):
@@ -385,8 +389,9 @@ def test_calls_that_do_not_fit_say_what_to_give(model, utterances):
             model.generate(audio, "say it")
 
 
-def test_hours_of_audio_are_refused_before_they_are_encoded(model, monkeypatch):
+def test_audio_that_is_too_long_is_refused_before_it_is_encoded(model, monkeypatch):
+    """The encoder's memory grows with the square of the length."""
     monkeypatch.setattr(model.speech_llm.encoder, "forward", lambda *args: pytest.fail("it was encoded"))
     noise = np.random.default_rng(0).standard_normal(60 * RATE, dtype=np.float32)
-    with pytest.raises(ValueError, match="45006 positions; .* the LLM takes 1 to 120: use shorter audio"):
-        model.generate([np.tile(noise, 120)], "say it")
+    with pytest.raises(ValueError, match=r"75\d\d positions; .* the LLM takes 1 to 120: use shorter audio"):
+        model.generate([np.tile(noise, 20)], "say it")

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``data:`` section: what is refused, and that nothing is made twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from lhotse import CutSet
+
+from nemo_mtbi import recipe
+from nemo_mtbi.data.behaviors import check_provenance, read_behaviors
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
+
+POOL = {
+    "tasks": [
+        {"name": "transcribe", "scoring": "wer", "split": "train", "prompts": {"train": ["say it", "repeat it"]}},
+        {"name": "who", "scoring": "exact", "split": "train", "prompts": {"train": ["who"], "heldout": ["name it"]}},
+        {"name": "first", "scoring": "exact", "split": "heldout", "prompts": {"train": ["first word"]}},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """Fake recordings: a tone for each digit of three speakers."""
+    folder = tmp_path_factory.mktemp("digits") / "recordings"
+    folder.mkdir()
+    times = np.arange(2400) / 8000
+    for number, speaker in enumerate(("ann", "bob", "eve")):
+        for digit in range(10):
+            for index in (0, 5):
+                tone = 0.3 * np.sin(2 * np.pi * (300 + 40 * digit + 500 * number) * times)
+                soundfile.write(folder / f"{digit}_{speaker}_{index}.wav", tone, 8000)
+    return folder.parent
+
+
+@pytest.fixture
+def small(tmp_path):
+    """``small(**changes)``: the section of a corpus of a few utterances."""
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(POOL))
+    sizes = {"train_utterances": 5, "validation_utterances": 2, "test_utterances": 3, "tasks_per_cut": 1}
+    common = {"cache_dir": str(tmp_path / "cache"), "tasks": str(tmp_path / "tasks.yaml"), **sizes}
+    return lambda **changes: parse_data_config({**common, **changes})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every batch that the text LLM is asked."""
+    batches, answer = [], Responder.layouts
+
+    def count(self, layouts, *args, **kwargs):
+        batches.append(len(layouts))
+        return answer(self, layouts, *args, **kwargs)
+
+    monkeypatch.setattr(Responder, "layouts", count)
+    return batches
+
+
+def section(model_section):
+    values = model_section()
+    return {name: values[name] for name in ("pretrained_asr", "pretrained_llm", "generation")}
+
+
+# Checks ------------------------------------------------------------
+
+
+def test_an_empty_section_is_the_synthetic_corpus():
+    assert parse_data_config({}) == DataConfig()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"train_uterances": 5}, "unknown key data.train_uterances: did you mean 'train_utterances'"),
+        ({"adapt": {"step": 5}}, "unknown key data.adapt.step: did you mean 'steps'"),
+        ({"kind": "tts"}, "data.kind is 'tts'; it must be one of synthetic, digits"),
+        ({"train_utterances": "many"}, "data.train_utterances: Value 'many'"),
+        ({"train_utterances": 0}, "data.train_utterances is 0; it must be at least 1"),
+        ({"test_utterances": -3}, "data.test_utterances is -3"),
+        ({"tasks_per_cut": 0}, "data.tasks_per_cut is 0"),
+        ({"adapt": {"steps": -1}}, "data.adapt.steps is -1; it must be at least 0"),
+        ({"heldout_speakers": "theo"}, "data.heldout_speakers: "),
+        ({"heldout_speakers": ["theo"]}, "belong to kind: digits"),
+        ({"digits_dir": "somewhere"}, "belong to kind: digits"),
+        ({"kind": "digits"}, "data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset"),
+        ({"kind": "digits", "digits_dir": "???"}, "data.digits_dir is missing: give a clone of the Free Spoken Digit"),
+        ({"kind": "digits", "digits_dir": "/nowhere"}, "no recordings such as 7_theo_0.wav in /nowhere"),
+    ],
+)
+def test_what_makes_no_sense_is_named(given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_data_config(given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("speakers", [[], ["nobody"], ["ann", "nobody"], ["ann", "bob", "eve"]])
+def test_some_but_not_all_speakers_must_be_held_out(clone, speakers):
+    with pytest.raises(ValueError, match="name some, not all, of ann, bob, eve"):
+        parse_data_config({"kind": "digits", "digits_dir": str(clone), "heldout_speakers": speakers})
+
+
+def test_all_tasks_are_a_legal_choice():
+    assert parse_data_config({"tasks_per_cut": None}).tasks_per_cut is None
+
+
+def test_pools_are_files_or_the_demo(tmp_path):
+    assert {"transcribe", "continue", "translate"} <= {task.name for task in load_pool("demo").tasks}
+    with pytest.raises(ValueError, match="nothing.yaml: cannot read the task pool"):
+        load_pool(str(tmp_path / "nothing.yaml"))
+
+
+# Work ------------------------------------------------------------
+
+
+def test_a_synthetic_corpus_gets_targets_once(small, model_section, asked):
+    pytest.importorskip("espeakng_loader")
+    model = section(model_section)
+    first = prepare(small(), model)
+    train, validation, test = (list(CutSet.from_file(path)) for path in (first.train, first.validation, first.test))
+    assert (len(train), len(validation), len(test)) == (5, 2, 3)
+    assert all(len(read_behaviors(cut)) == 1 for cut in train)
+    for cut in validation:
+        assert {behavior.task for behavior in read_behaviors(cut)} == {"transcribe", "who"}  # never the held-out one
+    assert {"transcribe", "who", "first"} <= test[0].custom["references"].keys()
+    assert first.pretrained_asr == model["pretrained_asr"] and first.pool == TaskPool.from_dict(POOL, "tasks")
+    assert sum(asked) == 5 * 1 + 2 * 2
+
+    with recipe.text_responder(model) as (responder, fingerprint):
+        for cut in (*train, *validation):
+            check_provenance(cut, {"llm": fingerprint, "chat": responder.chat.fingerprint()})
+            for behavior in read_behaviors(cut):
+                said = responder.text([(behavior.prompt, cut.supervisions[0].text)])
+                assert said == [behavior.response]
+
+    asked.clear()
+    files = {path: path.stat().st_mtime_ns for path in Path(first.train).parent.parent.rglob("*.jsonl.gz")}
+    assert prepare(small(), model) == first
+    assert asked == []
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.parametrize("change", ["decoding", "tasks", "seed", "llm"])
+def test_targets_are_made_anew_where_it_matters(small, model_section, asked, change, clone, tmp_path):
+    digits = {"kind": "digits", "digits_dir": str(clone), "heldout_speakers": ["eve"]}
+    model = section(model_section)
+    first = prepare(small(**digits), model)
+    asked.clear()
+    if change == "decoding":
+        model["generation"] = {"max_new_tokens": 5}
+    elif change == "tasks":
+        (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"tasks": POOL["tasks"][::-1]}))
+    elif change == "seed":
+        digits["seed"] = 1
+    else:
+        from nemo_mtbi.testing import tiny_text_llm
+
+        model["pretrained_llm"] = str(tiny_text_llm(tmp_path / "other", seed=1))
+    second = prepare(small(**digits), model)
+    assert sum(asked) == 9
+    assert second.train != first.train and second.validation != first.validation
+
+
+def test_digits_are_split_by_speaker(small, model_section, clone):
+    found = prepare(
+        small(kind="digits", digits_dir=str(clone), heldout_speakers=["eve"], train_utterances=12),
+        section(model_section),
+    )
+    speakers = {
+        split: {cut.supervisions[0].speaker for cut in CutSet.from_file(getattr(found, split))}
+        for split in ("train", "validation", "test")
+    }
+    assert speakers["train"] == {"ann", "bob"} >= speakers["validation"] and speakers["test"] == {"eve"}
+    assert len(list(CutSet.from_file(found.train))) == 12
+
+
+def test_the_encoder_is_adapted_once(small, model_section, clone, monkeypatch):
+    from nemo_mtbi.models import ctc
+    from nemo_mtbi.modules.pretrained import load_speech_encoder
+
+    config = small(
+        kind="digits",
+        digits_dir=str(clone),
+        heldout_speakers=["eve"],
+        train_utterances=8,
+        adapt={"steps": 2, "replay_utterances": 0},
+    )
+    model = section(model_section)
+    first = prepare(config, model)
+    before, after = (
+        dict(load_speech_encoder(path).named_parameters()) for path in (model["pretrained_asr"], first.pretrained_asr)
+    )
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+    monkeypatch.setattr(ctc, "train_ctc", lambda *args, **kwargs: pytest.fail("it was trained again"))
+    assert prepare(config, model) == first
+
+
+def test_adaptation_mixes_in_what_the_encoder_knew(small, model_section, clone, monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    from nemo_mtbi.models import ctc
+
+    seen = []
+    monkeypatch.setattr(ctc, "train_ctc", lambda model, cuts, **kwargs: seen.append((cuts, kwargs)))
+    adapt = {"steps": 7, "learning_rate": 1e-3, "batch_duration": 9.0, "replay_utterances": 4}
+    digits = dict(kind="digits", digits_dir=str(clone), heldout_speakers=["eve"], adapt=adapt, seed=5)
+    prepare(small(**digits), section(model_section))
+    ((cuts, settings),) = seen
+    assert [len(list(CutSet.from_file(path))) for path in cuts] == [5, 4]
+    assert settings == {"steps": 7, "learning_rate": 1e-3, "batch_duration": 9.0, "seed": 5}

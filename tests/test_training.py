@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run at a tiny scale, in this process: from the configuration to ``results.json``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from nemo_mtbi import training
+from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.training import train
+
+TASKS = {
+    "tasks": [
+        {
+            "name": "transcribe",
+            "scoring": "wer",
+            "split": "train",
+            "prompts": {"train": ["say it", "repeat it"], "heldout": ["once more"]},
+        },
+        {"name": "who", "scoring": "exact", "split": "train", "prompts": {"train": ["who"], "heldout": ["name it"]}},
+        {"name": "first", "scoring": "exact", "split": "heldout", "prompts": {"train": ["first word"]}},
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def config(model_section, tmp_path_factory):
+    """``config(**changes)``: a whole configuration; each has an ``exp_dir`` of its own."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(TASKS))
+    sections = {
+        "name": "tiny",
+        "seed": 3,
+        "data": {
+            "cache_dir": str(folder / "cache"),
+            "tasks": str(folder / "tasks.yaml"),
+            "train_utterances": 6,
+            "validation_utterances": 2,
+            "test_utterances": 3,
+            "tasks_per_cut": 2,
+        },
+        "model": {
+            **model_section(),
+            "transcription_task": "transcribe",
+            "train_ds": {"cuts_path": None, "batch_size": 3, "rows_per_cut": 2, "seed": "${seed}"},
+            "validation_ds": {"cuts_path": None, "batch_size": 4},
+        },
+        "trainer": {
+            "max_steps": 3,
+            "max_epochs": -1,
+            "accelerator": "cpu",
+            "devices": 1,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+        },
+        "exp_manager": {"name": "${name}", "create_checkpoint_callback": False},
+    }
+
+    def make(**changes):
+        own = tmp_path_factory.mktemp("run")
+        return OmegaConf.merge(sections, {"exp_manager": {"exp_dir": str(own / "experiments")}}, changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """The path that a run returns, and its configuration."""
+    pytest.importorskip("espeakng_loader")
+    cfg = config()
+    return train(cfg), cfg
+
+
+def is_share(value):
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def test_results_hold_what_others_read(run):
+    """The interface that stays, key by key."""
+    path, cfg = run
+    assert path.name == "results.json"
+    results = json.loads(path.read_text())
+    assert {"seed", "train", "transcription", "behavior", "tasks", "nemo"} <= results.keys()
+    assert results["seed"] == 3
+    assert results["train"]["steps"] == 3
+    assert 0 < results["train"]["seconds"] < 600 and 0.1 < results["train"]["peak_rss_gib"] < 100
+    assert results["transcription"]["wer"] >= 0 and results["transcription"]["n"] == 3
+    counts = {"seen": 6, "heldout_wordings": 6, "heldout_tasks": 3}
+    assert set(results["behavior"]) == set(counts)
+    for group, n in counts.items():
+        figures = results["behavior"][group]
+        assert figures["n"] == n
+        assert all(is_share(figures[name]) for name in ("text", "speech", "agreement"))
+    assert set(results["tasks"]) == {"transcribe", "who", "first"}
+    assert all(is_share(figures["agreement"]) for figures in results["tasks"].values())
+    assert results["tasks"]["first"]["heldout"] and not results["tasks"]["who"]["heldout"]
+
+
+def test_the_model_of_the_results_answers(run):
+    path, cfg = run
+    nemo = Path(json.loads(path.read_text())["nemo"])
+    assert nemo.parent == path.parent and nemo.name == "tiny.nemo"
+    model = MTBIModel.restore_from(str(nemo), map_location="cpu")
+    test = next(Path(cfg.data.cache_dir).glob("synthetic-test-*")) / "audio" / "000"
+    audio = sorted(test.glob("*.flac"))
+    answers = model.generate(audio, "say it")
+    assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
+
+
+def test_tensorboard_gets_figures_and_examples(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, _ = run
+    board = EventAccumulator(str(path.parent))
+    board.Reload()
+    tags = board.Tags()
+    assert {"train_loss", "val_loss", "val_agreement", "val_wer", "benchmark/seen"} <= set(tags["scalars"])
+    assert "examples/text_summary" in tags["tensors"]
+    (event,) = board.Tensors("examples/text_summary")
+    assert b"answer to speech" in event.tensor_proto.string_val[0]
+
+
+def test_own_cuts_without_a_benchmark_end_with_the_model(config, model_section):
+    cuts = model_section().train_ds.cuts_path
+    section = {"train_ds": {"cuts_path": cuts}, "validation_ds": {"cuts_path": cuts}}
+    path = train(config(data=None, model=section, trainer={"max_steps": 1}))
+    assert path.name == "tiny.nemo" and path.is_file()
+
+
+def test_own_cuts_can_have_a_benchmark(config, model_section):
+    cuts = model_section().train_ds.cuts_path
+    section = {"train_ds": {"cuts_path": cuts}, "validation_ds": {"cuts_path": cuts}}
+    tasks = config().data.tasks
+    changes = {"trainer": {"max_steps": 1}, "exp_manager": {"create_tensorboard_logger": False}}
+    path = train(config(data=None, model=section, benchmark={"cuts": cuts, "tasks": tasks}, **changes))
+    results = json.loads(path.read_text())
+    assert results["behavior"]["seen"]["n"] == 16
+    assert results["behavior"]["seen"]["text"] is None  # these cuts hold no right answers
+    assert is_share(results["behavior"]["seen"]["agreement"])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"modell": {}}, "unknown section modell: did you mean 'model'"),
+        ({"zzz": 1}, "unknown section zzz: known are name, seed, data"),
+        ({"name": None}, "name is missing"),
+        ({"seed": None}, "seed is missing"),
+        ({"model": None}, "model is missing"),
+        ({"trainer": None}, "trainer is missing"),
+        ({"exp_manager": None}, "exp_manager is missing"),
+        ({"model": {"train_ds": None}}, "model.train_ds is missing"),
+        ({"model": {"optim": None}}, "model.optim is missing"),
+        ({"model": {"connector": {"knd": "conv"}}}, "unknown key model.connector.knd: did you mean 'kind'"),
+        ({"model": {"train_ds": {"batch_tokens": 100}}}, "batch_size and batch_tokens are both set"),
+        ({"model": {"validation_ds": {"batch_siez": 1}}}, "unknown data key 'batch_siez': did you mean batch_size"),
+        ({"data": {"knd": "digits"}}, "unknown key data.knd: did you mean 'kind'"),
+        ({"benchmark": {"taks": "demo"}}, "unknown key benchmark.taks: did you mean 'tasks'"),
+        ({"benchmark": {"tasks": "/nowhere.yaml"}}, "/nowhere.yaml: cannot read the task pool"),
+        ({"trainer": {"max_step": 1}}, "unknown key trainer.max_step: did you mean 'max_steps'"),
+        ({"exp_manager": {"exp_dirr": "x"}}, "unknown key exp_manager.exp_dirr: did you mean 'exp_dir'"),
+        ({"model": {"optim": {"lr": "${nowhere}"}}}, "nowhere"),
+    ],
+)
+def test_all_sections_are_checked_before_any_work(config, monkeypatch, changes, message):
+    monkeypatch.setattr(training, "prepare", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr(training, "MTBIModel", lambda *args: pytest.fail("work has begun"))
+    cfg = config(**changes)
+    for name, value in changes.items():  # a merge keeps what stands beside None
+        if value is None:
+            cfg[name] = None
+    with pytest.raises(ValueError, match=message) as error:
+        train(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_hydra_has_closed_works_too(config, monkeypatch):
+    """Hydra's configurations refuse keys that they do not have, also to those who only ask."""
+    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{data.kind}, {model['generation']}"))
+    cfg = config()
+    OmegaConf.set_struct(cfg, True)
+    with pytest.raises(pytest.fail.Exception, match="synthetic, .*'max_new_tokens': 8"):
+        train(cfg)
+
+
+def test_what_the_model_section_leaves_out_has_its_default_in_the_data_too(config, monkeypatch):
+    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{model['generation']}"))
+    cfg = config()
+    del cfg.model.generation
+    with pytest.raises(pytest.fail.Exception, match="'max_new_tokens': 64"):
+        train(cfg)
