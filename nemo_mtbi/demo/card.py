@@ -25,8 +25,8 @@ The speech was made by espeak-ng, which is not part of this package.
 
 | model | architecture | parameters | file |
 |---|---|---|---|
-| text LLM | Megatron-core GPT, {layers} layers of {width}, RoPE, RMSNorm, SwiGLU, grouped queries | {llm:.2f} M | `llm/` |
-| speech encoder | NeMo FastConformer-CTC, 4 layers of {encoder_width}, 12.5 frames/s | {asr:.2f} M | `encoder.nemo` |
+| text LLM | Megatron-core GPT, {layers} layers of {width}, RoPE, RMSNorm, SwiGLU, GQA | {llm:.2f} M | `llm/` |
+| encoder | NeMo FastConformer-CTC, 4 layers of {encoder_width}, 12.5 frames/s | {asr:.2f} M | `encoder.nemo` |
 
 They know the small world of `nemo_mtbi/data/grammar.py` ({words} spoken words) and nothing else: a means to try and to
 test, not models to use.

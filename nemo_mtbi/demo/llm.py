@@ -95,7 +95,7 @@ def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[
 
 
 def build(out: Path, pool: TaskPool, steps: int, seed: int, resume: bool = False, rows: int = 64) -> None:
-    """Trains the LLM and writes it to ``out``; ``resume`` goes on from what stands there, at half the learning rate."""
+    """Trains the LLM and writes it to ``out``; ``resume`` goes on from there, at half the learning rate."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder

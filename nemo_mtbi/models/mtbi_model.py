@@ -48,6 +48,7 @@ class MTBIModel(ModelPT):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None):
         register()
+        restoring = self._is_model_being_restored()  # asked now: restoring the encoder's own archive ends that state
         config = parse_model_config(cfg)
         groups.initialize()
         prints = frozen_fingerprints(config.pretrained_asr, config.pretrained_llm)
@@ -57,11 +58,10 @@ class MTBIModel(ModelPT):
                     f"model.pretrained_{part} is {getattr(config, f'pretrained_{part}')} with hash {found}, but this "
                     f"model was trained with {config.fingerprints[part]}: give the path of that one"
                 )
-        data = {name: cfg.get(name) for name in ("train_ds", "validation_ds", "test_ds")}
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         with open_dict(cfg):
-            for name in data:  # set up below: the loaders need the frame counter of the modules
-                cfg.pop(name, None)
+            # set up below: the loaders need the frame counter of the modules
+            data = {name: cfg.pop(name, None) for name in ("train_ds", "validation_ds", "test_ds")}
             cfg.fingerprints, cfg.format_version = prints, config.format_version
         super().__init__(cfg, trainer)
         self._save_restore_connector = TensorArchive()
@@ -72,7 +72,7 @@ class MTBIModel(ModelPT):
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
-        if not self._is_model_being_restored():
+        if not restoring:  # the data may be elsewhere
             if data["train_ds"] is not None:
                 self.setup_training_data(data["train_ds"])
             if data["validation_ds"] is not None:
@@ -94,7 +94,8 @@ class MTBIModel(ModelPT):
         # Longer rows are counted and left out: the LLM has not seen such positions, and generation would refuse them.
         longest = self.speech_llm.decoder.max_sequence_length
         longest -= 0 if train else self.config.generation.max_new_tokens
-        config = {"max_tokens": longest, **OmegaConf.to_container(OmegaConf.create(config), resolve=True)}
+        config = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+        config = {"max_tokens": longest, **config}
         return build_dataloader(
             config,
             self._dataset(train),

@@ -15,6 +15,7 @@ import soundfile
 import torch
 from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
+from omegaconf import OmegaConf
 from scipy.signal import resample_poly
 
 from nemo_mtbi.config import FORMAT_VERSION
@@ -126,6 +127,13 @@ def test_a_run_depends_on_its_seed_alone(model_section):
     assert not same(one, other)
 
 
+def test_a_section_may_point_to_keys_outside_of_it(model_section):
+    whole = OmegaConf.create({"seed": 5, "model": model_section(train_ds={"seed": "${seed}"})})
+    model = MTBIModel(whole.model)
+    assert model.cfg.train_ds.seed == 5
+    assert len(next(iter(model._train_dl)).cut_ids) == 4
+
+
 def test_the_data_depend_on_the_datas_seed(model_section):
     one, two = (
         weights(fit(model_section(train_ds={"shuffle": True, "seed": seed}), 4).speech_llm.connector)
@@ -144,14 +152,16 @@ def test_validation_reports_loss_agreement_and_word_error_rate(model_section):
     assert 0 <= found["val_agreement"] <= found["val_f1"] <= 1
 
 
-def test_the_figures_of_validation_are_those_of_generate_and_of_the_loss(model, model_section):
+def test_the_figures_of_validation_are_those_of_generate_and_of_the_loss(model, model_section, monkeypatch):
     """Rows, answers and loss from outside of the validation loop."""
+    heard, step = [], model.validation_step
+    monkeypatch.setattr(model, "validation_step", lambda *args: heard.append(step(*args)) or heard[-1])
     (metrics,) = trainer(1, limit_val_batches=1.0).validate(model, verbose=False)
     (batch,) = model._validation_dl
     cuts = {cut.id: cut.load_audio() for cut in CutSet.from_file(model_section().validation_ds.cuts_path)}
     answers = model.generate([cuts[row.cut_id] for row in batch.rows], [row.instruction for row in batch.rows])
+    assert heard[0]["answers"] == answers and len(answers) == 8 * 8
     right = [answer == row.reference for answer, row in zip(answers, batch.rows, strict=True)]
-    assert len(right) == 8 * 8
     assert metrics["val_agreement"] == pytest.approx(np.mean(right))
     assert metrics["val_loss"] == pytest.approx(model.speech_llm.evaluate_step(batch).item() / batch.num_targets)
 
@@ -247,6 +257,17 @@ def test_a_restored_model_has_the_same_weights_and_can_be_trained_on(saved, mode
     assert len(next(iter(restored._train_dl)).cut_ids) == 4
 
 
+def test_a_model_is_restored_where_its_data_are_not(saved, model, model_section):
+    cuts = Path(model_section().train_ds.cuts_path)
+    away = cuts.rename(cuts.with_name("away.jsonl.gz"))
+    try:
+        restored = MTBIModel.restore_from(str(saved), map_location="cpu")
+    finally:
+        away.rename(cuts)
+    assert restored._train_dl is None and restored._validation_dl is None
+    assert same(weights(restored), weights(model))
+
+
 def test_the_archive_holds_config_and_tensors_and_no_pickle(saved):
     with tarfile.open(saved) as archive:
         names = {Path(member.name).name for member in archive.getmembers() if member.isfile()}
@@ -258,7 +279,7 @@ def test_the_archive_holds_config_and_tensors_and_no_pickle(saved):
 
 
 @pytest.mark.parametrize("part", ["asr", "llm"])
-def test_another_frozen_part_is_refused_with_both_hashes(saved, tmp_path, part):
+def test_another_frozen_part_is_refused_with_both_hashes(saved, tmp_path, part, model_section):
     stored = MTBIModel.restore_from(str(saved), return_config=True)
     make = {"asr": tiny_asr_nemo, "llm": tiny_text_llm}[part]
     other = make(tmp_path / {"asr": "asr.nemo", "llm": "llm"}[part], seed=1)
@@ -268,6 +289,7 @@ def test_another_frozen_part_is_refused_with_both_hashes(saved, tmp_path, part):
         MTBIModel.restore_from(str(saved), override_config_path=stored)
     found = mtbi_model.frozen_fingerprints(stored.pretrained_asr, stored.pretrained_llm)[part]
     assert trained_with in str(error.value) and found in str(error.value) and found != trained_with
+    assert MTBIModel(model_section())._train_dl is not None  # the error leaves nothing behind in NeMo's global state
 
 
 def test_a_frozen_part_that_has_moved_can_be_named_anew(saved, tmp_path, model):
@@ -310,12 +332,11 @@ NO_ARCHIVES = {
 
 
 @pytest.mark.parametrize("kind", NO_ARCHIVES)
-def test_what_is_no_nemo_of_ours_is_one_clear_error(saved, tmp_path, model_section, kind):
+def test_what_is_no_nemo_of_ours_is_one_clear_error(saved, tmp_path, kind):
     path = tmp_path / "thing.nemo"
     NO_ARCHIVES[kind](saved, path)
     with pytest.raises(ValueError, match="thing.nemo can't be restored: it .* MTBI model"):
         MTBIModel.restore_from(str(path))
-    assert MTBIModel(model_section())._train_dl is not None  # the error leaves nothing behind in NeMo's global state
 
 
 @pytest.mark.parametrize(
