@@ -58,9 +58,10 @@ def build_tokenizer(pool: TaskPool) -> bytes:
 def stretch(words: list[str], rng: random.Random) -> list[str]:
     """Repeats words and strews fillers as speech frames would, with a strength drawn for the sentence.
 
-    A word said twice always has a filler in between: side by side are the frames of one word.
+    A stretched transcript begins with a filler, as speech begins with silence, and a word said twice has one in
+    between: so two equal words side by side are one word in a stretched transcript, and two in a plain one.
     """
-    strength, stretched = rng.random(), [FILL] * rng.randrange(3)
+    strength, stretched = rng.random(), [FILL] * (1 + rng.randrange(2))
     for word in words:
         if stretched[-1:] == [word]:
             stretched.append(FILL)
