@@ -196,6 +196,7 @@ def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
             learning_rate=adapt.learning_rate,
             seed=config.seed,
             batch_duration=adapt.batch_duration,
+            spec_augment=True,
         )
         model._save_restore_connector = TensorArchive()
         model.save_to(str(work / "encoder.nemo"))

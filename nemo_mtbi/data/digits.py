@@ -36,7 +36,7 @@ _RESERVED = 5  # recordings 0 to 4 of each digit are kept from training: the cor
 _NUM_DIGITS = (2, 6)
 _PAUSE = (0.05, 0.3)  # seconds between two digits
 _SILENCE = (0.05, 0.25)  # seconds before and after the speech
-_SPEEDS = (90, 110)  # percent
+_SPEEDS = (80, 125)  # percent; pitch and formants move along: few speakers become many
 _GAIN_DB = (-3.0, 3.0)  # of one digit against the others
 _LEVEL = 0.1  # RMS of the loud part of each recording
 _FRAME = SAMPLE_RATE // 100
@@ -102,7 +102,7 @@ def build_digits(
         split: ``train`` uses the recordings from index 5 on, ``validation`` those before (the same speakers, never the
             same recording); ``test`` uses all of them, so it is for speakers held out from training.
         with_references: store the right answer of each demo task in the cuts' custom field ``references``.
-        augment: speed from 0.9 to 1.1, a gain for each digit, noise and reverberation; for training.
+        augment: speed from 0.8 to 1.25, a gain for each digit, noise and reverberation; for training.
         num_workers: processes; None: as many as there are cores.
         progress: show a progress bar.
 

@@ -35,6 +35,7 @@ VOCABULARY = 2000
 PEAK_LR = 2e-3
 # Tasks that rewrite the whole sentence take longer to learn: they are drawn more often.
 LONG_TASKS, LONG = ("transcribe", "translate", "upper", "quoted", "reverse", "title", "ending", "count"), 3
+DIGITS = 0.4  # share of digit strings beyond their natural one: words that recur anywhere are the hardest to copy
 MARKS = ('"', "{", "}", ",", ":", "*", "?")
 
 
@@ -71,7 +72,7 @@ def stretch(words: list[str], rng: random.Random) -> list[str]:
 
 def sample_row(pool: TaskPool, chat: ChatFormat, rng: random.Random, ids: Callable[[str], int]) -> Row:
     """One pre-training row; 70% of the transcripts are stretched."""
-    sentence = grammar.sample_sentence(rng)
+    sentence = grammar.sample_sentence(rng, "digits" if rng.random() < DIGITS else None)
     task = rng.choices(pool.tasks, [LONG if task.name in LONG_TASKS else 1 for task in pool.tasks])[0]
     prompt = rng.choice(task.prompts + task.heldout_prompts)
     words = list(sentence.words)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from nemo.collections.asr.models import EncDecCTCModelBPE
+from nemo.collections.asr.modules import SpectrogramAugmentation
 from omegaconf import OmegaConf, open_dict
 
 from nemo_mtbi.data.tokenizer import train_tokenizer
@@ -23,6 +24,7 @@ def train_ctc(
     seed: int,
     batch_duration: float = 50.0,
     warmup_steps: int = 100,
+    spec_augment: bool = False,
     precision: str = "32-true",
     progress: bool = True,
 ) -> None:
@@ -36,6 +38,7 @@ def train_ctc(
         seed: of data order, SpecAugment and dropout.
         batch_duration: seconds of speech in a batch.
         warmup_steps: linear warm-up.
+        spec_augment: mask bands and short spans of the spectrogram (arXiv 1904.08779), for little data.
         precision: Lightning's name.
         progress: show Lightning's progress bar.
     """
@@ -79,6 +82,8 @@ def train_ctc(
         log_every_n_steps=50,
         num_sanity_val_steps=0,
     )
+    if spec_augment:
+        model.spec_augmentation = SpectrogramAugmentation(freq_masks=2, freq_width=18, time_masks=3, time_width=0.05)
     model.set_trainer(trainer)
     model.setup_training_data(OmegaConf.create(data))
     model.setup_optimization(OmegaConf.create(optimizer))
@@ -86,6 +91,7 @@ def train_ctc(
     with open_dict(model.cfg):  # paths of this machine do not belong into the archive
         model.cfg.train_ds = None
         model.cfg.optim = None
+    model.spec_augmentation = None
     model.eval()
 
 
