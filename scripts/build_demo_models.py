@@ -23,7 +23,9 @@ from nemo_mtbi.demo import build  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("llm", "encoder", "card"))
-    parser.add_argument("--out", type=Path, default=ROOT / "nemo_mtbi" / "assets" / "demo", help="where the models are written")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "nemo_mtbi" / "assets" / "demo", help="where the models are written"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: what the shipped models had)")
     parser.add_argument("--resume", action="store_true", help="go on from the weights that are there")
     parser.add_argument("--seed", type=int, default=0)
