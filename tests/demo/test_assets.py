@@ -5,6 +5,7 @@ import random
 import tarfile
 
 import pytest
+
 from nemo_mtbi.data import grammar
 from nemo_mtbi.data.corpus import load_corpus
 from nemo_mtbi.data.synthetic import build_synthetic
