@@ -210,4 +210,10 @@ def test_adaptation_mixes_in_what_the_encoder_knew(small, model_section, clone, 
     prepare(small(**digits), section(model_section))
     ((cuts, settings),) = seen
     assert [len(list(CutSet.from_file(path))) for path in cuts] == [5, 4]
-    assert settings == {"steps": 7, "learning_rate": 1e-3, "batch_duration": 9.0, "seed": 5}
+    assert settings == {
+        "steps": 7,
+        "learning_rate": 1e-3,
+        "batch_duration": 9.0,
+        "seed": 5,
+        "spec_augment": True,
+    }

@@ -18,7 +18,7 @@ def build_llm(args: argparse.Namespace) -> None:
 def build_encoder(args: argparse.Namespace) -> None:
     from nemo_mtbi.demo import encoder
 
-    encoder.build(args.out, args.steps or 4000, args.seed)
+    encoder.build(args.out, args.steps or 3000, args.seed)
 
 
 def write_card(args: argparse.Namespace) -> None:

@@ -20,8 +20,10 @@ from nemo_mtbi.parallel import groups
 
 CARD = """# The demo's frozen models
 
-Made by `python scripts/build_demo_models.py llm`, `encoder` and `card`; nothing was downloaded. Licence: Apache-2.0.
-The speech was made by espeak-ng, which is not part of this package.
+Made by `python scripts/build_demo_models.py`; nothing was downloaded. Licence: Apache-2.0. The speech was made by
+espeak-ng, which is not part of this package. The encoder had 3000 steps. The LLM had four rounds: 4000 steps, and then
+3500, 2500 and 2500 with `--resume`, between which its pre-training data were improved (words said twice, more digit
+strings), so the script as it stands makes a model like it, not the same one.
 
 | model | architecture | parameters | file |
 |---|---|---|---|

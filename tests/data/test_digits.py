@@ -106,7 +106,7 @@ def test_augmentation_changes_speed_level_and_times_alike(tmp_path, clone):
             levels.append(np.abs(samples).max())
         assert max(of_cut) - min(of_cut) < 0.01  # one speed in one utterance
         ratios.append(of_cut[0])
-    assert 0.89 < min(ratios) < 0.95 and 1.05 < max(ratios) < 1.11
+    assert 0.79 < min(ratios) < 0.9 and 1.1 < max(ratios) < 1.26
     assert max(levels) / min(levels) > 1.5
 
 

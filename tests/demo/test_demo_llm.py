@@ -78,10 +78,12 @@ def test_stretched_words_can_be_told_apart_and_come_back(words, seed):
     assert [word for word, _ in groupby(stretched) if word != llm.FILL] == words
 
 
-def test_stretching_ranges_from_nothing_to_many_fillers():
+def test_stretching_ranges_from_one_filler_to_many():
     words = ["a", "b", "c", "d"] * 4
-    lengths = [len(llm.stretch(words, random.Random(seed))) for seed in range(300)]
-    assert min(lengths) == len(words) and max(lengths) > 2.5 * len(words)
+    stretched = [llm.stretch(words, random.Random(seed)) for seed in range(300)]
+    lengths = [len(row) for row in stretched]
+    assert min(lengths) == len(words) + 1 and max(lengths) > 2.5 * len(words)
+    assert {row[0] for row in stretched} == {llm.FILL}  # it tells a stretched transcript from a plain one
 
 
 def test_a_row_holds_the_right_answer(chat):
