@@ -179,8 +179,7 @@ def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
     key = {"source": digest_of(source.read_bytes().hex()), "corpus": corpus.name, "adapt": vars(adapt)}
 
     def build(work: Path, final: Path) -> None:
-        from nemo_mtbi.models.ctc import train_ctc
-        from nemo_mtbi.modules.archive import TensorArchive
+        from nemo_mtbi.models.ctc import save_asr, train_ctc
 
         cuts = [corpus / "cuts.jsonl.gz"]
         if adapt.replay_utterances:
@@ -198,7 +197,6 @@ def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
             batch_duration=adapt.batch_duration,
             spec_augment=True,
         )
-        model._save_restore_connector = TensorArchive()
-        model.save_to(str(work / "encoder.nemo"))
+        save_asr(model, work / "encoder.nemo")
 
     return str(cached(build, config.cache_dir, key, name="encoder") / "encoder.nemo")

@@ -26,7 +26,7 @@ from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
-console = Console()
+console = Console(width=max(100, Console().width))  # the tables need 100 columns
 SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
 REQUIRED = ("name", "seed", "model", "model.train_ds", "model.validation_ds", "model.optim", "trainer", "exp_manager")
 

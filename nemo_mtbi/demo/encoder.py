@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.data import grammar
 from nemo_mtbi.data.synthetic import build_synthetic
-from nemo_mtbi.models.ctc import train_ctc, transcribe_ctc, write_tokenizer
-from nemo_mtbi.modules.archive import TensorArchive
+from nemo_mtbi.models.ctc import save_asr, train_ctc, transcribe_ctc, write_tokenizer
 
 SIZE = dict(layers=4, width=160, heads=4, subsampling_channels=64, kernel=9)
 VOCABULARY = 128  # pieces of words: sounds are shared between words, and 8 x fewer frames than 10 ms still suffice
@@ -85,5 +84,4 @@ def build(out: Path, steps: int, seed: int, utterances: int = 12000) -> None:
         cuts = list(load_corpus(held_out))
         error = wer([cut.supervisions[0].text for cut in cuts], transcribe_ctc(model, cuts))
         print(f"word error rate on {len(cuts)} sentences and voices not trained on: {error:.2%}")
-        model._save_restore_connector = TensorArchive(torch.float16)
-        model.save_to(str(out / "encoder.nemo"))
+        save_asr(model, out / "encoder.nemo", torch.float16)

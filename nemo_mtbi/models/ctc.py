@@ -13,6 +13,7 @@ from nemo.collections.asr.modules import SpectrogramAugmentation
 from omegaconf import OmegaConf, open_dict
 
 from nemo_mtbi.data.tokenizer import train_tokenizer
+from nemo_mtbi.modules.archive import TensorArchive
 
 
 def train_ctc(
@@ -88,11 +89,23 @@ def train_ctc(
     model.setup_training_data(OmegaConf.create(data))
     model.setup_optimization(OmegaConf.create(optimizer))
     trainer.fit(model)
-    with open_dict(model.cfg):  # paths of this machine do not belong into the archive
-        model.cfg.train_ds = None
-        model.cfg.optim = None
     model.spec_augmentation = None
     model.eval()
+
+
+def save_asr(model: EncDecCTCModelBPE, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a ``.nemo`` with tensors only, and without the paths of the machine that trained it.
+
+    Args:
+        model: any NeMo ASR model with a tokenizer.
+        path: of the archive.
+        dtype: of the stored weights; ``None`` keeps theirs.
+    """
+    with open_dict(model.cfg):
+        model.cfg.train_ds = model.cfg.validation_ds = model.cfg.optim = None
+        model.cfg.tokenizer.dir = None  # its files are in the archive
+    model._save_restore_connector = TensorArchive(dtype)
+    model.save_to(str(path))
 
 
 @torch.no_grad()
@@ -124,5 +137,7 @@ def write_tokenizer(folder: str | Path, words: Sequence[str], vocabulary: int) -
     (folder / "tokenizer.model").write_bytes(model)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    scores = [processor.get_score(i) for i in range(len(pieces))]
+    (folder / "tokenizer.vocab").write_text("".join(f"{p}\t{s:g}\n" for p, s in zip(pieces, scores, strict=True)))
     (folder / "vocab.txt").write_text("\n".join(piece.replace("▁", "##") for piece in pieces[1:]))
     return folder

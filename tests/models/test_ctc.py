@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+import tarfile
+
 import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
 
-from nemo_mtbi.models.ctc import train_ctc, transcribe_ctc, write_tokenizer
+from nemo_mtbi.models.ctc import save_asr, train_ctc, transcribe_ctc, write_tokenizer
+from nemo_mtbi.modules.pretrained import load_asr_model
 from nemo_mtbi.testing import WORDS, scale_weights, tiny_asr_model, tiny_cuts
 
 
@@ -43,7 +46,12 @@ def test_training_lowers_the_loss_and_forgets_the_paths(tmp_path, cuts):
         after = mean_loss(model, cuts)
     assert after < 0.8 * before
     assert not model.training
-    assert model.cfg.train_ds is None and model.cfg.optim is None
+    save_asr(model, tmp_path / "asr.nemo")
+    with tarfile.open(tmp_path / "asr.nemo") as archive:
+        config = archive.extractfile("./model_config.yaml").read().decode()
+    assert str(tmp_path) not in config and str(cuts) not in config
+    restored = load_asr_model(tmp_path / "asr.nemo")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), restored.parameters(), strict=True))
 
 
 def test_a_run_depends_on_its_seed_alone(tmp_path, cuts):
