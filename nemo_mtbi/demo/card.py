@@ -36,7 +36,8 @@ test, not models to use.
 ## Scores
 
 On {n} sentences in {voices} voices (seed 0 of the test split). The encoder was trained on neither these
-sentences nor these voices. The LLM's pre-training drew its text from the whole grammar, so it may have read some of them.
+sentences nor these voices. The LLM's pre-training drew its text from the whole grammar, so it may have read some of
+them.
 
 - speech encoder: word error rate {error:.2%} (greedy CTC)
 - text LLM: {right:.2%} of {rows} answers to transcripts right
