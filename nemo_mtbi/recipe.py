@@ -153,7 +153,7 @@ def text_responder(model: Mapping) -> Iterator[tuple[Responder, str]]:
     """The text LLM of a ``model:`` section alone, with its fingerprint."""
     groups.initialize()
     llm = load_text_llm(model["pretrained_llm"])
-    yield Responder(LayoutDecoder(llm.decoder), llm.chat, GenerationConfig(**model["generation"])), llm.fingerprint
+    yield Responder(LayoutDecoder(llm.chunks), llm.chat, GenerationConfig(**model["generation"])), llm.fingerprint
 
 
 def _build(config: DataConfig, split: str) -> Path:

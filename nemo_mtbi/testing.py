@@ -224,7 +224,7 @@ def tiny_speech_llm(
     with tempfile.TemporaryDirectory() as folder, _seeded(seed):
         text = load_text_llm(tiny_text_llm(Path(folder) / "llm", seed, **overrides), dtype)
         encoder = SpeechEncoder(tiny_asr_model(Path(folder) / "asr", seed))
-        model = SpeechLLM(encoder, connector or ConnectorConfig(hidden_size=24), text.decoder)
+        model = SpeechLLM(encoder, connector or ConnectorConfig(hidden_size=24), text.chunks)
     encoder.encoder.to(dtype)
     model.connector.to(dtype)
     return model

@@ -16,6 +16,8 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # workers.py
+
 from nemo_mtbi.cli import quiet  # noqa: E402
 
 
@@ -87,6 +89,30 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 getattr(module, sys.argv[2])(*sys.argv[3:])
 """
+
+
+@pytest.fixture(scope="session")
+def _pool(tmp_path_factory):
+    from workers import WorkerPool
+
+    pool = WorkerPool(tmp_path_factory.mktemp("workers"))
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture
+def processes(_pool):
+    """``processes(function, *arguments, count=2, timeout=180)`` runs a function of a test file in processes on gloo.
+
+    The function stands at the top of its file and takes strings. The processes live as long as the session, so that
+    NeMo is imported once in each; process groups are ended after each job. The test fails with what the processes
+    report if one of them fails or the time is over.
+    """
+
+    def run(function, *arguments, count=2, timeout=180):
+        _pool.run(inspect.getfile(function), function.__name__, [str(a) for a in arguments], count, timeout)
+
+    return run
 
 
 @pytest.fixture

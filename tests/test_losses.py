@@ -77,5 +77,5 @@ def split_vocabulary():
     dist.destroy_process_group()
 
 
-def test_a_vocabulary_split_over_two_ranks_gives_the_dense_loss_and_gradient(torchrun):
-    torchrun(split_vocabulary)
+def test_a_vocabulary_split_over_two_ranks_gives_the_dense_loss_and_gradient(processes):
+    processes(split_vocabulary)

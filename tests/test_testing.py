@@ -65,6 +65,6 @@ def test_a_speech_llm_is_reproducible_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state) and random.getstate() == python_state
     weights, same, others = (dict(model.named_parameters()) for model in (first, second, other))
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
-    for part in ("encoder.encoder.layers.0", "connector.mlp.0", "decoder.decoder.layers.0.mlp.linear_fc1"):
+    for part in ("encoder.encoder.layers.0", "connector.mlp.0", "chunks.0.decoder.layers.0.mlp.linear_fc1"):
         matrices = [name for name, value in weights.items() if name.startswith(part) and value.ndim > 1]
         assert matrices and not all(torch.equal(weights[name], others[name]) for name in matrices)

@@ -59,7 +59,7 @@ def write(folder: Path, utterances: int = 300) -> None:
     asr = load_asr_model(folder / "encoder.nemo")
     error = wer(texts, transcribe_ctc(asr, cuts))
     llm = load_text_llm(folder / "llm")
-    responder = Responder(LayoutDecoder(llm.decoder), llm.chat, GenerationConfig(max_new_tokens=40))
+    responder = Responder(LayoutDecoder(llm.chunks), llm.chat, GenerationConfig(max_new_tokens=40))
     rows = questions(cuts, pool, seed=0)
     answers = responder.text([(row.prompt, texts[row.utterance]) for row in rows])
     right: dict[str, list[bool]] = {task.name: [] for task in pool.tasks}

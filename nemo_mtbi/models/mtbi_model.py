@@ -27,8 +27,7 @@ from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.archive import TensorArchive
-from nemo_mtbi.modules.pretrained import load_speech_encoder, load_text_llm, resolve
-from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.pretrained import load_speech_llm, resolve
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.register import register
 
@@ -66,9 +65,8 @@ class MTBIModel(ModelPT):
         super().__init__(cfg, trainer)
         self._save_restore_connector = TensorArchive()
         self.config = config
-        llm = load_text_llm(config.pretrained_llm)
+        self.speech_llm, llm = load_speech_llm(config.pretrained_asr, config.pretrained_llm, config.connector)
         self.chat = llm.chat
-        self.speech_llm = SpeechLLM(load_speech_encoder(config.pretrained_asr), config.connector, llm.decoder)
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
         self._validation: list[dict] = []

@@ -58,6 +58,15 @@ class ConnectorConfig:
         return best
 
 
+def connector_stages(config: ConnectorConfig, encoder_rate: float) -> tuple[LengthStage, ...]:
+    """What the connector does to a number of frames, known without building it."""
+    reduction = config.reduction(encoder_rate)
+    if config.kind == "stack":
+        return (LengthStage(reduction, reduction),)
+    kernel = config.kernel_size
+    return tuple(LengthStage(kernel, 2, padding=kernel - 1) for _ in range(reduction.bit_length() - 1))
+
+
 class Connector(nn.Module):
     """Reduces the frame rate and projects to the LLM's embedding size.
 
@@ -73,16 +82,13 @@ class Connector(nn.Module):
         self.reduction = config.reduction(encoder_rate)
         self.stacking = self.reduction if config.kind == "stack" else 1
         width, kernel = config.hidden_size, config.kernel_size
+        self.stages = connector_stages(config, encoder_rate)
         self.convs = nn.ModuleList()
         if config.kind == "conv":
-            self.stages = tuple(
-                LengthStage(kernel, 2, padding=kernel - 1) for _ in range(self.reduction.bit_length() - 1)
-            )
             for n in range(len(self.stages)):
                 self.convs.append(nn.Conv1d(width if n else input_size, width, kernel, stride=2, padding=kernel // 2))
             flat = width if len(self.convs) else input_size
         else:
-            self.stages = (LengthStage(self.stacking, self.stacking),)
             flat = input_size * self.stacking
         self.norm = nn.LayerNorm(flat)
         self.mlp = nn.Sequential(

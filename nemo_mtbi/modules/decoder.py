@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -21,6 +28,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
+from nemo_mtbi.parallel.groups import ParallelConfig
 
 try:
     import transformer_engine  # noqa: F401
@@ -117,17 +125,26 @@ def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> Mod
     return spec
 
 
-def block_spec(config: DecoderConfig, megatron: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(
+    config: DecoderConfig, megatron: TransformerConfig, chunk: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """This stage's layers and final norm. Megatron would take torch's norm for the latter, always in float32."""
     if HAVE_TE:
         return layer_spec(config)
-    layers = [layer_spec(config)] * get_num_layers_to_build(megatron)
+    layers = [layer_spec(config)] * get_num_layers_to_build(megatron, chunk)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def transformer_config(config: DecoderConfig, dtype: torch.dtype, **parallel) -> TransformerConfig:
-    """Megatron's configuration. ``parallel`` holds its own parallelism keys."""
-    return TransformerConfig(
+def transformer_config(
+    config: DecoderConfig, dtype: torch.dtype, layout: ParallelConfig | None = None, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's configuration under a layout (``None``: the one in force).
+
+    ``overrides`` are keys of Megatron's own, such as those of recomputation.
+    """
+    layout = layout or groups.layout()
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    values = dict(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -156,32 +173,59 @@ def transformer_config(config: DecoderConfig, dtype: torch.dtype, **parallel) ->
         calculate_per_token_loss=True,  # the loss is divided by the global number of tokens by us, not by microbatches
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it beside variable lengths, in dense models too
-        **parallel,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        # with batched transfers the interleaved schedule gives wrong gradients when lengths vary
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
     )
+    return TransformerConfig(**{**values, **overrides})
 
 
 class GPTDecoder(GPTModel):
-    """``GPTModel`` whose forward ends at the hidden states; :meth:`logits` applies the head where it is needed.
+    """One run of the layers of a ``GPTModel``: all of them, or those of a stage of the pipeline.
 
-    The head over a 150k vocabulary at every position would cost gigabytes; loss and generation read a few positions.
+    Its forward ends at the hidden states; :meth:`logits` applies the head where it is needed. The head over a 150k
+    vocabulary at every position would cost gigabytes; loss and generation read a few positions.
+
+    Args:
+        config: architecture.
+        dtype: of the weights.
+        chunk: which run of layers of this process, under virtual pipeline stages.
+        **overrides: keys of Megatron's ``TransformerConfig``.
+
+    Raises:
+        ValueError: if the layout in force can't split this architecture.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype = torch.float32, **parallel):
-        megatron = transformer_config(config, dtype, **parallel)
+    def __init__(
+        self, config: DecoderConfig, dtype: torch.dtype = torch.float32, chunk: int | None = None, **overrides: Any
+    ):
+        layout = groups.layout()
+        layout.check_architecture(
+            config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
+        )
+        megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
                 config=megatron,
-                transformer_layer_spec=block_spec(config, megatron),
-                vocab_size=config.vocab_size,
+                transformer_layer_spec=block_spec(config, megatron, chunk),
+                vocab_size=padded_vocabulary(config.vocab_size, layout.tensor_model_parallel_size),
                 max_sequence_length=config.max_sequence_length,
-                pre_process=groups.is_first_stage(),
-                post_process=groups.is_last_stage(),
+                pre_process=groups.is_first_stage(chunk or 0),
+                post_process=groups.is_last_stage(chunk or 0),
                 position_embedding_type="rope",
                 rotary_base=config.rotary_base,
                 share_embeddings_and_output_weights=config.tie_embeddings,
                 scatter_embedding_sequence_parallel=False,
+                vp_stage=chunk,
             )
         self.architecture = config
+        if self.post_process:
+            # ``hidden`` gathers the positions already, since the head reads a few of them only
+            self.output_layer.sequence_parallel = False
 
     def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
         return hidden_states
@@ -205,16 +249,27 @@ class GPTDecoder(GPTModel):
             inference_context: Megatron's key-value cache, in ``eval()`` only.
 
         Returns:
-            ``[T, R, H]``; on the last stage after the final norm.
+            ``[T, R, H]``; on the last stage after the final norm. With sequence parallelism ``T`` is padded to a
+            multiple of the tensor-parallel size, and only the last stage holds all of it.
         """
+        split = self.config.sequence_parallel
+        if split and embeddings is not None:
+            missing = -len(embeddings) % self.config.tensor_model_parallel_size
+            embeddings = F.pad(embeddings, (0, 0, 0, 0, 0, missing))
+            embeddings = scatter_to_sequence_parallel_region(embeddings)  # [T / tp, R, H]
         with megatron_device(self.device):
-            return self(
+            hidden = self(
                 input_ids=None,
                 position_ids=None,
                 attention_mask=attention_mask,
                 decoder_input=embeddings,
                 inference_context=inference_context,
             )
+        if split and self.post_process:
+            # The head's gradient is whole on each process (its column-parallel input sums it), so that each takes its
+            # own positions of it; Megatron's default would sum it once more.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
 
     def logits(self, hidden: Tensor, index: Tensor, gather: bool = False) -> Tensor:
         """Applies the head at some positions. Last stage only.
@@ -225,9 +280,44 @@ class GPTDecoder(GPTModel):
             gather: whether every tensor-parallel rank gets the whole vocabulary.
 
         Returns:
-            ``[n, V / tp]``, or ``[n, V]`` with ``gather``.
+            ``[n, V / tp]``, or ``[n, V]`` with ``gather``. Entries that only pad the vocabulary are ``-inf``.
         """
         chosen = hidden.reshape(-1, 1, hidden.shape[-1]).index_select(0, index)  # [n, 1, H]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         out, _ = self.output_layer(chosen, weight=weight, runtime_gather_output=gather)
-        return out.squeeze(1)
+        out = out.squeeze(1)
+        first = 0 if gather else groups.tensor_parallel_rank() * out.shape[-1]
+        real = self.architecture.vocab_size - first
+        if real < out.shape[-1]:
+            out = out.masked_fill(torch.arange(out.shape[-1], device=out.device) >= real, float("-inf"))
+        return out
+
+
+def padded_vocabulary(size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding table: every tensor-parallel process has the same number."""
+    return -(-size // tensor_parallel) * tensor_parallel
+
+
+def build_decoder(config: DecoderConfig, dtype: torch.dtype = torch.float32, **overrides: Any) -> list[GPTDecoder]:
+    """This process's runs of layers under the layout in force: one, or several with virtual pipeline stages."""
+    virtual = groups.layout().virtual_pipeline_model_parallel_size
+    chunks = [None] if virtual is None else range(virtual)
+    return [GPTDecoder(config, dtype, chunk, **overrides) for chunk in chunks]
+
+
+@contextlib.contextmanager
+def whole_sequences(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
+    """Turns sequence parallelism off for the body: generation adds one position at a time, which can't be split."""
+    switched = [
+        module
+        for chunk in chunks
+        for module in (chunk.config, *chunk.modules())
+        if getattr(module, "sequence_parallel", False) is True
+    ]
+    for module in switched:
+        module.sequence_parallel = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.sequence_parallel = True

@@ -14,16 +14,20 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.weights import SafetensorsWeights, canonical_name, load_weights
+from nemo_mtbi.parallel import groups
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 _FILES = ("llm.yaml", "model.safetensors", "tokenizer.model")
@@ -34,14 +38,19 @@ class TextLLM:
     """A frozen text LLM with what belongs to it.
 
     Attributes:
-        decoder: the Megatron GPT.
+        chunks: the Megatron GPT, or this process's runs of its layers under the layout in force.
         chat: its chat format, with the tokenizer.
         fingerprint: hash of architecture, weights, tokenizer and chat format: who made a target.
     """
 
-    decoder: GPTDecoder
+    chunks: list[GPTDecoder]
     chat: ChatFormat
     fingerprint: str
+
+    @property
+    def decoder(self) -> GPTDecoder:
+        """The first of ``chunks``: the whole LLM in a single process."""
+        return self.chunks[0]
 
 
 def resolve(name: str | Path, key: str, demo: str) -> Path:
@@ -66,30 +75,6 @@ def llm_fingerprint(path: str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _canonical(name: str) -> str:
-    """Name of a weight, whatever the layer spec: Transformer Engine fuses norms into the linear layer behind them."""
-    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
-        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-    )
-
-
-def load_decoder_weights(decoder: GPTDecoder, weights: dict[str, Tensor]) -> None:
-    """Copies canonical weights into the decoder, in the decoder's dtype.
-
-    Raises:
-        ValueError: if names or shapes differ.
-    """
-    own = {_canonical(name): value for name, value in decoder.named_parameters()}
-    wrong = sorted(own.keys() ^ weights.keys()) or sorted(n for n in own if own[n].shape != weights[n].shape)
-    if wrong:
-        raise ValueError(
-            f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
-        )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(weights[name])
-
-
 def save_text_llm(
     path: str | Path,
     architecture: DecoderConfig,
@@ -105,17 +90,20 @@ def save_text_llm(
     settings = {"format_version": 1, "architecture": dataclasses.asdict(architecture), "chat": chat}
     (path / "llm.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     (path / "tokenizer.model").write_bytes(tokenizer_model)
-    stored = {_canonical(name): value.detach().half().contiguous() for name, value in weights.items()}
+    stored = {canonical_name(name): value.detach().half().contiguous() for name, value in weights.items()}
     save_file(stored, path / "model.safetensors")
 
 
-def load_text_llm(name: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True) -> TextLLM:
-    """Loads a text LLM.
+def load_text_llm(
+    name: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True, **overrides: Any
+) -> TextLLM:
+    """Loads a text LLM, or this process's share of it under the layout in force.
 
     Args:
         name: directory, or ``demo``.
         dtype: of the decoder's weights.
         weights: ``False`` leaves them unset, for a model whose weights come from a checkpoint.
+        **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
         ValueError: if the directory is incomplete or its parts do not fit.
@@ -143,13 +131,10 @@ def load_text_llm(name: str | Path, dtype: torch.dtype = torch.float32, weights:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LLM embeds {architecture.vocab_size}: "
             "they do not belong together"
         )
-    decoder = GPTDecoder(architecture, dtype)
+    chunks = build_decoder(architecture, dtype, **overrides)
     if weights:
-        try:
-            load_decoder_weights(decoder, load_file(path / "model.safetensors"))
-        except SafetensorError as error:
-            raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}; copy it again") from error
-    return TextLLM(decoder, ChatFormat(turn, end, tokenizer), llm_fingerprint(path))
+        load_weights(chunks, SafetensorsWeights(path / "model.safetensors"))
+    return TextLLM(chunks, ChatFormat(turn, end, tokenizer), llm_fingerprint(path))
 
 
 def load_asr_model(name: str | Path):
@@ -168,3 +153,25 @@ def load_asr_model(name: str | Path):
 def load_speech_encoder(name: str | Path) -> SpeechEncoder:
     """Front end and encoder of a NeMo ASR ``.nemo``, or of ``demo``."""
     return SpeechEncoder(load_asr_model(name))
+
+
+def load_speech_llm(
+    pretrained_asr: str | Path,
+    pretrained_llm: str | Path,
+    connector: ConnectorConfig,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> tuple[SpeechLLM, TextLLM]:
+    """Joins frozen parts and a new connector: this process's share of them under the layout in force.
+
+    Args:
+        pretrained_asr: NeMo ASR ``.nemo``, read on the first stage only.
+        pretrained_llm: text LLM directory.
+        connector: the trainable part.
+        dtype: of the LLM's weights.
+        **overrides: keys of Megatron's ``TransformerConfig``.
+    """
+    text = load_text_llm(pretrained_llm, dtype, **overrides)
+    encoder = load_speech_encoder(pretrained_asr) if groups.is_first_stage() else None
+    shape = groups.broadcast_object(encoder.shape if encoder else None)
+    return SpeechLLM(encoder, connector, text.chunks, shape), text

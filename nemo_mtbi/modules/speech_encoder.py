@@ -4,11 +4,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """What the other parts must know of an encoder, also in processes that do not hold it.
+
+    Attributes:
+        size: width of its frames.
+        sample_rate: in hertz.
+        stages: what turns a number of samples into a number of frames.
+    """
+
+    size: int
+    sample_rate: int
+    stages: tuple[LengthStage, ...]
+
+    @property
+    def frame_rate(self) -> float:
+        """Encoder frames per second."""
+        return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
 
 
 class SpeechEncoder(nn.Module):
@@ -25,17 +46,14 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.preprocessor = asr_model.preprocessor
         self.encoder = asr_model.encoder
-        self.sample_rate = int(asr_model.cfg.sample_rate)
-        self.stages = tuple(_front_end_stages(self.preprocessor)) + tuple(_subsampling_stages(self.encoder))
-        self.size = int(self.encoder.d_model)
+        stages = (*_front_end_stages(self.preprocessor), *_subsampling_stages(self.encoder))
+        self.shape = EncoderShape(int(self.encoder.d_model), int(asr_model.cfg.sample_rate), stages)
+        # NeMo asks all processes for the longest audio, also those that have no encoder. What it is for, one table of
+        # positions for all of them, is not needed: each process makes its own longer when it must.
+        self.encoder.sync_max_audio_length = False
         self.requires_grad_(False)
         self.eval()
         self._check_stages()
-
-    @property
-    def frame_rate(self) -> float:
-        """Encoder frames per second."""
-        return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
 
     def train(self, mode: bool = True) -> SpeechEncoder:
         """Stays in ``eval()``: dither, dropout and batch statistics belong to the encoder's own training."""
@@ -59,7 +77,7 @@ class SpeechEncoder(nn.Module):
 
     def _check_stages(self) -> None:
         """Compares the counted frames with those of the modules at lengths around every rounding edge."""
-        counter = FrameCounter(self.stages, self.sample_rate)
+        counter = FrameCounter(self.shape.stages, self.shape.sample_rate)
         step = counter.samples_per_frame
         samples = [8 * step + offset for offset in (-1, 0, 1, step // 2, step - 1, step)]
         audio = torch.zeros(len(samples), max(samples))

@@ -1,35 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech encoder, connector and decoder joined: encode once per step, embed layouts, decode."""
+"""Speech encoder, connector and decoder joined: encode once per step, embed layouts, decode.
+
+Every process holds the part that its stage of the pipeline needs: encoder, connector and embedding on the first one,
+the head and the loss on the last one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import tee
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.layout import MicroBatch, StepBatch
+from nemo_mtbi.data.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.losses import response_cross_entropy
-from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
-from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
+from nemo_mtbi.parallel.encoding import encode_shared
 
 
 class LayoutDecoder(nn.Module):
-    """The frozen decoder behind layouts. Alone it is the text LLM: its layouts hold token ids only."""
+    """The frozen decoder behind layouts. Alone it is the text LLM: its layouts hold token ids only.
 
-    def __init__(self, decoder: GPTDecoder):
+    Args:
+        decoder: the LLM, or this process's runs of its layers.
+    """
+
+    def __init__(self, decoder: GPTDecoder | Sequence[GPTDecoder]):
         super().__init__()
-        self.decoder = decoder.requires_grad_(False)
+        chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
+        self.chunks = nn.ModuleList(chunks).requires_grad_(False)
+
+    @property
+    def decoder(self) -> GPTDecoder:
+        """The first run of layers, for what all of them share: configuration, dtype, device."""
+        return self.chunks[0]
 
     @property
     def device(self) -> torch.device:
         return self.decoder.device
 
+    def no_frames(self) -> Tensor:
+        """``[0, H]``: the speech of rows without speech."""
+        return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
+
     def embed(self, layout: Tensor, frames: Tensor) -> Tensor:
-        """Token ids take the LLM's embedding row, negative values take speech frames: one gather each.
+        """Token ids take the LLM's embedding row, negative values take speech frames: one gather each. First stage.
 
         Args:
             layout: ``[R, T]``.
@@ -46,35 +68,56 @@ class LayoutDecoder(nn.Module):
 
 
 class SpeechLLM(LayoutDecoder):
-    """The model of one rank. Encoder and decoder are frozen, the connector trains.
+    """The model of one process. Encoder and decoder are frozen, the connector trains.
 
     The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
     inside ``generate``, where its cache needs ``eval()``.
+
+    Args:
+        encoder: on the first stage; ``None`` on the others.
+        connector: its configuration.
+        decoder: the LLM, or this process's runs of its layers.
+        shape: of the encoder, where there is none.
     """
 
-    def __init__(self, encoder: SpeechEncoder, connector: ConnectorConfig, decoder: GPTDecoder):
+    def __init__(
+        self,
+        encoder: SpeechEncoder | None,
+        connector: ConnectorConfig,
+        decoder: GPTDecoder | Sequence[GPTDecoder],
+        shape: EncoderShape | None = None,
+    ):
         super().__init__(decoder)
+        shape = encoder.shape if encoder is not None else shape
+        self.frame_counter = FrameCounter(
+            shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
+        )
         self.encoder = encoder
-        self.connector = Connector(connector, encoder.size, decoder.config.hidden_size, encoder.frame_rate)
-
-    @property
-    def frame_counter(self) -> FrameCounter:
-        """Counts connector frames from samples, for the data side."""
-        return FrameCounter(self.encoder.stages + self.connector.stages, self.encoder.sample_rate)
+        self.connector: Connector | None = None
+        if encoder is not None:
+            with torch.random.fork_rng():
+                # The first weights depend on the seed alone, and not on how much of the LLM this process has drawn.
+                torch.manual_seed(torch.initial_seed())
+                self.connector = Connector(connector, shape.size, self.decoder.config.hidden_size, shape.frame_rate)
 
     def encode(self, batch: StepBatch) -> Tensor:
         """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to the connector.
 
+        Off the first stage there are none: ``[0, H]``.
+
         Raises:
             RuntimeError: if an utterance yields another number of frames than the data side counted.
         """
+        if self.encoder is None:
+            return self.no_frames()
         return self.encode_audio(batch.audio, batch.audio_lengths, batch.frame_lengths, batch.cut_ids)
 
     def encode_audio(self, audio: Tensor, lengths: Tensor, expected: Tensor, names: list[str] | None = None) -> Tensor:
         """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
         if not len(audio):
-            return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
-        encoded, encoded_lengths = self.encoder(audio, lengths)  # [U, E, D]
+            return self.no_frames()
+        # the frozen encoder's work is shared by the tensor-parallel processes; each then has all of it
+        encoded, encoded_lengths = encode_shared(self.encoder, audio, lengths)  # [U, E, D]
         frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
         found = frame_lengths.tolist()
         for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
@@ -85,10 +128,9 @@ class SpeechLLM(LayoutDecoder):
                 )
         return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
-    def loss_sum(self, microbatch: MicroBatch, frames: Tensor) -> Tensor:
-        """Summed cross entropy of the response tokens of one microbatch."""
-        hidden = self.decoder.hidden(self.embed(microbatch.layout, frames))  # [T, R, H]
-        logits = self.decoder.logits(hidden, microbatch.response_index)  # [n, V / tp]
+    def loss_sum(self, decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> Tensor:
+        """Summed cross entropy of the response tokens of one microbatch, on the last stage."""
+        logits = decoder.logits(hidden, microbatch.response_index)  # [n, V / tp]
         return response_cross_entropy(logits, microbatch.targets, groups.tensor_parallel_group())
 
     def train_step(self, batch: StepBatch, num_targets: int) -> Tensor:
@@ -98,23 +140,25 @@ class SpeechLLM(LayoutDecoder):
         gathers from it, and one backward runs through the connector at the end.
 
         Args:
-            batch: this rank's step.
+            batch: this replica's step.
             num_targets: response tokens of the step over all data-parallel ranks.
 
         Returns:
-            This rank's share of the mean loss per response token (sum over ranks gives the mean).
+            This replica's share of the mean loss per response token (the sum over replicas is the mean), on every
+            stage.
         """
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
         # without a single frame nothing here trains, and autograd refuses to run backward
-        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only=not len(leaf))
+        forward_only = not batch.num_frames
+        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
         return losses
 
     @torch.no_grad()
     def evaluate_step(self, batch: StepBatch) -> Tensor:
-        """Summed loss over this batch's response tokens, without gradients."""
+        """Summed loss over this batch's response tokens, without gradients, on every stage."""
         return self._run_schedule(batch.microbatches, self.encode(batch), 1.0, forward_only=True)
 
     def _run_schedule(
@@ -126,20 +170,46 @@ class SpeechLLM(LayoutDecoder):
         if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
             return torch.zeros((), device=self.device)
 
-        def forward_step(iterator, decoder):
+        def forward_step(iterator, decoder: GPTDecoder):
             microbatch = next(iterator)
-            loss = self.loss_sum(microbatch, frames) * scale
+            embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
+            hidden = decoder.hidden(embeddings)  # [T, R, H]
+            if not decoder.post_process:
+                return hidden, None
+            loss = self.loss_sum(decoder, microbatch, hidden) * scale
             tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=loss.device)
             return loss, lambda output: (output, tokens, {"loss": output.detach()})
 
+        microbatches = fill_schedule(microbatches, groups.layout())
+        iterators = list(tee(microbatches, len(self.chunks)))
+        single = len(self.chunks) == 1
         with megatron_device(self.device):
             stored = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(microbatches),
-                model=self.decoder,
+                data_iterator=iterators[0] if single else iterators,
+                model=self.decoder if single else list(self.chunks),
                 num_microbatches=len(microbatches),
                 seq_length=1,  # not read: lengths vary
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return torch.stack([entry["loss"] for entry in stored]).sum()
+        losses = [entry["loss"] for entry in stored]  # on the last stage
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device, dtype=self._loss_dtype)
+        return groups.pipeline_sum(loss)
+
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.decoder.config.params_dtype, torch.float32)
+
+
+def fill_schedule(microbatches: list[MicroBatch], layout: groups.ParallelConfig) -> list[MicroBatch]:
+    """Adds microbatches of one position and no target until the interleaved schedule can take their number.
+
+    It sends groups of as many microbatches as there are stages through each run of layers in turn, and the last group
+    must be whole. They add exactly nothing to loss and gradients.
+    """
+    if layout.virtual_pipeline_model_parallel_size is None:
+        return microbatches
+    one = torch.zeros((1, 1), dtype=torch.int64, device=microbatches[0].layout.device)
+    empty = MicroBatch(one, torch.full_like(one, IGNORE), torch.ones_like(one[0]), one[0, :0])
+    return microbatches + [empty] * (-len(microbatches) % layout.pipeline_model_parallel_size)

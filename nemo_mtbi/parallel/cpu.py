@@ -44,9 +44,16 @@ class _NoRngTracker:
     def is_initialized(self) -> bool:
         return True
 
+    def get_states(self) -> dict:
+        return {}
+
+    def set_states(self, states: dict) -> None:
+        pass
+
 
 def _patch() -> None:
     """Puts the CPU's answers in the place of CUDA's; ``_patches.close()`` takes them away."""
+    from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import layers, random
 
@@ -56,7 +63,10 @@ def _patch() -> None:
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
         (schedules, "torch", _CpuTorch()),
+        (random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
+        (random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         (random, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
+        (tensor_parallel, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
         (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
     ):
         _patches.enter_context(mock.patch.object(target, name, value))

@@ -4,58 +4,199 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def initialize(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
-    """Starts ``torch.distributed`` (from torchrun's environment, or alone) and Megatron's groups. Safe to call again.
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is laid out over processes; NeMo's and Megatron's names.
+
+    Attributes:
+        tensor_model_parallel_size: processes that share each layer.
+        pipeline_model_parallel_size: stages, each with a run of layers.
+        virtual_pipeline_model_parallel_size: runs of layers in each stage (the interleaved schedule); ``None``: one.
+        sequence_parallel: norms and residuals are split over the tensor-parallel processes by position.
 
     Raises:
-        ValueError: if the groups already exist with other sizes, or the world does not divide by TP x PP.
+        ValueError: for sizes that contradict each other.
     """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+
+    def __post_init__(self):
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
+            raise ValueError(
+                f"model.virtual_pipeline_model_parallel_size is {virtual} with pipeline_model_parallel_size "
+                f"{self.pipeline_model_parallel_size}: both must be at least 2, or leave the former null"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("model.sequence_parallel needs tensor_model_parallel_size of at least 2: set it to false")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes of one model replica."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Runs of layers on each process."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    def check_architecture(self, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn: int) -> None:
+        """Checks that an LLM can be split this way.
+
+        Raises:
+            ValueError: names the size that does not divide.
+        """
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        for what, size in (
+            ("attention heads", num_attention_heads),
+            ("query groups", num_query_groups),
+            ("feed-forward channels", ffn),
+        ):
+            if size % tensor:
+                raise ValueError(
+                    f"the LLM has {size} {what}, which {tensor} tensor-parallel processes can't share: choose a "
+                    "model.tensor_model_parallel_size that divides them"
+                )
+        if num_layers % (pipeline * self.chunks):
+            raise ValueError(
+                f"the LLM has {num_layers} layers, which {pipeline} pipeline stages of {self.chunks} runs can't share:"
+                " choose a model.pipeline_model_parallel_size (and virtual_pipeline_model_parallel_size) that divides "
+                "them"
+            )
+
+
+_layout: ParallelConfig | None = None
+_control: dict[str, dist.ProcessGroup] = {}  # gloo groups for Python objects, apart from NCCL's
+
+
+def initialize(layout: ParallelConfig | None = None, timeout: float | None = None) -> ParallelConfig:
+    """Starts ``torch.distributed`` (from torchrun's environment, or alone) and Megatron's groups. Safe to call again.
+
+    Args:
+        layout: of the model; ``None`` takes the one that is in force, or a single process for each replica.
+        timeout: seconds after which a collective that another process does not join is an error; torch's default.
+
+    Returns:
+        The layout in force.
+
+    Raises:
+        ValueError: if the groups already exist with another layout, or the world does not divide by TP x PP.
+    """
+    global _layout
     from megatron.core import parallel_state
 
     from nemo_mtbi.parallel.cpu import megatron_device
 
-    if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        else:  # one process: no port, no environment
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if parallel_state.is_initialized():
-        sizes = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
-        if sizes != (tensor_parallel, pipeline_parallel):
+    if parallel_state.is_initialized() and _layout is not None:
+        if layout not in (None, _layout):
             raise ValueError(
-                f"Megatron's groups were started with TP x PP = {sizes}, now {(tensor_parallel, pipeline_parallel)} "
-                "is wanted: one process serves one layout, start another process"
+                f"Megatron's groups were started as {_layout}, now {layout} is wanted: one process serves one layout, "
+                "start another process"
             )
-        return
-    if dist.get_world_size() % (tensor_parallel * pipeline_parallel):
+        return _layout
+    layout = layout or ParallelConfig()
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        _start(limit)
+    if dist.get_world_size() % layout.model_parallel_size:
         raise ValueError(
-            f"a world of {dist.get_world_size()} does not divide by TP {tensor_parallel} x PP {pipeline_parallel}"
+            f"{dist.get_world_size()} processes do not divide by tensor x pipeline = "
+            f"{layout.tensor_model_parallel_size} x {layout.pipeline_model_parallel_size}: start a multiple of "
+            f"{layout.model_parallel_size} processes"
         )
     with megatron_device("cuda" if dist.get_backend() == "nccl" else "cpu"):
-        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        parallel_state.initialize_model_parallel(
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            layout.virtual_pipeline_model_parallel_size,
+            **({} if timeout is None else {"distributed_timeout_minutes": timeout / 60}),
+        )
+    _start_control(limit)
+    _layout = layout
+    return layout
 
 
-def is_first_stage() -> bool:
-    """Whether this rank embeds (pipeline stage 0)."""
+def _start(limit: timedelta | None) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # no port, no environment
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+
+
+def _start_control(limit: timedelta | None) -> None:
+    """Groups for headers, object lists and flags. They are on gloo, so that none of it waits for the GPU."""
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_first_stage()
+    def mine(ranks: list[int]) -> dist.ProcessGroup:
+        everyone: list[list[int]] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, ranks, group=_control["world"])
+        made = {}
+        for group in everyone:  # every process takes part in making every group, in the same order
+            if tuple(group) not in made:
+                made[tuple(group)] = dist.new_group(group, backend="gloo", timeout=limit)
+        return made[tuple(ranks)]
+
+    _control["world"] = dist.new_group(backend="gloo", timeout=limit)
+    _control["replica"] = mine(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+    _control["tensor"] = mine(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
+    _control["data"] = mine(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
 
-def is_last_stage() -> bool:
-    """Whether this rank has the head and the loss (last pipeline stage)."""
+def shut_down() -> None:
+    """Ends Megatron's groups and ``torch.distributed``, so that this process can start another layout."""
+    global _layout
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_last_stage()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _control.clear()
+    _layout = None
+
+
+def layout() -> ParallelConfig:
+    """The layout in force; a single process if none was started."""
+    return _layout or ParallelConfig()
+
+
+def control_group(name: str) -> dist.ProcessGroup:
+    """A gloo group for small CPU messages: ``world``, ``replica`` (TP x PP), ``tensor`` or ``data``."""
+    return _control[name]
+
+
+# ------------------------------------------------------------------------------------------------- where this rank is
+
+
+def is_first_stage(chunk: int = 0) -> bool:
+    """Whether a run of layers of this process embeds (first of the pipeline)."""
+    from megatron.core import parallel_state
+
+    return chunk == 0 and parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage(chunk: int | None = None) -> bool:
+    """Whether a run of layers of this process (``None``: its last) has the head and the loss."""
+    from megatron.core import parallel_state
+
+    last = layout().chunks - 1
+    return (last if chunk is None else chunk) == last and parallel_state.is_pipeline_last_stage()
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:
@@ -64,22 +205,83 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def data_parallel_rank() -> int:
+def pipeline_parallel_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
-    return parallel_state.get_data_parallel_rank()
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def model_parallel_group() -> dist.ProcessGroup:
+    """The processes of one replica: tensor x pipeline."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_model_parallel_group()
+
+
+def tensor_parallel_rank() -> int:
+    return tensor_parallel_group().rank()
+
+
+def pipeline_parallel_rank() -> int:
+    return pipeline_parallel_group().rank()
+
+
+def data_parallel_rank() -> int:
+    return data_parallel_group().rank()
 
 
 def data_parallel_size() -> int:
-    from megatron.core import parallel_state
+    return data_parallel_group().size()
 
-    return parallel_state.get_data_parallel_world_size()
+
+def is_reader() -> bool:
+    """Whether this process reads the data of its model replica: the first of it, which also encodes speech."""
+    return control_group("replica").rank() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- collectives
 
 
 def data_parallel_sum(value: Tensor) -> Tensor:
     """Sums ``value`` in place over the data-parallel ranks and returns it."""
-    from megatron.core import parallel_state
-
     if data_parallel_size() > 1:
-        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(value, group=data_parallel_group())
     return value
+
+
+def pipeline_sum(value: Tensor) -> Tensor:
+    """Sums ``value`` in place over the stages and returns it; what only one stage has reaches all of them."""
+    if pipeline_parallel_group().size() > 1:
+        dist.all_reduce(value, group=pipeline_parallel_group())
+    return value
+
+
+def pipeline_broadcast(value: Tensor, stage: int) -> Tensor:
+    """Overwrites ``value`` in place with that of a stage (negative: from the end) and returns it."""
+    group = pipeline_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(value, dist.get_global_rank(group, stage % group.size()), group=group)
+    return value
+
+
+def broadcast_object(value: Any, group: str = "replica") -> Any:
+    """What the first process of a control group has."""
+    if control_group(group).size() == 1:
+        return value
+    box = [value]
+    source = dist.get_global_rank(control_group(group), 0)
+    dist.broadcast_object_list(box, src=source, group=control_group(group), device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: Any, group: str = "world") -> list[Any]:
+    """What each process of a control group has, in the order of ranks."""
+    everyone = [None] * control_group(group).size()
+    dist.all_gather_object(everyone, value, group=control_group(group))
+    return everyone

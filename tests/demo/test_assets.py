@@ -38,7 +38,7 @@ def test_the_text_llm_answers_every_task():
             sentence = grammar.sample_sentence(rng)
             requests.append((prompt, sentence.text))
             right.append(grammar.ANSWERS[task.name](sentence))
-    answers = Responder(LayoutDecoder(llm.decoder), llm.chat, GenerationConfig(max_new_tokens=40)).text(requests)
+    answers = Responder(LayoutDecoder(llm.chunks), llm.chat, GenerationConfig(max_new_tokens=40)).text(requests)
     share = sum(a == b for a, b in zip(answers, right, strict=True)) / len(right)
     assert share >= 0.97, [row for row in zip(requests, right, answers, strict=True) if row[1] != row[2]][:5]
 

@@ -218,10 +218,10 @@ def test_manifest_keys_are_kept_and_offsets_are_heard(responder, recordings, tmp
             "offset": 0.25,
             "duration": 1.0,
             "text": "ä",
-            "prompt": "say it",
+            "prompt": "word",
         },
-        {"audio_filepath": "part.wav", "duration": 99, "id": [1], "pred_text": "old", "prompt": "say it"},
-        {"audio_filepath": str(recordings / "3.wav"), "prompt": "say it"},
+        {"audio_filepath": "part.wav", "duration": 99, "id": [1], "pred_text": "old", "prompt": "word"},
+        {"audio_filepath": str(recordings / "3.wav"), "prompt": "word"},
     ]
     items = utterances(dataset_manifest=write_lines(tmp_path / "m.json", *lines))
     answers = read(run(responder, items, tmp_path / "out.jsonl").output)

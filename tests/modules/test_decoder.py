@@ -97,7 +97,7 @@ FAMILIES = [
 
 
 def pair(family, changes, dtype):
-    from nemo_mtbi.modules.pretrained import load_decoder_weights
+    from nemo_mtbi.modules.weights import MemoryWeights, load_weights
 
     config = architecture(**changes)
     theirs = hugging_face(family, config).to(dtype)
@@ -109,7 +109,7 @@ def pair(family, changes, dtype):
                     norm.weight = child.weight
                     setattr(module, name, norm)
     ours = GPTDecoder(config, dtype)
-    load_decoder_weights(ours, megatron_weights(theirs, config))
+    load_weights([ours], MemoryWeights(megatron_weights(theirs, config)))
     return ours, theirs
 
 

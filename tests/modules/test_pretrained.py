@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.modules.pretrained import (
     load_asr_model,
-    load_decoder_weights,
     load_speech_encoder,
     load_text_llm,
     resolve,
     save_text_llm,
 )
+from nemo_mtbi.modules.weights import MemoryWeights, load_weights
 from nemo_mtbi.testing import END, TURN, tiny_asr_nemo
 
 
@@ -95,7 +95,7 @@ def test_nothing_is_copied_if_one_weight_does_not_fit(llm_dir):
     weights = {name: torch.zeros_like(value) for name, value in before.items()}
     weights["decoder.final_layernorm.weight"] = torch.zeros(5)
     with pytest.raises(ValueError):
-        load_decoder_weights(decoder, weights)
+        load_weights([decoder], MemoryWeights(weights))
     assert all(torch.equal(value, before[name]) for name, value in decoder.named_parameters())
 
 
@@ -164,7 +164,7 @@ def test_a_speech_encoder_is_read_from_an_asr_model(tmp_path):
     expected = load_asr_model(path).encoder.state_dict()
     for name, value in encoder.encoder.state_dict().items():
         assert torch.equal(value, expected[name])
-    assert (encoder.size, encoder.frame_rate) == (16, 12.5)
+    assert (encoder.shape.size, encoder.shape.frame_rate) == (16, 12.5)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive at all", b"PK\x03\x04"])

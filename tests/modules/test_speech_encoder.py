@@ -27,8 +27,8 @@ def test_it_is_the_front_end_and_the_encoder_of_the_model(encoder, asr_model):
     asr_model.eval()
     log_probs, expected, _ = asr_model(input_signal=audio, input_signal_length=lengths)
     frames, found = encoder(audio, lengths)
-    assert frames.shape == (2, 16, 16) and encoder.size == 16
-    assert encoder.frame_rate == 12.5
+    assert frames.shape == (2, 16, 16) and encoder.shape.size == 16
+    assert encoder.shape.frame_rate == 12.5
     assert found.tolist() == expected.tolist()
     torch.testing.assert_close(asr_model.decoder(encoder_output=frames.transpose(1, 2)), log_probs, rtol=0, atol=1e-6)
 
@@ -62,8 +62,8 @@ SUBSAMPLING = [("dw_striding", 8), ("dw_striding", 4), ("striding", 4), ("stridi
 @pytest.mark.parametrize("kind, factor", SUBSAMPLING)
 def test_frames_are_those_that_the_counter_counts(tmp_path, kind, factor):
     encoder = SpeechEncoder(tiny_asr_model(tmp_path, subsampling=kind, subsampling_factor=factor))
-    counter = FrameCounter(encoder.stages, encoder.sample_rate)
-    assert counter.samples_per_frame == 160 * factor and encoder.frame_rate == 100 / factor
+    counter = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)
+    assert counter.samples_per_frame == 160 * factor and encoder.shape.frame_rate == 100 / factor
     generator = torch.Generator().manual_seed(1)
     samples = [*range(160, 200), *torch.randint(160, 40000, (300,), generator=generator).tolist()]
     samples += [edge + offset for edge in range(1280, 20000, 1280) for offset in (-1, 0, 1)]
@@ -75,7 +75,7 @@ def test_frames_are_those_that_the_counter_counts(tmp_path, kind, factor):
 
 
 def test_audio_shorter_than_a_frame_gives_none(encoder):
-    counter = FrameCounter(encoder.stages, encoder.sample_rate)
+    counter = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)
     for n in (1, 80, 159, 160):
         frames, lengths = encoder(*sound([n]))
         assert lengths.tolist() == [counter(n)] == [int(n == 160)]

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a text LLM under canonical names: one form for every layer spec and every parallel layout.
+
+Canonical names are those of Megatron's own layer spec in a single process. Transformer Engine fuses norms into the
+linear layer behind them, pipeline stages count their layers from zero, and tensor-parallel processes hold a share of
+most tensors; all of that is undone here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.parallel import groups
+
+# How tensor-parallel processes share a tensor: the axis, and how many parts of the tensor are each split along it
+# (a gated feed-forward stores gate and value one behind the other). What is not here is whole on every process.
+_SHARED = {
+    "embedding.word_embeddings.weight": (0, 1),
+    "output_layer.weight": (0, 1),
+    "self_attention.linear_qkv.weight": (0, 1),
+    "self_attention.linear_qkv.bias": (0, 1),
+    "self_attention.linear_proj.weight": (1, 1),
+    "mlp.linear_fc1.weight": (0, 2),
+    "mlp.linear_fc2.weight": (1, 1),
+}
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+class WeightSource(Protocol):
+    """Tensors by canonical name, of which parts can be read."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The tensor between two positions of one of its first two axes."""
+
+
+class MemoryWeights:
+    """Weights in a mapping."""
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self._weights = weights
+
+    def names(self) -> Iterable[str]:
+        return self._weights.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._weights[name].shape)
+
+    def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        return self._weights[name].narrow(axis, start, stop - start)
+
+
+class SafetensorsWeights:
+    """Weights in a safetensors file; only the parts that are asked for are read.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            self._file = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; copy it again") from error
+
+    def names(self) -> Iterable[str]:
+        return self._file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        part = self._file.get_slice(name)
+        return part[start:stop] if axis == 0 else part[:, start:stop]
+
+
+def canonical_name(name: str) -> str:
+    """Name of a weight, whatever the layer spec."""
+    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
+        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+    )
+
+
+def named_weights(decoder: GPTDecoder) -> Iterator[tuple[str, Tensor]]:
+    """Canonical names, with layers counted over the whole pipeline, and this process's share of each weight."""
+    tied = decoder.share_embeddings_and_output_weights
+    for name, value in decoder.named_parameters():
+        name = canonical_name(name)
+        if tied and name == "output_layer.weight":  # the last stage's copy
+            name = "embedding.word_embeddings.weight"
+        layer = _LAYER.match(name)
+        if layer:
+            number = decoder.decoder.layers[int(layer[1])].layer_number - 1
+            name = f"decoder.layers.{number}.{name[layer.end() :]}"
+        yield name, value
+
+
+def _sharing(name: str) -> tuple[int, int] | None:
+    """Axis and number of parts that tensor-parallel processes share; ``None`` where each has the whole tensor."""
+    return _SHARED.get(_LAYER.sub("", name))
+
+
+def canonical_names(decoder: GPTDecoder) -> set[str]:
+    """Names of all weights of the LLM, of which this process holds a run of layers."""
+    names, layers = set(), range(decoder.architecture.num_layers)
+    for name, _ in named_weights(decoder):
+        layer = _LAYER.match(name)
+        names |= {f"decoder.layers.{n}.{name[layer.end() :]}" for n in layers} if layer else {name}
+    # what only the first or the last stage holds
+    names |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    return names if decoder.share_embeddings_and_output_weights else names | {"output_layer.weight"}
+
+
+def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
+    """Copies this process's share of canonical weights into its runs of layers, in their dtype.
+
+    Raises:
+        ValueError: if names or shapes differ; nothing is copied then.
+    """
+    own = [item for chunk in chunks for item in named_weights(chunk)]
+    vocabulary = chunks[0].architecture.vocab_size
+    wrong = sorted(canonical_names(chunks[0]) ^ set(source.names()))
+    wrong = wrong or sorted(name for name, value in own if source.shape(name) != _whole_shape(name, value, vocabulary))
+    if wrong:
+        raise ValueError(
+            f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
+        )
+    with torch.no_grad():
+        for name, value in own:
+            _copy_share(name, value, source)
+
+
+def _whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
+    """Shape of the tensor that ``value`` is this process's share of."""
+    shape, sharing = list(value.shape), _sharing(name)
+    if sharing is not None:
+        size = groups.layout().tensor_model_parallel_size
+        shape[sharing[0]] = vocabulary if name in _VOCABULARY else shape[sharing[0]] * size
+    return tuple(shape)
+
+
+def _copy_share(name: str, value: Tensor, source: WeightSource) -> None:
+    """Fills ``value`` with this process's share."""
+    sharing, stored = _sharing(name), source.shape(name)
+    if sharing is None:
+        value.copy_(source.rows(name, 0, 0, stored[0]))
+        return
+    axis, parts = sharing
+    size, rank = groups.layout().tensor_model_parallel_size, groups.tensor_parallel_rank()
+    share = value.shape[axis] // parts  # of each part
+    value.zero_()  # rows that pad the vocabulary
+    for part in range(parts):
+        start = (part * size + rank) * share
+        stop = min(start + share, stored[axis])
+        if stop > start:
+            value.narrow(axis, part * share, stop - start).copy_(source.rows(name, axis, start, stop))
+
+
+def gather_weights(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | None]]:
+    """Canonical weights of the whole LLM, one at a time, on the first process of the first replica.
+
+    Every process of that replica must take part; the others get ``None`` for each tensor. A tensor is dropped before
+    the next one is gathered, so that memory stays at one whole tensor.
+    """
+    group = groups.control_group("replica")
+    owned = {name: value for chunk in chunks for name, value in named_weights(chunk)}
+    tensor_size = groups.layout().tensor_model_parallel_size
+    holders = groups.gather_objects({name: tuple(value.shape) for name, value in owned.items()}, "replica")
+    dtype = next(iter(owned.values())).dtype
+    for name in sorted({name for held in holders for name in held}):
+        stage = next(rank for rank, held in enumerate(holders) if name in held)  # its first tensor-parallel process
+        ranks = [stage + n for n in range(tensor_size)] if _sharing(name) else [stage]
+        shares = []
+        for rank in ranks:
+            box = torch.empty(holders[rank][name], dtype=dtype)
+            if group.rank() == rank:
+                box.copy_(owned[name].detach())
+            if group.size() > 1:
+                dist.broadcast(box, dist.get_global_rank(group, rank), group=group)
+            shares.append(box)
+        yield name, _join(name, shares, chunks[0].architecture.vocab_size) if group.rank() == 0 else None
+
+
+def _join(name: str, shares: list[Tensor], vocabulary: int) -> Tensor:
+    """The whole tensor of its shares in the order of tensor-parallel ranks, without padding of the vocabulary."""
+    sharing = _sharing(name)
+    if sharing is None:
+        return shares[0]
+    axis, parts = sharing
+    pieces = [share.chunk(parts, axis) for share in shares]
+    whole = torch.cat([piece[part] for part in range(parts) for piece in pieces], axis)
+    return whole.narrow(axis, 0, vocabulary) if name in _VOCABULARY else whole

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of a step, made whole over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_mtbi.parallel import groups
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums gradients over the data-parallel processes, in one transfer for each dtype.
+
+    They are sums and not means, since each loss is already divided by the global number of response tokens. A process
+    whose cuts were all left out takes part with zeros.
+    """
+    if groups.data_parallel_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for members in by_dtype.values():
+        for parameter in members:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.reshape(-1) for parameter in members])
+        groups.data_parallel_sum(flat)
+        for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
+    """Euclidean norm of the gradients of a whole model replica: the same value on each of its processes.
+
+    A parameter that tensor-parallel processes share counts with each share, one that each of them holds counts once.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in parameters:
+        whole_here = getattr(parameter, "tensor_model_parallel", False) or groups.tensor_parallel_rank() == 0
+        if parameter.grad is not None and whole_here:
+            total += parameter.grad.double().square().sum()
+    if groups.layout().model_parallel_size > 1:
+        dist.all_reduce(total, group=groups.model_parallel_group())
+    return total.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scales gradients so that their global ``norm`` is at most ``limit``, as torch's ``clip_grad_norm_`` does."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.to(parameter.grad))
