@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,9 +12,13 @@ from omegaconf import MISSING
 from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
 FORMAT_VERSION = 1  # of the .nemo
+FROZEN_DTYPES = ("float32", "bfloat16")
+LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
+RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout")  # of a run: a .nemo fits any other
 
 
 @dataclass
@@ -39,6 +43,14 @@ class ModelConfig:
         interleave: which rows get words as text; ``null`` leaves all rows speech.
         generation: decoding, in validation and ``generate``.
         micro_batch_tokens: rows x longest row of a microbatch; bounds activation memory.
+        tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size,
+            sequence_parallel: see :class:`nemo_mtbi.parallel.groups.ParallelConfig`.
+        activations_checkpoint_granularity: ``full`` recomputes the LLM's layers in backward, ``selective`` its
+            attention; ``null`` keeps all activations.
+        frozen_dtype: of encoder and LLM weights; follows from ``trainer.precision`` in training. The front end, the
+            connector and its optimizer stay float32.
+        dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.
+        on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it.
         on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch).
         targets: see :class:`TargetsConfig`.
         transcription_task: task whose generated answer is scored as a transcript in validation.
@@ -53,6 +65,14 @@ class ModelConfig:
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     micro_batch_tokens: int = 8192
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    sequence_parallel: bool = False
+    activations_checkpoint_granularity: str | None = None
+    frozen_dtype: str = "float32"
+    dist_timeout: float | None = None
+    on_nonfinite: str = "raise"
     on_bad_audio: str = "raise"
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     transcription_task: str = "transcribe"
@@ -65,6 +85,18 @@ class ModelConfig:
     # NeMo writes these into every model's configuration
     target: str | None = None
     nemo_version: str | None = None
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """How the model is laid out over processes."""
+        return ParallelConfig(**{key: getattr(self, key) for key in LAYOUT_KEYS})
+
+    @property
+    def megatron(self) -> dict[str, Any]:
+        """Keys of Megatron's ``TransformerConfig`` that follow from this configuration."""
+        if self.activations_checkpoint_granularity == "full":
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        return {"recompute_granularity": self.activations_checkpoint_granularity}
 
 
 def parse_model_config(cfg: Mapping) -> ModelConfig:
@@ -79,8 +111,18 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     config = read_section(ModelConfig, cfg, "model")
     if config.micro_batch_tokens < 1:
         raise ValueError(f"model.micro_batch_tokens is {config.micro_batch_tokens}; it must be at least 1")
-    if config.on_bad_audio not in ("raise", "skip"):
-        raise ValueError(f"model.on_bad_audio is {config.on_bad_audio!r}; it must be raise or skip")
+    for name, choices in (
+        ("on_bad_audio", ("raise", "skip")),
+        ("on_nonfinite", ("raise", "skip")),
+        ("frozen_dtype", FROZEN_DTYPES),
+        ("activations_checkpoint_granularity", (None, "selective", "full")),
+    ):
+        if getattr(config, name) not in choices:
+            known = " or ".join("null" if choice is None else choice for choice in choices)
+            raise ValueError(f"model.{name} is {getattr(config, name)!r}; it must be {known}")
+    if config.dist_timeout is not None and config.dist_timeout <= 0:
+        raise ValueError(f"model.dist_timeout is {config.dist_timeout}; it must be a number of seconds above 0")
+    config.layout  # noqa: B018 (raises for sizes that contradict each other)
     if config.format_version > FORMAT_VERSION:
         raise ValueError(
             f"this model has format_version {config.format_version}, but this nemo_mtbi reads up to {FORMAT_VERSION}: "

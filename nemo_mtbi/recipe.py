@@ -14,6 +14,7 @@ from nemo_mtbi.data.digits import build_digits, list_speakers
 from nemo_mtbi.data.synthetic import build_synthetic
 from nemo_mtbi.data.targets import TargetPlan, generate_targets
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.pretrained import DEMO, load_asr_model, load_text_llm, resolve
@@ -124,28 +125,40 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
         model: the ``model:`` section, for its LLM, encoder and decoding parameters.
     """
     pool = load_pool(config.tasks)
-    folders = {split: _build(config, split) for split in ("train", "validation", "test")}
-    asr = _adapt(config, model["pretrained_asr"], folders["train"])
+    with groups.first(groups.is_global_first()):  # the others find all of it in the cache
+        folders = {split: _build(config, split) for split in ("train", "validation", "test")}
+        asr = _adapt(config, model["pretrained_asr"], folders["train"])
+    with groups.first(groups.data_parallel_rank() == 0):
+        targets = _answer(config, model, folders, pool)
+    return Prepared(targets["train"], targets["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
+
+
+def _answer(config: DataConfig, model: Mapping, folders: Mapping[str, Path], pool: TaskPool) -> dict[str, Path]:
+    """The text LLM's answers about the train and validation utterances: manifests by split."""
     limit = model["generation"]["max_new_tokens"]
     plans = {
         "train": TargetPlan(config.tasks_per_cut, config.prompts_per_task, max_new_tokens=limit, seed=config.seed),
         "validation": TargetPlan(max_new_tokens=limit, seed=config.seed),
     }
+    targets = {}
     with text_responder(model) as (responder, fingerprint):
-        targets = {}
-        for split, plan in plans.items():
-            name = digest_of([folders[split].name, fingerprint, repr(plan), pool.fingerprint()])
-            (targets[split],) = generate_targets(
-                load_corpus(folders[split]),
-                Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
-                pool=pool,
-                chat=responder.chat,
-                respond=lambda layouts: [(a.ids, a.truncated) for a in responder.layouts(layouts)],
-                provenance={"llm": fingerprint},
-                plan=plan,
-                shard_size=getattr(config, f"{split}_utterances"),
-            )
-    return Prepared(targets["train"], targets["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
+        if not groups.is_reader():  # the reader of this replica writes
+            follow(responder)
+        else:
+            with Leader(responder) as leader:
+                for split, plan in plans.items():
+                    name = digest_of([folders[split].name, fingerprint, repr(plan), pool.fingerprint()])
+                    (targets[split],) = generate_targets(
+                        load_corpus(folders[split]),
+                        Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
+                        pool=pool,
+                        chat=responder.chat,
+                        respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
+                        provenance={"llm": fingerprint},
+                        plan=plan,
+                        shard_size=getattr(config, f"{split}_utterances"),
+                    )
+    return groups.broadcast_object(targets)
 
 
 @contextlib.contextmanager

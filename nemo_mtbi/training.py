@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import resource
 import time
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
+from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -23,11 +25,21 @@ from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
 SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
+PRECISIONS = {  # Lightning's name: frozen_dtype of the model, or as the model says
+    "32-true": None,
+    "32": None,
+    32: None,
+    "bf16-mixed": "bfloat16",
+    "bf16-true": "bfloat16",
+    "bf16": "bfloat16",
+}
 REQUIRED = ("name", "seed", "model", "model.train_ds", "model.validation_ds", "model.optim", "trainer", "exp_manager")
 
 
@@ -71,11 +83,8 @@ def train(cfg: DictConfig) -> Path:
     started = time.monotonic()
     model_config, data, benchmark = _check(cfg)
     pool, watch = load_pool(benchmark.tasks), Stopwatch()
-    trainer = Trainer(**cfg.trainer, callbacks=[watch])
-    try:
-        folder = Path(exp_manager(trainer, cfg.exp_manager))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "exp_manager")) from error
+    trainer = make_trainer(cfg, model_config, callbacks=[watch])
+    folder = _experiment(trainer, cfg)
     if data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
         prepared = prepare(data, asdict(model_config))
@@ -95,9 +104,41 @@ def train(cfg: DictConfig) -> Path:
     _say("benchmark", "every task on every test utterance, by text and by speech")
     answers = run_benchmark(model.responder(), CutSet.from_file(benchmark.cuts), pool, benchmark.seed)
     figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
-    path = _report(answers, folder, trainer, seed=cfg.seed, train=figures, nemo=nemo)
+    path = folder / "results.json"
+    if groups.is_global_first():
+        _report(answers, path, trainer, seed=cfg.seed, train=figures, nemo=nemo)
     _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
     return path
+
+
+def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]) -> Trainer:
+    """Lightning's trainer with our strategy, whose processes and groups have started."""
+    precision = cfg.trainer.get("precision", "32-true")
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {precision!r}; it must be one of {', '.join(map(str, PRECISIONS))}")
+    if cfg.trainer.get("strategy") is not None:
+        raise ValueError(
+            "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
+        )
+    if PRECISIONS[precision] is not None:
+        with open_dict(cfg):
+            cfg.model.frozen_dtype = PRECISIONS[precision]
+    settings = {key: value for key, value in cfg.trainer.items() if key not in ("precision", "strategy")}
+    strategy = MTBIStrategy(config.layout, config.dist_timeout)
+    trainer = Trainer(**settings, precision="32-true", strategy=strategy, callbacks=callbacks)
+    seed_everything(cfg.seed, verbose=False)
+    strategy.start(trainer)
+    return trainer
+
+
+def _experiment(trainer: Trainer, cfg: DictConfig) -> Path:
+    """NeMo's folder, loggers and checkpoints of the run: one folder for all processes."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    os.environ.setdefault(NEMO_ENV_VARNAME_VERSION, groups.broadcast_object(stamp, "world"))
+    try:
+        return Path(exp_manager(trainer, cfg.exp_manager))
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, "exp_manager")) from error
 
 
 def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
@@ -126,11 +167,11 @@ def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what}{key}: {hint}")
 
 
-def _report(answers: list[Answer], folder: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> Path:
+def _report(answers: list[Answer], path: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> None:
     """Prints the tables, writes ``results.json``, and puts figures and examples on TensorBoard."""
     summary = summarize(answers)
     render(summary, answers, console)
-    path = write_results(folder / "results.json", summary=summary, seed=seed, train=train, nemo_path=str(nemo))
+    write_results(path, summary=summary, seed=seed, train=train, nemo_path=str(nemo))
     board = getattr(trainer.logger, "experiment", None)
     if hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
         board.add_text("examples", examples_markdown(answers), trainer.global_step)
@@ -138,7 +179,6 @@ def _report(answers: list[Answer], folder: Path, trainer: Trainer, *, seed: int,
             if figures["n"]:
                 board.add_scalar(f"benchmark/{group}", figures["agreement"], trainer.global_step)
         board.flush()
-    return path
 
 
 def peak_rss_gib() -> float:
@@ -155,4 +195,5 @@ def _sizes(model: MTBIModel) -> str:
 
 
 def _say(stage: str, text: str) -> None:
-    console.print(f"[bold]{stage}[/bold] · {text}", highlight=False)
+    if groups.is_global_first():
+        console.print(f"[bold]{stage}[/bold] · {text}", highlight=False)

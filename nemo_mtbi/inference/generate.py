@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batched greedy generation from layouts with Megatron's key-value cache.
+"""Batched greedy generation from layouts with Megatron's key-value cache, under every parallel layout.
 
 Rows of different lengths are padded on the left and masked; rotary positions are relative, so a row answers in a batch
-as it answers alone.
+as it answers alone. Under pipeline parallelism positions travel from stage to stage, the last stage picks the tokens
+and tells them to all, and every process of a model replica returns the same answers. Replicas share nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_mtbi.data.layout import group_by_length
+from nemo_mtbi.modules.decoder import whole_sequences
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -62,31 +71,108 @@ def left_pad(layouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return padded, mask[:, None]
 
 
+@contextlib.contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts modules in ``eval()`` for the body and back into the mode that each was in."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.train(training)
+
+
+def agreed(work: Callable[[], Result]) -> Result:
+    """Does work that may fail on some processes of a model replica only; then all of them raise, and none waits.
+
+    Args:
+        work: what this process has to do. All processes of the replica must call this function.
+
+    Returns:
+        What ``work`` returns.
+
+    Raises:
+        ValueError: of this process, or with the message of another.
+        RuntimeError: likewise, for any other error.
+    """
+    if groups.layout().model_parallel_size == 1:
+        return work()
+    result, failure, report = None, None, None
+    try:
+        result = work()
+    except (ValueError, RuntimeError, OSError) as error:
+        failure, report = error, (isinstance(error, ValueError), str(error))
+    reports = groups.gather_objects(report, "replica")
+    if failure is not None:
+        raise failure
+    for rank, found in enumerate(reports):
+        if found is not None:
+            kind = ValueError if found[0] else RuntimeError
+            raise kind(f"process {rank} of this model replica failed: {found[1]}")
+    return result
+
+
+def _run_layers(
+    model: LayoutDecoder, embeddings: Tensor | None, size: tuple[int, int], attention: Tensor, context
+) -> Tensor | None:
+    """Sends positions through all layers of the pipeline; each process runs its own.
+
+    Args:
+        model: the speech LLM.
+        embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others.
+        size: ``T, R``, so that nobody has to be told the shape.
+        attention: mask ``[R, 1, T, keys]``.
+        context: the cache of all layers of this process, which are numbered over the whole pipeline.
+
+    Returns:
+        ``[T, R, H]`` on the last stage, ``None`` on the others.
+    """
+    group, config = groups.pipeline_parallel_group(), model.decoder.config
+    # the runs of layers of all processes take turns: the first of each stage, then the second of each
+    for chunk in model.chunks:
+        if not chunk.pre_process:
+            source = dist.get_global_rank(group, (group.rank() - 1) % group.size())
+            received = torch.empty(*size, config.hidden_size, dtype=config.pipeline_dtype, device=model.device)
+            dist.recv(received, source, group=group)
+            chunk.set_input_tensor(received)
+        hidden = chunk.hidden(embeddings if chunk.pre_process else None, attention, context)
+        if chunk.post_process:
+            return hidden
+        dist.send(hidden.contiguous(), dist.get_global_rank(group, (group.rank() + 1) % group.size()), group=group)
+    return None
+
+
 @torch.no_grad()
 def _generate_batch(
     model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, max_new_tokens: int
 ) -> list[Generated]:
-    """Answers one batch. The decoder must be in ``eval()``."""
-    device = model.device
+    """Answers one batch. The decoder must be in ``eval()``, its sequence parallelism off."""
+    device, first = model.device, model.chunks[0].pre_process
     layout, mask = (x.to(device) for x in left_pad(layouts))
     rows, longest = layout.shape
     context = StaticInferenceContext(rows, longest + max_new_tokens)
     last_row = torch.arange(rows, device=device)
-    embeddings, attention = model.embed(layout, frames), mask
+    embeddings, attention, length = model.embed(layout, frames) if first else None, mask, longest
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     answers: list[Tensor] = []
     for step in range(max_new_tokens):
-        hidden = model.decoder.hidden(embeddings, attention, context)  # [T, R, H], then [1, R, H]
-        context.increment_sequence_len_offset(hidden.shape[0])
-        index = (hidden.shape[0] - 1) * rows + last_row
-        token = model.decoder.logits(hidden, index, gather=True).argmax(-1)  # [R]
+        hidden = _run_layers(model, embeddings, (length, rows), attention, context)  # [T, R, H], then [1, R, H]
+        context.increment_sequence_len_offset(length)
+        if hidden is None:
+            token = torch.empty(rows, dtype=torch.int64, device=device)
+        else:  # the same on all tensor-parallel processes: each has gathered the same logits
+            index = (length - 1) * rows + last_row
+            token = model.chunks[-1].logits(hidden, index, gather=True).argmax(-1)  # [R]
+        token = groups.pipeline_broadcast(token, -1)
         answers.append(token)
         finished |= token == end_id
         if finished.all():
             break
-        embeddings = model.embed(token[:, None], frames[:0])  # [1, R, H]
+        embeddings = model.embed(token[:, None], frames[:0]) if first else None  # [1, R, H]
         seen = mask[:, :, -1:, :]  # keys that the last prompt position may see, and all generated ones
-        attention = torch.nn.functional.pad(seen, (0, step + 1), value=False)
+        attention, length = torch.nn.functional.pad(seen, (0, step + 1), value=False), 1
     results = []
     for row in torch.stack(answers, dim=1).tolist():
         stop = row.index(end_id) if end_id in row else len(row)
@@ -113,6 +199,27 @@ def check_prompts(
             raise ValueError(f"a prompt points at speech frame {-min(layout) - 1}, but there are {num_frames} frames")
 
 
+def _agree_on_prompts(
+    model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, config: GenerationConfig
+) -> int:
+    """Number of the first stage's frames. All processes of a replica must have been asked the same.
+
+    Raises:
+        ValueError: if they were not: they would wait for each other for ever, or answer a mixture of two prompts.
+    """
+    if groups.layout().model_parallel_size == 1:
+        return len(frames)
+    asked = zlib.crc32(repr(([list(layout) for layout in layouts], end_id, config)).encode())
+    reports = groups.gather_objects((asked, len(frames) if model.chunks[0].pre_process else None), "replica")
+    counts = {count for _, count in reports if count is not None}
+    if len({asked for asked, _ in reports}) > 1 or len(counts) > 1:
+        raise ValueError(
+            "the processes of a model replica were given different prompts, frames or decoding parameters: call "
+            "generate with the same ones on all tensor x pipeline parallel processes"
+        )
+    return counts.pop()
+
+
 def generate(
     model: LayoutDecoder,
     layouts: Sequence[Sequence[int]],
@@ -123,31 +230,30 @@ def generate(
 ) -> list[Generated]:
     """Greedy answers to prompt layouts, in the order given.
 
+    Under tensor or pipeline parallelism all processes of a model replica call it with the same arguments (except for
+    ``frames``), and each returns all answers. Other replicas may be asked something else, or nothing.
+
     Args:
-        model: the speech LLM; put in ``eval()`` for the duration.
+        model: the speech LLM; put in ``eval()`` for the duration, with sequence parallelism off.
         layouts: prompts; negative values point into ``frames``.
-        frames: ``[F, H]`` connector frames, ``[0, H]`` for text only.
+        frames: ``[F, H]`` connector frames, ``[0, H]`` for text only. Read on the first stage; the others have none.
         end_id: token that ends an answer.
         config: decoding parameters.
         progress: called with the number of rows answered, after each batch.
 
     Raises:
-        ValueError: if a prompt and its answer could pass the LLM's longest sequence, or it points past ``frames``.
+        ValueError: if a prompt and its answer could pass the LLM's longest sequence, it points past ``frames``, or
+            the processes of a replica were asked differently. All of them raise.
     """
-    check_prompts(model, layouts, len(frames), config)
+    check_prompts(model, layouts, _agree_on_prompts(model, layouts, frames, end_id, config), config)
     results: list[Generated | None] = [None] * len(layouts)
     costs = [len(layout) + config.max_new_tokens for layout in layouts]
-    training = model.decoder.training
-    model.decoder.eval()
-    try:
-        with megatron_device(model.device):
-            for group in group_by_length(costs, config.batch_tokens):
-                batch = [layouts[i] for i in group]
-                answers = _generate_batch(model, batch, frames, end_id, config.max_new_tokens)
-                for i, answer in zip(group, answers, strict=True):
-                    results[i] = answer
-                if progress:
-                    progress(len(group))
-    finally:
-        model.decoder.train(training)
+    with evaluating(model.chunks), whole_sequences(model.chunks), megatron_device(model.device):
+        for group in group_by_length(costs, config.batch_tokens):
+            batch = [layouts[i] for i in group]
+            answers = _generate_batch(model, batch, frames, end_id, config.max_new_tokens)
+            for i, answer in zip(group, answers, strict=True):
+                results[i] = answer
+            if progress:
+                progress(len(group))
     return results

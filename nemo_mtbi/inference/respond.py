@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text answers to prompts about transcripts or speech: what validation, the benchmark and users share."""
+"""Text answers to prompts about transcripts or speech: what validation, the benchmark and users share.
+
+Under tensor or pipeline parallelism all processes of a model replica ask the same, and each gets all answers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import group_by_length, speech
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, check_prompts, generate
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, agreed, check_prompts, evaluating, generate
 from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
 
 
@@ -35,9 +38,11 @@ class Responder:
     def layouts(
         self, layouts: Sequence[Sequence[int]], frames: Tensor | None = None, progress: Callable | None = None
     ) -> list[Generated]:
-        """Answers to finished prompt layouts; without ``frames`` they are text only."""
-        if frames is None:
-            frames = torch.zeros(0, self.model.decoder.config.hidden_size, device=self.model.device)
+        """Answers to finished prompt layouts; without ``frames`` they are text only.
+
+        Off the first stage ``frames`` are not read: what :meth:`encode` returns there will do.
+        """
+        frames = self.model.no_frames() if frames is None else frames
         return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
 
     def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:
@@ -69,18 +74,27 @@ class Responder:
         check_prompts(self.model, layouts, sum(counts), self.config)
         return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, self.encode(audio), progress)]
 
-    @torch.no_grad()
     def encode(self, audio: Sequence[Tensor]) -> Tensor:
-        """Connector frames ``[F, H]`` of all utterances in order."""
+        """Connector frames ``[F, H]`` of all utterances in order; off the first stage there are none: ``[0, H]``.
+
+        Raises:
+            RuntimeError: if an utterance can't be encoded. All processes of a replica raise.
+        """
+        return agreed(lambda: self._encode(audio))
+
+    @torch.no_grad()
+    def _encode(self, audio: Sequence[Tensor]) -> Tensor:
+        if self.model.encoder is None:
+            return self.model.no_frames()
         counter, device = self.model.frame_counter, self.model.device
         counts = [counter(len(samples)) for samples in audio]
         parts: list[Tensor | None] = [None] * len(audio)
-        for group in group_by_length([len(x) for x in audio], int(self.encode_seconds * counter.sample_rate)):
-            lengths = torch.tensor([len(audio[i]) for i in group])
-            padded = torch.nn.utils.rnn.pad_sequence([audio[i] for i in group], batch_first=True)
-            expected = torch.tensor([counts[i] for i in group])
-            frames = self.model.encode_audio(padded.to(device), lengths.to(device), expected)
-            for i, part in zip(group, frames.split(expected.tolist()), strict=True):
-                parts[i] = part
-        empty = torch.zeros(0, self.model.decoder.config.hidden_size, device=device)
-        return torch.cat([empty, *parts])
+        with evaluating([self.model.connector]):  # frames must not be dropped out, and not differently on each process
+            for group in group_by_length([len(x) for x in audio], int(self.encode_seconds * counter.sample_rate)):
+                lengths = torch.tensor([len(audio[i]) for i in group])
+                padded = torch.nn.utils.rnn.pad_sequence([audio[i] for i in group], batch_first=True)
+                expected = torch.tensor([counts[i] for i in group])
+                frames = self.model.encode_audio(padded.to(device), lengths.to(device), expected)
+                for i, part in zip(group, frames.split(expected.tolist()), strict=True):
+                    parts[i] = part
+        return torch.cat([self.model.no_frames(), *parts])

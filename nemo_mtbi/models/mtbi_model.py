@@ -15,10 +15,10 @@ from nemo.core.classes.common import PretrainedModelInfo
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
+from torch import Tensor, nn
 from yaml import YAMLError
 
-from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.config import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
@@ -29,6 +29,8 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.archive import TensorArchive
 from nemo_mtbi.modules.pretrained import load_speech_llm, resolve
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.gradients import clip_gradients, gradient_norm, share_parameters, sum_gradients
+from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
 
 TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and saved
@@ -49,7 +51,10 @@ class MTBIModel(ModelPT):
         register()
         restoring = self._is_model_being_restored()  # asked now: restoring the encoder's own archive ends that state
         config = parse_model_config(cfg)
-        groups.initialize()
+        if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
+            trainer.strategy.start(trainer)
+        # what is restored takes the layout of the run it comes into
+        groups.initialize(None if restoring else config.layout, config.dist_timeout)
         prints = frozen_fingerprints(config.pretrained_asr, config.pretrained_llm)
         for part, found in prints.items():
             if config.fingerprints.get(part, found) != found:
@@ -61,15 +66,21 @@ class MTBIModel(ModelPT):
         with open_dict(cfg):
             # set up below: the loaders need the frame counter of the modules
             data = {name: cfg.pop(name, None) for name in ("train_ds", "validation_ds", "test_ds")}
+            for key in RUN_KEYS:
+                cfg.pop(key, None)
             cfg.fingerprints, cfg.format_version = prints, config.format_version
         super().__init__(cfg, trainer)
         self._save_restore_connector = TensorArchive()
         self.config = config
-        self.speech_llm, llm = load_speech_llm(config.pretrained_asr, config.pretrained_llm, config.connector)
+        dtype = getattr(torch, config.frozen_dtype)
+        self.speech_llm, llm = load_speech_llm(
+            config.pretrained_asr, config.pretrained_llm, config.connector, dtype, **config.megatron
+        )
         self.chat = llm.chat
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
+        self._gradient_norm = torch.zeros(())
         if not restoring:  # the data may be elsewhere
             if data["train_ds"] is not None:
                 self.setup_training_data(data["train_ds"])
@@ -116,10 +127,14 @@ class MTBIModel(ModelPT):
 
     # ----- training
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What this process trains: nothing, if it holds a later stage of a frozen LLM."""
+        return [value for value in self.parameters() if value.requires_grad]
+
     def setup_optimizer_param_groups(self) -> None:
-        """Hands only the connector to the optimizer."""
-        trained = [value for value in self.parameters() if value.requires_grad]
-        self._optimizer_param_groups = [{"params": trained}]
+        """Hands only what is trained to the optimizer; an empty group is fine."""
+        self._optimizer_param_groups = [{"params": self.trained}]
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
@@ -127,21 +142,57 @@ class MTBIModel(ModelPT):
                 "trainer.accumulate_grad_batches must be 1: a step is already split into microbatches; raise "
                 "model.train_ds.batch_tokens for a larger step"
             )
+        share_parameters(self.trained)
+        seed_processes()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor | None:
         """One step through Megatron's schedule, which runs forward and backward itself."""
-        for value in self.speech_llm.connector.parameters():
+        trained = self.trained
+        for value in trained:
             value.grad = None  # before the schedule: Lightning would clear what it computed
         self._skipped.update(batch.skipped)
         count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets), device=self.device))
         if not count:
             return None  # every cut was left out: nothing to learn, no update
         loss = self.speech_llm.train_step(batch, int(count)) if batch.microbatches else torch.zeros_like(count)
+        own = loss.detach().clone()
         loss = groups.data_parallel_sum(loss.detach())
+        sum_gradients(trained)
+        norm = gradient_norm(trained, self.device)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            self._on_nonfinite(batch, own)
+            return None
+        self._gradient_norm = norm
         self.log("train_loss", loss, prog_bar=True)
+        self.log("gradient_norm", norm.float())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         self.log("response_tokens", count)
         return loss
+
+    def _on_nonfinite(self, batch: StepBatch, loss: Tensor) -> None:
+        """A NaN or Inf in loss or gradient, seen by all processes at once: stops, or leaves the step out.
+
+        Raises:
+            RuntimeError: names the cuts whose loss it was, or those of the step if only the gradient was.
+        """
+        for value in self.trained:
+            value.grad = None
+        told = groups.gather_objects((bool(torch.isfinite(loss)), batch.cut_ids), "data")
+        blamed = [cut for finite, cuts in told if not finite for cut in cuts] or [c for _, cuts in told for c in cuts]
+        if self.config.on_nonfinite == "raise":
+            shown = ", ".join(blamed[:20]) + (f" and {len(blamed) - 20} more" if len(blamed) > 20 else "")
+            raise RuntimeError(
+                f"the loss or gradient of step {self.trainer.global_step} is NaN or Inf; its cuts: {shown}. Look at "
+                "their audio, lower model.optim.lr, or set model.on_nonfinite=skip to leave such steps out"
+            )
+        self._skipped.update({"nonfinite_steps": 1})
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips by the norm over all processes; Lightning would see this process' share only."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError("trainer.gradient_clip_algorithm must be norm: it is the norm over all processes")
+        if gradient_clip_val:
+            clip_gradients(self.trained, self._gradient_norm, gradient_clip_val)
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         """Nothing is left to do: the schedule has run backward."""
@@ -174,7 +225,8 @@ class MTBIModel(ModelPT):
         return result
 
     def on_validation_epoch_end(self) -> None:
-        results, self._validation = self._validation, []
+        own, self._validation = self._validation, []
+        results = [result for part in groups.gather_objects(own, "data") for result in part]
         rows = [row for result in results for row in result["rows"]]
         answers = [answer for result in results for answer in result["answers"]]
         tokens = sum(result["tokens"] for result in results)
@@ -230,6 +282,8 @@ class MTBIModel(ModelPT):
         return {name: value for name, value in full.items() if name.startswith(TRAINED)}
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
+        if self.speech_llm.connector is None:
+            return super().load_state_dict({}, strict=False, **kwargs)  # the connector is on the first stage
         wrong = sorted(self.state_dict().keys() ^ state_dict.keys())
         if strict and wrong:
             raise ValueError(

@@ -27,6 +27,10 @@ class TensorArchive(SaveRestoreConnector):
         self.model_weights_ckpt = WEIGHTS
         self.dtype = dtype
 
+    def _inject_model_parallel_rank_for_ckpt(self, dirname: str, basename: str) -> str:
+        """One file for every layout; NeMo looks for one for each model-parallel process."""
+        return os.path.join(dirname, basename)
+
     def _save_state_dict_to_disk(self, state_dict, filepath):
         def stored(value: Tensor) -> Tensor:
             # a tensor that two names share is written twice: safetensors refuses aliases

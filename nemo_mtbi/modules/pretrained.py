@@ -150,9 +150,11 @@ def load_asr_model(name: str | Path):
         raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
 
 
-def load_speech_encoder(name: str | Path) -> SpeechEncoder:
-    """Front end and encoder of a NeMo ASR ``.nemo``, or of ``demo``."""
-    return SpeechEncoder(load_asr_model(name))
+def load_speech_encoder(name: str | Path, dtype: torch.dtype = torch.float32) -> SpeechEncoder:
+    """Front end (float32) and encoder (``dtype``) of a NeMo ASR ``.nemo``, or of ``demo``."""
+    encoder = SpeechEncoder(load_asr_model(name))
+    encoder.encoder.to(dtype)
+    return encoder
 
 
 def load_speech_llm(
@@ -168,10 +170,10 @@ def load_speech_llm(
         pretrained_asr: NeMo ASR ``.nemo``, read on the first stage only.
         pretrained_llm: text LLM directory.
         connector: the trainable part.
-        dtype: of the LLM's weights.
+        dtype: of the frozen weights; the front end and the connector are float32.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, **overrides)
-    encoder = load_speech_encoder(pretrained_asr) if groups.is_first_stage() else None
+    encoder = load_speech_encoder(pretrained_asr, dtype) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
     return SpeechLLM(encoder, connector, text.chunks, shape), text

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from nemo_mtbi.parallel import groups
 
 
+def share_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    """Overwrites replicated parameters with those of the first tensor- and data-parallel process that holds them."""
+    for parameter in parameters:
+        for group in (groups.data_parallel_group(), groups.tensor_parallel_group()):
+            shared = getattr(parameter, "tensor_model_parallel", False) and group is groups.tensor_parallel_group()
+            if group.size() > 1 and not shared:
+                dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group=group)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sums gradients over the data-parallel processes, in one transfer for each dtype.
 

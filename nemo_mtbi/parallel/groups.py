@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -81,6 +83,7 @@ class ParallelConfig:
 
 
 _layout: ParallelConfig | None = None
+_PATIENCE = timedelta(days=2)  # for work that one process does while the others wait; one that dies is noticed at once
 _control: dict[str, dist.ProcessGroup] = {}  # gloo groups for Python objects, apart from NCCL's
 
 
@@ -132,7 +135,7 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
 
 
 def _start(limit: timedelta | None) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and "MASTER_ADDR" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # no port, no environment
         return
     if torch.cuda.is_available():
@@ -154,6 +157,7 @@ def _start_control(limit: timedelta | None) -> None:
         return made[tuple(ranks)]
 
     _control["world"] = dist.new_group(backend="gloo", timeout=limit)
+    _control["patient"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _control["replica"] = mine(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
     _control["tensor"] = mine(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
     _control["data"] = mine(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
@@ -240,6 +244,11 @@ def data_parallel_size() -> int:
     return data_parallel_group().size()
 
 
+def is_global_first() -> bool:
+    """Whether this is the process that writes and prints for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def is_reader() -> bool:
     """Whether this process reads the data of its model replica: the first of it, which also encodes speech."""
     return control_group("replica").rank() == 0
@@ -278,6 +287,19 @@ def broadcast_object(value: Any, group: str = "replica") -> Any:
     source = dist.get_global_rank(control_group(group), 0)
     dist.broadcast_object_list(box, src=source, group=control_group(group), device=torch.device("cpu"))
     return box[0]
+
+
+@contextmanager
+def first(mine: bool) -> Iterator[None]:
+    """Lets the processes where ``mine`` is true run the body first, and the others after they have finished.
+
+    For what is built once and then found on disk. It may take longer than a collective is waited for otherwise.
+    """
+    if not mine:
+        dist.barrier(_control["patient"])
+    yield
+    if mine:
+        dist.barrier(_control["patient"])
 
 
 def gather_objects(value: Any, group: str = "world") -> list[Any]:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of a model replica asks, the others follow: for work that only one of them may write to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nemo_mtbi.inference.generate import Generated
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.parallel import groups
+
+
+class Leader:
+    """Answers for the reader of a replica, whose other processes are in :func:`follow`.
+
+    A context manager: its end lets the others go on.
+    """
+
+    def __init__(self, responder: Responder):
+        self._responder = responder
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def layouts(self, layouts: Sequence[Sequence[int]]) -> list[Generated]:
+        """Answers to finished text-only prompt layouts."""
+        groups.broadcast_object([list(layout) for layout in layouts])
+        return self._responder.layouts(layouts)
+
+    def __exit__(self, *unused) -> None:
+        groups.broadcast_object(None)
+
+
+def follow(responder: Responder) -> None:
+    """Takes part in every batch that the leader of this replica answers, until it ends."""
+    while (layouts := groups.broadcast_object(None)) is not None:
+        responder.layouts(layouts)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning's strategy for Megatron's groups: one model replica over several processes, replicas over the data."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from nemo.utils import AppState
+
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
+
+
+class MTBIStrategy(DDPStrategy):
+    """Starts Megatron's groups and leaves gradients to the model, whose training step runs Megatron's schedule.
+
+    A subclass of ``DDPStrategy``, which NeMo's ``exp_manager`` expects where there are several processes, but nothing
+    is wrapped: ``DistributedDataParallel`` refuses processes without a trainable parameter, and it would average
+    gradients that are sums already.
+
+    Args:
+        layout: of one model replica over processes.
+        timeout: seconds after which a collective that another process does not join is an error; ``None``: torch's
+            default.
+        **kwargs: of ``DDPStrategy``, such as ``checkpoint_io``.
+    """
+
+    def __init__(self, layout: ParallelConfig | None = None, timeout: float | None = None, **kwargs: Any):
+        limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+        super().__init__(**limit, **kwargs)
+        self.layout = layout or ParallelConfig()
+        self._seconds = timeout
+        self._started = False
+
+    def start(self, trainer: Trainer) -> None:
+        """Starts all processes and their groups. To be called before the model is built: it is built in shares.
+
+        ``trainer.fit`` does the same, but only when the model is there.
+        """
+        if not self._started:
+            self.launcher.launch(lambda: None, trainer=trainer)
+            self.setup_environment()
+
+    def setup_environment(self) -> None:
+        if self._started:
+            return
+        if self.num_nodes * self.num_processes == 1:
+            groups.initialize(self.layout, self._seconds)  # before Lightning, which would open a port
+        super().setup_environment()
+        groups.initialize(self.layout, self._seconds)
+        fill_app_state(self.layout, self.local_rank)
+        self._started = True
+
+    def configure_ddp(self) -> None:
+        """Nothing is wrapped."""
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": groups.data_parallel_size(), "rank": groups.data_parallel_rank()}
+
+    def teardown(self) -> None:
+        """Leaves the model on its device, where all processes together still save it and ask it."""
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def fill_app_state(layout: ParallelConfig, local_rank: int) -> None:
+    """Tells NeMo, whose saving, logging and checkpoint names read it, where this process is."""
+    state = AppState()
+    state.world_size, state.global_rank, state.local_rank = dist.get_world_size(), dist.get_rank(), local_rank
+    state.model_parallel_size = layout.model_parallel_size
+    state.tensor_model_parallel_size = layout.tensor_model_parallel_size
+    state.pipeline_model_parallel_size = layout.pipeline_model_parallel_size
+    state.virtual_pipeline_model_parallel_size = layout.virtual_pipeline_model_parallel_size
+    state.data_parallel_size = groups.data_parallel_size()
+    state.tensor_model_parallel_rank = groups.tensor_parallel_rank()
+    state.pipeline_model_parallel_rank = groups.pipeline_parallel_rank()
+    state.data_parallel_rank = groups.data_parallel_rank()
+    state.tensor_model_parallel_group = groups.tensor_parallel_group()
+    state.pipeline_model_parallel_group = groups.pipeline_parallel_group()
+    state.data_parallel_group = groups.data_parallel_group()
+
+
+def seed_processes() -> None:
+    """Gives each data-parallel replica its own random numbers, and all processes of a replica the same.
+
+    They are the connector's, which is replicated over tensor-parallel processes. What those must draw apart from each
+    other comes from Megatron's own states, which exist on CUDA only. The first replica keeps the seed of the run.
+    """
+    seed = torch.initial_seed() + groups.data_parallel_rank()
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed % 2**31)
