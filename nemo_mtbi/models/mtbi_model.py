@@ -25,6 +25,7 @@ from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.inference.generate import agreed
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.archive import TensorArchive
 from nemo_mtbi.modules.pretrained import load_speech_llm, resolve
@@ -272,7 +273,8 @@ class MTBIModel(ModelPT):
         if len(prompts) != len(audio):
             raise ValueError(f"{len(audio)} utterances, but {len(prompts)} prompts: give one each, or one for all")
         counter = self.speech_llm.frame_counter
-        samples = [load_audio(item, counter, sample_rate) for item in audio]
+        # a file that one process can't read must not leave the others waiting
+        samples = agreed(lambda: [load_audio(item, counter, sample_rate) for item in audio])
         return self.responder().speech(samples, list(zip(prompts, range(len(samples)), strict=True)))
 
     # ----- checkpoints: the frozen parts are referred to by path and hash, not stored

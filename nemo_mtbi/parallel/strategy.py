@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -94,7 +95,7 @@ def seed_processes() -> None:
     They are the connector's, which is replicated over tensor-parallel processes. What those must draw apart from each
     other comes from Megatron's own states, which exist on CUDA only. The first replica keeps the seed of the run.
     """
-    seed = torch.initial_seed() + groups.data_parallel_rank()
+    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) + groups.data_parallel_rank()
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

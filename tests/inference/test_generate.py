@@ -3,8 +3,9 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, generate, left_pad
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, agreed, evaluating, generate, left_pad
 
 NEW = 10
 
@@ -113,6 +114,37 @@ def test_the_mode_of_the_decoder_is_restored(speech_llm, frames, training):
         assert all(module.training is training for module in decoder.modules())
     finally:
         decoder.train()
+
+
+def test_a_single_process_talks_to_nobody(speech_llm, frames, end_id, monkeypatch):
+    expected = generate(speech_llm, prompts(), frames, end_id, GenerationConfig(NEW))
+    names = "send recv isend irecv batch_isend_irecv broadcast all_reduce all_gather all_gather_into_tensor barrier"
+    for name in [*names.split(), "broadcast_object_list", "all_gather_object"]:
+        monkeypatch.setattr(dist, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} was called"))
+    assert generate(speech_llm, prompts(), frames, end_id, GenerationConfig(NEW)) == expected
+    assert agreed(lambda: 7) == 7
+
+
+def test_an_error_in_a_single_process_stays_what_it_is():
+    class Own(ValueError):
+        pass
+
+    error = Own("why")
+
+    def work():
+        raise error
+
+    with pytest.raises(Own) as raised:
+        agreed(work)
+    assert raised.value is error
+
+
+def test_each_module_gets_its_own_mode_back():
+    modules = [torch.nn.Dropout(), torch.nn.Dropout().eval(), torch.nn.Sequential(torch.nn.Dropout())]
+    with pytest.raises(KeyboardInterrupt), evaluating(modules):
+        assert not any(part.training for module in modules for part in module.modules())
+        raise KeyboardInterrupt
+    assert [module.training for module in modules] == [True, False, True] and modules[2][0].training
 
 
 def test_a_prompt_that_leaves_no_room_for_its_answer_is_refused(speech_llm, frames):

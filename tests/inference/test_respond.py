@@ -43,6 +43,16 @@ def test_encoding_in_groups_changes_no_frame(responder, audio, seconds):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_encoding_drops_nothing_out_and_training_goes_on(responder, audio, monkeypatch):
+    connector = responder.model.connector
+    (dropout,) = (module for module in connector.modules() if isinstance(module, torch.nn.Dropout))
+    expected = responder.encode(audio)
+    monkeypatch.setattr(dropout, "p", 0.5)
+    connector.train()
+    assert torch.equal(responder.encode(audio), expected)
+    assert all(module.training for module in connector.modules())
+
+
 def test_an_utterance_is_encoded_once_for_all_that_is_asked_about_it(responder, audio, monkeypatch):
     encoded = []
     encode = responder.model.encode_audio
