@@ -35,6 +35,7 @@ setup(
         "soundfile",
         "numpy",
         "scipy",
+        "librosa",
         "pyyaml",
         "rich",
         "jiwer",

@@ -15,9 +15,12 @@ from nemo_mtbi.cli import hydra_main
 
 @hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf")
 def main(cfg):
+    from nemo_mtbi.parallel.groups import is_global_first
     from nemo_mtbi.training import train
 
-    print(f"results: {train(cfg)}")
+    results = train(cfg)
+    if results is not None and is_global_first():
+        print(f"results: {results}")
 
 
 if __name__ == "__main__":

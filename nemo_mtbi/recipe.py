@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-from nemo_mtbi.data.corpus import cached, digest_of, load_corpus
+from lhotse import CutSet
+
+from nemo_mtbi.data.corpus import CUTS_FILE, cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
 from nemo_mtbi.data.synthetic import build_synthetic
+from nemo_mtbi.data.synthetic_digits import build_synthetic_digits
 from nemo_mtbi.data.targets import TargetPlan, generate_targets
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.inference.follow import Leader, follow
@@ -29,19 +32,18 @@ LEAST = {
     "test_utterances": 1,
     "tasks_per_cut": 1,
     "prompts_per_task": 1,
+    "synthetic_utterances": 0,
     "adapt.steps": 0,
-    "adapt.replay_utterances": 0,
 }
 
 
 @dataclass
 class AdaptConfig:
-    """CTC training of the encoder on the corpus before MTBI (``steps: 0``: none)."""
+    """CTC training of the encoder on the training utterances before MTBI (``steps: 0``: none)."""
 
     steps: int = 0
     learning_rate: float = 5e-4
     batch_duration: float = 60.0
-    replay_utterances: int = 2000  # synthetic sentences mixed in, so that the encoder keeps what it knew
 
 
 @dataclass
@@ -54,6 +56,7 @@ class DataConfig:
         tasks: task pool YAML, or ``demo``.
         seed: of sentences, voices, recordings and tasks drawn. Training has its own.
         train_utterances, validation_utterances, test_utterances: sizes.
+        synthetic_utterances: digits by espeak-ng that are trained on as well, for ``kind: digits``.
         tasks_per_cut: trained tasks answered about each training utterance; ``null``: all.
         digits_dir: the clone, for ``kind: digits``.
         heldout_speakers: speakers of the test utterances; all others are trained on.
@@ -67,6 +70,7 @@ class DataConfig:
     train_utterances: int = 3000
     validation_utterances: int = 50
     test_utterances: int = 150
+    synthetic_utterances: int = 0
     tasks_per_cut: int | None = 8
     prompts_per_task: int = 1
     digits_dir: str | None = None
@@ -98,8 +102,10 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
         value = attrgetter(name)(config)
         if value is not None and value < least:
             raise ValueError(f"data.{name} is {value}; it must be at least {least}")
-    if config.kind == "synthetic" and (config.digits_dir or config.heldout_speakers):
-        raise ValueError("data.digits_dir and data.heldout_speakers belong to kind: digits; set it, or remove them")
+    if config.kind == "synthetic":
+        for name in ("digits_dir", "heldout_speakers", "synthetic_utterances"):
+            if getattr(config, name):
+                raise ValueError(f"data.{name} belongs to kind: digits; set it, or remove data.{name}")
     if config.kind == "digits":
         if not config.digits_dir:
             raise ValueError("data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset")
@@ -126,14 +132,16 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
     """
     pool = load_pool(config.tasks)
     with groups.first(groups.is_global_first()):  # the others find all of it in the cache
-        folders = {split: _build(config, split) for split in ("train", "validation", "test")}
-        asr = _adapt(config, model["pretrained_asr"], folders["train"])
+        corpora = {split: _build(config, split) for split in ("train", "validation", "test")}
+        asr = _adapt(config, model["pretrained_asr"], corpora["train"])
     with groups.first(groups.data_parallel_rank() == 0):
-        targets = _answer(config, model, folders, pool)
-    return Prepared(targets["train"], targets["validation"], folders["test"] / "cuts.jsonl.gz", asr, pool)
+        targets = _answer(config, model, corpora, pool)
+    return Prepared(targets["train"], targets["validation"], corpora["test"][0] / CUTS_FILE, asr, pool)
 
 
-def _answer(config: DataConfig, model: Mapping, folders: Mapping[str, Path], pool: TaskPool) -> dict[str, Path]:
+def _answer(
+    config: DataConfig, model: Mapping, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
+) -> dict[str, Path]:
     """The text LLM's answers about the train and validation utterances: manifests by split."""
     limit = model["generation"]["max_new_tokens"]
     plans = {
@@ -147,16 +155,18 @@ def _answer(config: DataConfig, model: Mapping, folders: Mapping[str, Path], poo
         else:
             with Leader(responder) as leader:
                 for split, plan in plans.items():
-                    name = digest_of([folders[split].name, fingerprint, repr(plan), pool.fingerprint()])
+                    names = [folder.name for folder in corpora[split]]
+                    name = digest_of([*names, fingerprint, repr(plan), pool.fingerprint()])
+                    cuts = CutSet.from_cuts(cut for folder in corpora[split] for cut in load_corpus(folder))
                     (targets[split],) = generate_targets(
-                        load_corpus(folders[split]),
+                        cuts,
                         Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
                         pool=pool,
                         chat=responder.chat,
                         respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
                         provenance={"llm": fingerprint},
                         plan=plan,
-                        shard_size=getattr(config, f"{split}_utterances"),
+                        shard_size=len(cuts),
                     )
     return groups.broadcast_object(targets)
 
@@ -169,41 +179,41 @@ def text_responder(model: Mapping) -> Iterator[tuple[Responder, str]]:
     yield Responder(LayoutDecoder(llm.chunks), llm.chat, GenerationConfig(**model["generation"])), llm.fingerprint
 
 
-def _build(config: DataConfig, split: str) -> Path:
-    """The corpus folder of one split."""
+def _build(config: DataConfig, split: str) -> list[Path]:
+    """The corpus folders of one split."""
     size = getattr(config, f"{split}_utterances")
     common = dict(num_utterances=size, seed=config.seed, split=split, with_references=split == "test")
     if config.kind == "synthetic":
-        return build_synthetic(config.cache_dir, **common)
+        return [build_synthetic(config.cache_dir, **common)]
     speakers = list_speakers(config.digits_dir)
     if split == "test":
         chosen = list(config.heldout_speakers)
     else:
         chosen = [speaker for speaker in speakers if speaker not in config.heldout_speakers]
-    return build_digits(config.cache_dir, config.digits_dir, speakers=chosen, augment=split == "train", **common)
+    train = split == "train"
+    folders = [build_digits(config.cache_dir, config.digits_dir, speakers=chosen, augment=train, **common)]
+    if train and config.synthetic_utterances:
+        size = config.synthetic_utterances
+        folders.append(build_synthetic_digits(config.cache_dir, num_utterances=size, seed=config.seed))
+    return folders
 
 
-def _adapt(config: DataConfig, pretrained_asr: str, corpus: Path) -> str:
-    """Path of the encoder adapted to the training corpus, or the encoder as it is."""
+def _adapt(config: DataConfig, pretrained_asr: str, corpora: Sequence[Path]) -> str:
+    """Path of the encoder adapted to the training corpora, or the encoder as it is."""
     adapt = config.adapt
     if not adapt.steps:
         return pretrained_asr
     source = resolve(pretrained_asr, "model.pretrained_asr", "encoder.nemo")
-    key = {"source": digest_of(source.read_bytes().hex()), "corpus": corpus.name, "adapt": vars(adapt)}
+    names = [corpus.name for corpus in corpora]
+    key = {"source": digest_of(source.read_bytes().hex()), "corpora": names, "adapt": vars(adapt)}
 
     def build(work: Path, final: Path) -> None:
         from nemo_mtbi.models.ctc import save_asr, train_ctc
 
-        cuts = [corpus / "cuts.jsonl.gz"]
-        if adapt.replay_utterances:
-            replay = build_synthetic(
-                config.cache_dir, num_utterances=adapt.replay_utterances, seed=config.seed, split="train"
-            )
-            cuts.append(replay / "cuts.jsonl.gz")
         model = load_asr_model(pretrained_asr)
         train_ctc(
             model,
-            cuts,
+            [corpus / CUTS_FILE for corpus in corpora],
             steps=adapt.steps,
             learning_rate=adapt.learning_rate,
             seed=config.seed,

@@ -24,14 +24,20 @@ from nemo_mtbi.config import ModelConfig, parse_model_config
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
+from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO, choose_resume
+from nemo_mtbi.parallel.stop import StopOnSignal, explained
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.plan import make_plan
+from nemo_mtbi.plan_report import show_plan
+from nemo_mtbi.progress import progress_callbacks
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
-SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
+SECTIONS = ("name", "seed", "plan", "data", "model", "benchmark", "trainer", "exp_manager")
 PRECISIONS = {  # Lightning's name: frozen_dtype of the model, or as the model says
     "32-true": None,
     "32": None,
@@ -71,19 +77,35 @@ class Stopwatch(Callback):
         self.seconds = time.monotonic() - self._start
 
 
-def train(cfg: DictConfig) -> Path:
+def train(cfg: DictConfig) -> Path | None:
     """Prepares the data, trains the connector, saves the ``.nemo``, runs the benchmark and writes ``results.json``.
 
+    Every process of a run calls it.
+
     Returns:
-        The path of ``results.json``, or of the ``.nemo`` if there is no benchmark.
+        The path of ``results.json``, or of the ``.nemo`` if there is no benchmark. ``None`` if a signal has stopped
+        the run, or only its plan was asked for.
 
     Raises:
         ValueError: for a key that is unknown, missing or contradictory. All sections are checked before work begins.
+        RuntimeError: if another process is lost.
     """
+    if cfg.get("plan"):
+        plan = make_plan(cfg, _check, frozen_dtype=PRECISIONS.get(cfg.trainer.get("precision")))
+        show_plan(plan, console)
+        if plan.problems:
+            raise SystemExit(1)
+        return None
+    with explained():
+        return _train(cfg, *_check(cfg))
+
+
+def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, benchmark) -> Path | None:
     started = time.monotonic()
-    model_config, data, benchmark = _check(cfg)
     pool, watch = load_pool(benchmark.tasks), Stopwatch()
-    trainer = make_trainer(cfg, model_config, callbacks=[watch])
+    stop = StopOnSignal(lambda: trainer.lightning_module.agreed_to_stop)
+    bar = cfg.trainer.get("enable_progress_bar") is not False
+    trainer = make_trainer(cfg, model_config, [watch, stop, *progress_callbacks(bar, console)])
     folder = _experiment(trainer, cfg)
     if data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
@@ -95,8 +117,19 @@ def train(cfg: DictConfig) -> Path:
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
+    model.wants_to_stop = lambda: stop.requested is not None
     _say("training", _sizes(model))
-    trainer.fit(model)
+    if groups.layout().model_parallel_size * groups.data_parallel_size() > 1:
+        show_start(model.speech_llm, console, cfg.model.train_ds.get("batch_tokens"), model_config.micro_batch_tokens)
+    trainer.fit(model, ckpt_path=trainer.ckpt_path)
+    if stop.stopped:
+        last = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else "none was configured"
+        _say(
+            "stopped",
+            f"by a signal after step {trainer.global_step}; to go on, start the same command again with "
+            f"exp_manager.resume_if_exists=true; checkpoint: {last}",
+        )
+        return None
     nemo = folder / f"{cfg.name}.nemo"
     model.save_to(str(nemo))
     if not benchmark.cuts:
@@ -114,17 +147,14 @@ def train(cfg: DictConfig) -> Path:
 def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]) -> Trainer:
     """Lightning's trainer with our strategy, whose processes and groups have started."""
     precision = cfg.trainer.get("precision", "32-true")
-    if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {precision!r}; it must be one of {', '.join(map(str, PRECISIONS))}")
-    if cfg.trainer.get("strategy") is not None:
-        raise ValueError(
-            "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
-        )
     if PRECISIONS[precision] is not None:
         with open_dict(cfg):
             cfg.model.frozen_dtype = PRECISIONS[precision]
     settings = {key: value for key, value in cfg.trainer.items() if key not in ("precision", "strategy")}
-    strategy = MTBIStrategy(config.layout, config.dist_timeout)
+    checkpoints = ShardedCheckpointIO(
+        lambda: trainer.lightning_module.state_dict(keep_vars=True), lambda: trainer.optimizers, cfg.seed
+    )
+    strategy = MTBIStrategy(config.layout, config.dist_timeout, checkpoint_io=checkpoints)
     trainer = Trainer(**settings, precision="32-true", strategy=strategy, callbacks=callbacks)
     seed_everything(cfg.seed, verbose=False)
     strategy.start(trainer)
@@ -132,13 +162,28 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
 
 
 def _experiment(trainer: Trainer, cfg: DictConfig) -> Path:
-    """NeMo's folder, loggers and checkpoints of the run: one folder for all processes."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    os.environ.setdefault(NEMO_ENV_VARNAME_VERSION, groups.broadcast_object(stamp, "world"))
+    """NeMo's folder, loggers and checkpoints of the run: one folder for all processes, and where to go on from."""
+    manager = cfg.exp_manager
+    if not manager.get("resume_if_exists"):  # a new folder, named by the time, which may differ between processes
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        os.environ[NEMO_ENV_VARNAME_VERSION] = os.environ.get(NEMO_ENV_VARNAME_VERSION) or groups.broadcast_object(
+            stamp, "world"
+        )
+        chosen = None
+    else:
+        given = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
+        name = Path(
+            manager.get("explicit_log_dir") or Path(manager.exp_dir or ".") / (manager.get("name") or "default")
+        )
+        chosen = choose_resume(given or name / (manager.get("version") or "") / "checkpoints")
     try:
-        return Path(exp_manager(trainer, cfg.exp_manager))
+        folder = Path(exp_manager(trainer, manager))
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, "exp_manager")) from error
+    if chosen is not None:
+        trainer.ckpt_path = str(chosen)
+        _say("resuming", f"from {chosen}")
+    return folder
 
 
 def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
@@ -152,6 +197,13 @@ def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkCo
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, "config")) from error
+    precision = cfg.trainer.get("precision", "32-true")
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {precision!r}; it must be one of {', '.join(map(str, PRECISIONS))}")
+    if cfg.trainer.get("strategy") is not None:
+        raise ValueError(
+            "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
+        )
     benchmark = read_section(BenchmarkConfig, cfg.get("benchmark"), "benchmark")
     model = parse_model_config(cfg.model)
     for name in ("train_ds", "validation_ds"):

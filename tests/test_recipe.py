@@ -84,8 +84,10 @@ def test_an_empty_section_is_the_synthetic_corpus():
         ({"tasks_per_cut": 0}, "data.tasks_per_cut is 0"),
         ({"adapt": {"steps": -1}}, "data.adapt.steps is -1; it must be at least 0"),
         ({"heldout_speakers": "theo"}, "data.heldout_speakers: "),
-        ({"heldout_speakers": ["theo"]}, "belong to kind: digits"),
-        ({"digits_dir": "somewhere"}, "belong to kind: digits"),
+        ({"heldout_speakers": ["theo"]}, "data.heldout_speakers belongs to kind: digits"),
+        ({"digits_dir": "somewhere"}, "data.digits_dir belongs to kind: digits"),
+        ({"synthetic_utterances": 5}, "data.synthetic_utterances belongs to kind: digits"),
+        ({"synthetic_utterances": -5}, "data.synthetic_utterances is -5; it must be at least 0"),
         ({"kind": "digits"}, "data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset"),
         ({"kind": "digits", "digits_dir": "???"}, "data.digits_dir is missing: give a clone of the Free Spoken Digit"),
         ({"kind": "digits", "digits_dir": "/nowhere"}, "no recordings such as 7_theo_0.wav in /nowhere"),
@@ -186,7 +188,7 @@ def test_the_encoder_is_adapted_once(small, model_section, clone, monkeypatch):
         digits_dir=str(clone),
         heldout_speakers=["eve"],
         train_utterances=8,
-        adapt={"steps": 2, "replay_utterances": 0},
+        adapt={"steps": 2},
     )
     model = section(model_section)
     first = prepare(config, model)
@@ -199,17 +201,18 @@ def test_the_encoder_is_adapted_once(small, model_section, clone, monkeypatch):
     assert prepare(config, model) == first
 
 
-def test_adaptation_mixes_in_what_the_encoder_knew(small, model_section, clone, monkeypatch):
+def test_encoder_and_connector_learn_from_synthetic_digits_too(small, model_section, clone, monkeypatch):
     pytest.importorskip("espeakng_loader")
     from nemo_mtbi.models import ctc
 
     seen = []
     monkeypatch.setattr(ctc, "train_ctc", lambda model, cuts, **kwargs: seen.append((cuts, kwargs)))
-    adapt = {"steps": 7, "learning_rate": 1e-3, "batch_duration": 9.0, "replay_utterances": 4}
+    adapt = {"steps": 7, "learning_rate": 1e-3, "batch_duration": 9.0}
     digits = dict(kind="digits", digits_dir=str(clone), heldout_speakers=["eve"], adapt=adapt, seed=5)
-    prepare(small(**digits), section(model_section))
+    found = prepare(small(**digits, synthetic_utterances=4), section(model_section))
     ((cuts, settings),) = seen
-    assert [len(list(CutSet.from_file(path))) for path in cuts] == [5, 4]
+    corpora = [[cut.id for cut in CutSet.from_file(path)] for path in cuts]
+    assert [len(ids) for ids in corpora] == [5, 4]
     assert settings == {
         "steps": 7,
         "learning_rate": 1e-3,
@@ -217,3 +220,6 @@ def test_adaptation_mixes_in_what_the_encoder_knew(small, model_section, clone, 
         "seed": 5,
         "spec_augment": True,
     }
+    train = list(CutSet.from_file(found.train))
+    assert [cut.id for cut in train] == corpora[0] + corpora[1] and all(read_behaviors(cut) for cut in train)
+    assert [len(list(CutSet.from_file(path))) for path in (found.validation, found.test)] == [2, 3]

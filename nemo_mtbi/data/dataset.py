@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
+from lhotse import CutSet
 from lhotse.audio import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
+from lhotse.utils import fix_random_seed
 
 from nemo_mtbi.data.behaviors import Behavior
 from nemo_mtbi.data.chat import ChatFormat
@@ -27,9 +32,10 @@ LOADING_ERRORS = (AudioLoadingError, DurationMismatchError, AssertionError, OSEr
 class BadAudioError(ValueError):
     """Audio that cannot be trained on. ``reason`` is the name under which it is counted."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    def __init__(self, reason: str, message: str | None = None):
+        # torch makes the error of a worker process anew, from its text alone
+        super().__init__(reason if message is None else message)
+        self.reason = "unusable" if message is None else reason
 
 
 def in_one_line(error: Exception) -> str:
@@ -169,3 +175,87 @@ class MTBIDataset(torch.utils.data.Dataset):
             truncated=behavior.truncated,
             transcript=drawn.transcript,
         )
+
+
+# -------------------------------------------------------------------------------------------------- passes over data
+
+
+class Passes:
+    """Which pass over the data comes next, and how much of it is left out. Passes are numbered from 0.
+
+    Args:
+        fixed: every pass is pass 0, for validation.
+    """
+
+    def __init__(self, fixed: bool = False):
+        self.fixed = fixed
+        self.epoch = 0
+        self.consumed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is pass ``epoch``."""
+        self.epoch = 0 if self.fixed else epoch
+
+    def resume(self, batches: int) -> None:
+        """The next iteration leaves out its first batches, which were trained on before; no audio is read for them."""
+        self.consumed = batches
+
+    def take(self) -> tuple[int, int]:
+        """The pass that begins now, and how many of its batches it leaves out; the one after it will be whole."""
+        taken, self.consumed = (self.epoch, self.consumed), 0
+        return taken
+
+    def ended(self, epoch: int) -> None:
+        """Goes on to the next pass, unless another was set meanwhile."""
+        if self.epoch == (0 if self.fixed else epoch):
+            self.set_epoch(epoch + 1)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a worker says before its first batch of a resumed pass: how many it has left out."""
+
+    batches: int
+
+
+class StreamSource(Protocol):
+    """Where each worker of a stream gets its batches of cuts from."""
+
+    def seed_of(self, epoch: int, worker: int) -> int: ...
+
+    def sampler(self, epoch: int, worker: int) -> Iterable[CutSet]: ...
+
+
+class StreamDataset(Passes, torch.utils.data.IterableDataset):
+    """Steps of data that can only be read in order: every worker opens them anew for each pass and samples itself.
+
+    Torch takes one batch of each worker in turn. So of the first ``n`` batches of a pass, worker ``w`` of ``W`` had
+    those number ``w``, ``w + W``, ... and leaves out just these when the pass is resumed at batch ``n``. Before its
+    first batch it then yields a :class:`LeftOut`, and another if it had its turn already in the round of batch ``n``.
+
+    Args:
+        source: the batches of cuts.
+        dataset: turns them into steps.
+    """
+
+    def __init__(self, source: StreamSource, dataset: MTBIDataset):
+        super().__init__()
+        self.source = source
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[StepBatch | LeftOut]:
+        return self._read(*self.take())
+
+    def _read(self, epoch: int, consumed: int) -> Iterator[StepBatch | LeftOut]:
+        worker = torch.utils.data.get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            fix_random_seed(self.source.seed_of(epoch, index))  # the process is ours
+        batches = (cuts for cuts in self.source.sampler(epoch, index))  # iter() of a Lhotse sampler starts it again
+        if consumed:
+            share = len(range(index, consumed, workers))
+            yield LeftOut(sum(1 for _ in islice(batches, share)))
+            if index < consumed % workers:
+                yield LeftOut(0)
+        for cuts in batches:
+            yield self.dataset[cuts]

@@ -6,6 +6,7 @@ https://github.com/Jakobovski/free-spoken-digit-dataset
 """
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -29,14 +30,17 @@ from nemo_mtbi.data.corpus import (
     stable_seed,
 )
 
-VERSION = 1  # raise it when the same arguments and recordings give another corpus
+VERSION = 2  # raise it when the same arguments and recordings give another corpus
 
 SPLITS = ("train", "validation", "test")
 _RESERVED = 5  # recordings 0 to 4 of each digit are kept from training: the corpus' own convention
 _NUM_DIGITS = (2, 6)
 _PAUSE = (0.05, 0.3)  # seconds between two digits
 _SILENCE = (0.05, 0.25)  # seconds before and after the speech
-_SPEEDS = (80, 125)  # percent; pitch and formants move along: few speakers become many
+# Vocal tracts and tempos, each moved by itself and evenly on a logarithmic scale: few speakers become many.
+_FORMANTS = (75, 133)  # percent of the speaker's pitch and formants
+_DURATIONS = (80, 125)  # percent of the speaker's own
+_STRETCH_FFT = 512  # samples: short enough for the stops in "eight" and "six"
 _GAIN_DB = (-3.0, 3.0)  # of one digit against the others
 _LEVEL = 0.1  # RMS of the loud part of each recording
 _FRAME = SAMPLE_RATE // 100
@@ -63,7 +67,8 @@ class _Job:
     words: tuple[str, ...]
     pauses: tuple[float, ...]  # before each digit and after the last, in seconds
     gains_db: tuple[float, ...]
-    speed: int  # percent
+    formants: int  # percent
+    duration: int  # percent
     seed: int
     augment: Augment | None
     references: dict[str, str] | None
@@ -102,7 +107,8 @@ def build_digits(
         split: ``train`` uses the recordings from index 5 on, ``validation`` those before (the same speakers, never the
             same recording); ``test`` uses all of them, so it is for speakers held out from training.
         with_references: store the right answer of each demo task in the cuts' custom field ``references``.
-        augment: speed from 0.8 to 1.25, a gain for each digit, noise and reverberation; for training.
+        augment: pitch and formants from 0.75 to 1.33, durations from 0.8 to 1.25, a gain for each digit, noise and
+            reverberation; for training.
         num_workers: processes; None: as many as there are cores.
         progress: show a progress bar.
 
@@ -185,17 +191,17 @@ def _plan(
         utterance_seed = stable_seed("digits", seed, split, index)
         rng = random.Random(utterance_seed)
         speaker = rng.choice(speakers)
-        digits = [rng.randrange(10) for _ in range(rng.randint(*_NUM_DIGITS))]
+        digits, pauses = draw_digits(rng)
         words = tuple(grammar.DIGITS[digit] for digit in digits)
-        inner = [rng.uniform(*_PAUSE) for _ in digits[1:]]
         job = _Job(
             id=f"digits-{split}-{seed}-{index:06d}",
             speaker=speaker,
             files=tuple(rng.choice(pool[speaker, digit]).name for digit in digits),
             words=words,
-            pauses=(rng.uniform(*_SILENCE), *inner, rng.uniform(*_SILENCE)),
+            pauses=pauses,
             gains_db=tuple(rng.uniform(*_GAIN_DB) if augment else 0.0 for _ in digits),
-            speed=rng.randint(*_SPEEDS) if augment else 100,
+            formants=_log_uniform(rng, _FORMANTS) if augment else 100,
+            duration=_log_uniform(rng, _DURATIONS) if augment else 100,
             seed=utterance_seed,
             augment=Augment() if augment else None,
             references=dict(grammar.references(" ".join(words))) if with_references else None,
@@ -204,21 +210,50 @@ def _plan(
     return jobs
 
 
+def draw_digits(rng: random.Random) -> tuple[list[int], tuple[float, ...]]:
+    """Digits of one utterance, and the pauses before each and after the last, in seconds."""
+    digits = [rng.randrange(10) for _ in range(rng.randint(*_NUM_DIGITS))]
+    inner = [rng.uniform(*_PAUSE) for _ in digits[1:]]
+    return digits, (rng.uniform(*_SILENCE), *inner, rng.uniform(*_SILENCE))
+
+
+def _log_uniform(rng: random.Random, limits: tuple[int, int]) -> int:
+    return round(math.exp(rng.uniform(*map(math.log, limits))))
+
+
 def _render(folder: Path, job: _Job) -> Utterance:
-    parts = [np.zeros(round(job.pauses[0] * SAMPLE_RATE), np.float32)]
-    spans, position = [], len(parts[0])
-    for file, gain_db, pause in zip(job.files, job.gains_db, job.pauses[1:], strict=True):
-        digit = _load_digit(folder / file, job.speed) * np.float32(10 ** (gain_db / 20))
-        silence = np.zeros(round(pause * SAMPLE_RATE), np.float32)
-        parts += [digit, silence]
-        spans.append((position, position + len(digit)))
-        position += len(digit) + len(silence)
-    samples = finish(np.concatenate(parts), np.random.default_rng(job.seed), job.augment)
-    return Utterance(job.id, samples, job.words, tuple(spans), job.speaker, job.references)
+    sounds = [
+        _load_digit(folder / file, job.formants, job.duration) * np.float32(10 ** (gain_db / 20))
+        for file, gain_db in zip(job.files, job.gains_db, strict=True)
+    ]
+    samples, spans = join_sounds(sounds, job.pauses)
+    samples = finish(samples, np.random.default_rng(job.seed), job.augment)
+    return Utterance(job.id, samples, job.words, spans, job.speaker, job.references)
+
+
+def join_sounds(
+    sounds: Sequence[np.ndarray], pauses: Sequence[float]
+) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """Join sounds of [N] samples, with silence around each.
+
+    Args:
+        sounds: at 16 kHz.
+        pauses: before each sound and after the last, in seconds.
+
+    Returns:
+        [N'] samples and the [start, end) of each sound.
+    """
+    silences = [np.zeros(round(pause * SAMPLE_RATE), np.float32) for pause in pauses]
+    parts, spans, position = [silences[0]], [], len(silences[0])
+    for sound, silence in zip(sounds, silences[1:], strict=True):
+        parts += [sound, silence]
+        spans.append((position, position + len(sound)))
+        position += len(sound) + len(silence)
+    return np.concatenate(parts), tuple(spans)
 
 
 @lru_cache(maxsize=1024)
-def _load_digit(path: Path, speed: int) -> np.ndarray:
+def _load_digit(path: Path, formants: int, duration: int) -> np.ndarray:
     """One digit: [N] float32 at 16 kHz, at a common level, without long silences, with soft ends."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -227,8 +262,17 @@ def _load_digit(path: Path, speed: int) -> np.ndarray:
     mono = samples.mean(axis=1)
     if not len(mono) or not np.isfinite(mono).all() or not mono.any():
         raise ValueError(f"the recording {path} is empty, silent or damaged: delete it or {_REMEDY}")
-    # Samples read as if recorded at another rate: speed and pitch change together.
-    return _level(trim_silence(resample(mono, rate * speed // 100)))
+    # Samples read as if recorded at another rate: pitch, formants and tempo change together, then the tempo alone.
+    return level(_stretch(trim_silence(resample(mono, rate * formants // 100)), duration * formants / 10000))
+
+
+def _stretch(samples: np.ndarray, factor: float) -> np.ndarray:
+    """[N] → [N * factor], pitch and formants unchanged (phase vocoder)."""
+    if factor == 1.0 or len(samples) < _STRETCH_FFT:
+        return samples
+    from librosa.effects import time_stretch  # takes a while to import
+
+    return time_stretch(samples, rate=1 / factor, n_fft=_STRETCH_FFT, hop_length=_STRETCH_FFT // 4)
 
 
 def trim_silence(samples: np.ndarray) -> np.ndarray:
@@ -246,7 +290,8 @@ def _frame_energy(samples: np.ndarray) -> np.ndarray:
     return np.mean(frames.astype(np.float64) ** 2, axis=1)
 
 
-def _level(samples: np.ndarray) -> np.ndarray:
+def level(samples: np.ndarray) -> np.ndarray:
+    """Bring speech to a common level, with soft ends: [N] → [N] at 16 kHz."""
     energy = _frame_energy(samples)
     loud = energy[energy >= energy.max() * 0.05]  # speech, not the pauses in it
     samples = samples * np.float32(_LEVEL / np.sqrt(loud.mean()))

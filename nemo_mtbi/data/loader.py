@@ -10,8 +10,7 @@ bound a single row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from itertools import islice
@@ -21,11 +20,12 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import Cut, MixedCut
 from lhotse.supervision import AlignmentItem
-from lhotse.utils import fastcopy, fix_random_seed
+from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.behaviors import custom_value
-from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
+from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
 from nemo_mtbi.data.tasks import stable_rng
 
@@ -68,13 +68,10 @@ class DrawnSource:
         self.dataset = dataset
         self.rank = rank
         self.world_size = world_size
-        fix_random_seed(full.seed)  # what "randomized" means outside of workers
-        # Streams, which every worker of every rank reads on its own, get an order for each reader.
-        self._seed: int | str = "randomized" if full.num_workers > 0 else full.seed + 100_000 * rank
-        _, is_tarred = self._read(self._seed)
+        _, is_tarred = self._read(full.seed)
         self.iterable = determine_use_iterable_dataset(is_tarred, full)
 
-    def _read(self, seed: int | str) -> tuple[CutSet, bool]:
+    def _read(self, seed: int) -> tuple[CutSet, bool]:
         from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
         from omegaconf import OmegaConf
 
@@ -84,46 +81,36 @@ class DrawnSource:
         except Exception as error:  # each reader has its own kinds for a file that is not what it is said to be
             raise ValueError(f"the data source cannot be read: {type(error).__name__}: {error}") from error
 
-    def seed_of(self, epoch: int) -> int | str:
+    def seed_of(self, epoch: int, worker: int = 0) -> int:
         """The seed of a pass. It is the same on all ranks, which share the batches out, unless each reads a stream."""
-        return self._seed if self.iterable else stable_rng("pass", self.full.seed, epoch).getrandbits(31)
+        reader = (self.rank, worker) if self.iterable else ()
+        return stable_rng("pass", self.full.seed, epoch, *reader).getrandbits(31)
 
-    def open(self, epoch: int) -> tuple[DrawRows, bool]:
+    def open(self, epoch: int, seed: int, reader: tuple[int, int] | None = None) -> tuple[DrawRows, bool]:
         """The cuts of a pass with their rows, and whether NeMo calls the source tarred."""
-        cuts, is_tarred = self._read(self.seed_of(epoch))
-        reader = (self.rank, self.world_size) if self.iterable else None
+        cuts, is_tarred = self._read(seed)
         rows = DrawRows(_prepare(cuts, self.full), self.dataset.chat, self.dataset.frames, self.draw, reader)
         rows.set_epoch(epoch)
         return rows, is_tarred
 
-    @contextmanager
-    def offered(self, epoch: int) -> Iterator[Any]:
-        """Yields the configuration with which NeMo reads the cuts of a pass through :func:`read_drawn_rows`."""
-        rows, is_tarred = self.open(epoch)
+    def sampler(self, epoch: int, worker: int = 0) -> Iterable[CutSet]:
+        """NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
+        from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
+
+        from nemo_mtbi.register import register
+
+        register()  # a worker process may know nothing of us
+        seed, tokenizer = self.seed_of(epoch, worker), self.dataset.chat.tokenizer
+        rows, is_tarred = self.open(epoch, seed, (self.rank, self.world_size) if self.iterable else None)
         token = _READING.set((CutSet(rows), is_tarred))
         try:
-            yield _for_nemo(self.full, self.seed_of(epoch))
+            return get_lhotse_sampler_from_config(_for_nemo(self.full, seed), self.rank, self.world_size, tokenizer)[0]
         finally:
             _READING.reset(token)
 
-    def loader(self) -> torch.utils.data.DataLoader:
-        """NeMo's data loader of pass 0."""
-        from nemo.collections.common.data.lhotse.dataloader import get_lhotse_dataloader_from_config
 
-        tokenizer = self.dataset.chat.tokenizer
-        with self.offered(0) as config:
-            return get_lhotse_dataloader_from_config(config, self.rank, self.world_size, self.dataset, tokenizer)
-
-    def sampler(self, epoch: int) -> torch.utils.data.Sampler:
-        """NeMo's sampler of a pass."""
-        from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
-
-        with self.offered(epoch) as config:
-            return get_lhotse_sampler_from_config(config, self.rank, self.world_size, self.dataset.chat.tokenizer)[0]
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """Batches of cuts, pass by pass. Passes are numbered from 0, or by ``set_epoch``, which Lightning calls.
+class EpochSampler(Passes, torch.utils.data.Sampler):
+    """Batches of cuts, pass by pass; Lightning calls ``set_epoch``.
 
     Args:
         source: the data.
@@ -131,25 +118,39 @@ class EpochSampler(torch.utils.data.Sampler):
     """
 
     def __init__(self, source: DrawnSource, fixed: bool):
+        super().__init__(fixed)
         self.source = source
-        self.fixed = fixed
-        self.epoch = 0
-        self._consumed = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration is pass ``epoch``."""
-        self.epoch = 0 if self.fixed else epoch
-
-    def resume(self, batches: int) -> None:
-        """The next iteration leaves out its first batches, which were trained on before; no audio is read for them."""
-        self._consumed = batches
 
     def __iter__(self) -> Iterator[CutSet]:
-        epoch, consumed = self.epoch, self._consumed
-        self._consumed = 0
+        epoch, consumed = self.take()
         yield from islice(self.source.sampler(epoch), consumed, None)
-        if self.epoch == epoch:
-            self.set_epoch(epoch + 1)
+        self.ended(epoch)
+
+
+class StreamLoader(torch.utils.data.DataLoader):
+    """The data loader of a :class:`StreamDataset`."""
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        stream: StreamDataset = self.dataset
+        epoch, consumed = stream.epoch, stream.consumed
+        items = super().__iter__()  # the workers copy the stream here
+        stream.resume(0)
+        return self._batches(items, epoch, consumed)
+
+    def _batches(self, items: Iterator[StepBatch | LeftOut], epoch: int, missing: int) -> Iterator[StepBatch]:
+        for item in items:
+            if isinstance(item, LeftOut):
+                missing -= item.batches
+            elif missing:  # the data of a worker had ended before its turn, and others had gone on
+                missing -= 1
+            else:
+                yield item
+        self.dataset.ended(epoch)
+
+
+def passes(loader: torch.utils.data.DataLoader) -> Passes:
+    """What decides with which pass, and where in it, a loader of :func:`build_dataloader` goes on."""
+    return loader.dataset if isinstance(loader.dataset, Passes) else loader.sampler
 
 
 def build_dataloader(
@@ -165,6 +166,8 @@ def build_dataloader(
     """Builds a data loader of :class:`~nemo_mtbi.data.layout.StepBatch`.
 
     Training data may be finite (plain manifests: each pass ends) or endless (tarred, Shar, and blends), as in NeMo.
+    Each pass begins anew, in an order of its own (with ``shuffle``): where a run is resumed, the data of one pass are
+    read again, without decoding audio. So cut endless data into passes with ``trainer.limit_train_batches``.
     Validation data are read once, in order, without shuffling and buckets, and with the same rows in every pass:
     ``rows_per_cut`` of each cut, or all its behaviors.
 
@@ -178,12 +181,15 @@ def build_dataloader(
         allow_foreign: accept behaviors of another LLM.
 
     Returns:
-        A loader whose ``sampler`` is an :class:`EpochSampler`, or, for streams, NeMo's own (its workers sample).
+        A loader whose ``sampler`` is an :class:`EpochSampler`, or, for streams, a :class:`StreamLoader`, whose workers
+        sample. Either way :func:`passes` says where it goes on.
 
     Raises:
         ValueError: if a key is unknown, contradicts another or would cut what the behaviors are about; if a path does
             not exist; if the first usable cut cannot be read or its behaviors come from another LLM.
     """
+    from nemo.collections.common.data.lhotse.dataloader import maybe_set_cuda_expandable_segments
+
     from nemo_mtbi.register import register
 
     register()
@@ -194,16 +200,13 @@ def build_dataloader(
     draw = _draw_config(full, rows_per_cut, dataset, expected=dict(expected or {}), allow_foreign=allow_foreign)
     source = DrawnSource(full, draw, dataset, rank, world_size)
     _fit_buckets(source)
-    loader = source.loader()
+    maybe_set_cuda_expandable_segments(full.cuda_expandable_segments)
+    # A generator of its own: torch draws from it for each pass, and the training's must not depend on who reads.
+    common = {"batch_size": None, "num_workers": full.num_workers, "pin_memory": full.pin_memory}
+    common["generator"] = torch.Generator().manual_seed(full.seed)
     if source.iterable:
-        return loader
-    return torch.utils.data.DataLoader(
-        loader.dataset,
-        sampler=EpochSampler(source, fixed=not train),
-        batch_size=None,
-        num_workers=full.num_workers,
-        pin_memory=full.pin_memory,
-    )
+        return StreamLoader(StreamDataset(source, dataset), **common)
+    return torch.utils.data.DataLoader(dataset, sampler=EpochSampler(source, fixed=not train), **common)
 
 
 def _for_validation(full) -> None:
@@ -278,7 +281,7 @@ def _fit_buckets(source: DrawnSource) -> None:
     """Reads the first cuts: to find the buckets, and to fail now and clearly where they cannot be used."""
     full = source.full
     estimate = full.use_bucketing and full.bucket_duration_bins is None
-    rows, _ = source.open(0)
+    rows, _ = source.open(0, full.seed)  # the same rows on all ranks, which keep in step by the number of the bucket
     costs = [DrawnRows.of(cut).cost for cut in islice(rows, full.num_cuts_for_bins_estimate if estimate else 1)]
     if estimate:
         full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
@@ -302,7 +305,7 @@ def cost_bins(costs: list[int], num_buckets: int) -> list[int]:
     return bins
 
 
-def _for_nemo(full, seed: int | str) -> Any:
+def _for_nemo(full, seed: int) -> Any:
     """What NeMo gets: our data type as the only source, and costs where its sampling constraint counts them."""
     full = full.copy()
     changes = {key: None for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path")}
@@ -312,8 +315,6 @@ def _for_nemo(full, seed: int | str) -> Any:
     # The whole cost stands in supervision.tokens: with this value a second of audio adds nothing to it.
     changes["token_equivalent_duration"] = float("inf")
     changes["concurrent_bucketing"] = False  # Lhotse: not deterministic
-    changes["shard_seed"] = seed
-    if isinstance(seed, int):
-        changes["seed"] = seed  # reverberation takes this one
+    changes["shard_seed"] = changes["seed"] = seed  # reverberation takes the latter
     full.update({key: value for key, value in changes.items() if key in full})
     return full

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +13,7 @@ from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from yaml import YAMLError
 
 from nemo_mtbi.config import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -27,14 +24,16 @@ from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.generate import agreed
 from nemo_mtbi.inference.respond import Responder
-from nemo_mtbi.modules.archive import TensorArchive
-from nemo_mtbi.modules.pretrained import load_speech_llm, resolve
-from nemo_mtbi.parallel import groups
+from nemo_mtbi.models.archive import MTBIArchive, connector_of
+from nemo_mtbi.models.frozen import TRAINED, FrozenParts, check_connector, refusal
+from nemo_mtbi.models.warm_start import warm_start
+from nemo_mtbi.modules.tensor_file import ArchiveError
+from nemo_mtbi.parallel import groups, random_states
+from nemo_mtbi.parallel.checkpoint.content import RANDOM_STATES
 from nemo_mtbi.parallel.gradients import clip_gradients, gradient_norm, share_parameters, sum_gradients
+from nemo_mtbi.parallel.replica import ReplicaLoader
 from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
-
-TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and saved
 
 
 class MTBIModel(ModelPT):
@@ -56,31 +55,24 @@ class MTBIModel(ModelPT):
             trainer.strategy.start(trainer)
         # what is restored takes the layout of the run it comes into
         groups.initialize(None if restoring else config.layout, config.dist_timeout)
-        prints = frozen_fingerprints(config.pretrained_asr, config.pretrained_llm)
-        for part, found in prints.items():
-            if config.fingerprints.get(part, found) != found:
-                raise ValueError(
-                    f"model.pretrained_{part} is {getattr(config, f'pretrained_{part}')} with hash {found}, but this "
-                    f"model was trained with {config.fingerprints[part]}: give the path of that one"
-                )
+        frozen = FrozenParts(config)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         with open_dict(cfg):
             # set up below: the loaders need the frame counter of the modules
             data = {name: cfg.pop(name, None) for name in ("train_ds", "validation_ds", "test_ds")}
             for key in RUN_KEYS:
                 cfg.pop(key, None)
-            cfg.fingerprints, cfg.format_version = prints, config.format_version
+            cfg.fingerprints, cfg.format_version = frozen.fingerprints, config.format_version
         super().__init__(cfg, trainer)
-        self._save_restore_connector = TensorArchive()
-        self.config = config
-        dtype = getattr(torch, config.frozen_dtype)
-        self.speech_llm, llm = load_speech_llm(
-            config.pretrained_asr, config.pretrained_llm, config.connector, dtype, **config.megatron
-        )
+        self._save_restore_connector = MTBIArchive()
+        self.config, self.frozen = config, frozen
+        self.speech_llm, llm = frozen.load()
         self.chat = llm.chat
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
+        self._random_states: dict | None = None  # of the checkpoint that this run goes on from
+        self.wants_to_stop: Callable[[], bool] = lambda: False  # asked before each step, on every process
         self._gradient_norm = torch.zeros(())
         if not restoring:  # the data may be elsewhere
             if data["train_ds"] is not None:
@@ -106,7 +98,8 @@ class MTBIModel(ModelPT):
         longest -= 0 if train else self.config.generation.max_new_tokens
         config = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
         config = {"max_tokens": longest, **config}
-        return build_dataloader(
+        make = partial(
+            build_dataloader,
             config,
             self._dataset(train),
             rank=groups.data_parallel_rank(),
@@ -115,6 +108,7 @@ class MTBIModel(ModelPT):
             expected=self._expected,
             allow_foreign=self.config.targets.allow_foreign,
         )
+        return ReplicaLoader.build(make, stop=(lambda: self.wants_to_stop()) if train else None)
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """Builds the training loader from NeMo's data keys."""
@@ -146,8 +140,22 @@ class MTBIModel(ModelPT):
         share_parameters(self.trained)
         seed_processes()
 
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._random_states = checkpoint.get(RANDOM_STATES)
+
+    def on_train_start(self) -> None:
+        if self._random_states is not None:  # a run that goes on: right before its first step
+            random_states.restore(self._random_states)
+            self._random_states = None
+
+    @property
+    def agreed_to_stop(self) -> bool:
+        """Whether some process had been asked to stop when the step in hand was read; the same on all of them."""
+        return self._train_dl.stop_requested
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor | None:
         """One step through Megatron's schedule, which runs forward and backward itself."""
+        self._train_dl.mark_trained()  # no checkpoint is written before this step has ended
         trained = self.trained
         for value in trained:
             value.grad = None  # before the schedule: Lightning would clear what it computed
@@ -277,7 +285,7 @@ class MTBIModel(ModelPT):
         samples = agreed(lambda: [load_audio(item, counter, sample_rate) for item in audio])
         return self.responder().speech(samples, list(zip(prompts, range(len(samples)), strict=True)))
 
-    # ----- checkpoints: the frozen parts are referred to by path and hash, not stored
+    # ----- checkpoints: the frozen parts are referred to by path and hash, unless a .nemo is to be full
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         full = super().state_dict(*args, **kwargs)
@@ -286,42 +294,66 @@ class MTBIModel(ModelPT):
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
         if self.speech_llm.connector is None:
             return super().load_state_dict({}, strict=False, **kwargs)  # the connector is on the first stage
-        wrong = sorted(self.state_dict().keys() ^ state_dict.keys())
-        if strict and wrong:
-            raise ValueError(
-                f"the checkpoint does not fit model.connector; missing or unknown: {', '.join(wrong[:5])}"
-            )
+        own, found = ({name: tuple(x.shape) for name, x in state.items()} for state in (self.state_dict(), state_dict))
+        check_connector(own, found, strict, "the checkpoint")
         return super().load_state_dict(state_dict, strict=False, **kwargs)
 
-    @classmethod
-    def restore_from(cls, restore_path: str, *args, save_restore_connector=None, **kwargs):
-        """Restores a ``.nemo``; see NeMo's ``ModelPT.restore_from``.
+    def save_to(self, save_path: str | Path, full: bool | None = None) -> None:
+        """Writes a ``.nemo`` that fits every layout. All processes of the run call this together.
+
+        Args:
+            save_path: of the file; what is there is replaced when the new one is whole.
+            full: whether encoder and LLM are stored too, so that the file needs no other; ``None``: only if this
+                model came out of such a file.
 
         Raises:
-            ValueError: if the file is no MTBI ``.nemo``.
+            ValueError: if a small file would refer to parts that have no path of their own.
+            RuntimeError: the same in all processes, if the file can't be written.
+        """
+        self._save_restore_connector.save_to(self, save_path, full)
+
+    @classmethod
+    def restore_from(
+        cls, restore_path: str | Path, override_config_path=None, *args, save_restore_connector=None, **kwargs
+    ):
+        """Restores a ``.nemo`` in the layout in force, in that of ``trainer`` or in that of the configuration given.
+
+        Args:
+            restore_path: the file, or the directory it was unpacked to.
+            override_config_path: YAML or mapping with keys that differ from the stored ones.
+            *args: as in NeMo's ``ModelPT.restore_from``: ``map_location``, ``strict``, ``return_config``.
+            save_restore_connector: needed by callers of NeMo who name a directory in it.
+            **kwargs: the same by name, and ``trainer``.
+
+        Raises:
+            ValueError: if the file is no MTBI ``.nemo``, or its frozen parts are not the ones trained with.
         """
         register()
-        connector = save_restore_connector or TensorArchive()
+        connector = connector_of(save_restore_connector)
+        path = Path(connector.model_extracted_dir or restore_path).expanduser()
         try:
-            stored = super().restore_from(restore_path, save_restore_connector=connector, return_config=True)
-            # NeMo would restore whatever class the archive names and return that
-            if stored.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
-                raise ValueError(f"{restore_path} can't be restored: it holds a {stored.get('target')}, no MTBI model")
-            return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
-        except (OSError, EOFError, KeyError, tarfile.TarError, YAMLError, OmegaConfBaseException) as error:
-            raise ValueError(f"{restore_path} can't be restored: it is no .nemo of an MTBI model ({error})") from error
+            if not path.exists():
+                raise ArchiveError("it does not exist")
+            return super().restore_from(
+                str(path), override_config_path, *args, save_restore_connector=connector, **kwargs
+            )
+        except ArchiveError as error:
+            raise ValueError(refusal(path, error)) from error
         finally:  # NeMo leaves this on after an error, and the next model would be built without its data
             cls._set_model_restore_state(is_being_restored=False)
+
+    def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
+        """Starts the connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model`` in ``cfg``.
+
+        Args:
+            cfg: ``init_from_nemo_model: path``, or ``name: {path, include, exclude}``; ``init_strict``.
+            map_location: not needed.
+
+        Raises:
+            ValueError: if a file is no MTBI ``.nemo``, or its connector has another shape.
+        """
+        warm_start(self, cfg)
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
         return []
-
-
-def frozen_fingerprints(pretrained_asr: str, pretrained_llm: str) -> dict[str, str]:
-    """Hashes of the frozen parts on disk."""
-    from nemo_mtbi.modules.pretrained import llm_fingerprint
-
-    asr = resolve(pretrained_asr, "model.pretrained_asr", "encoder.nemo")
-    digest = hashlib.sha256(asr.read_bytes()).hexdigest()
-    return {"asr": f"sha256:{digest}", "llm": llm_fingerprint(resolve(pretrained_llm, "model.pretrained_llm", "llm"))}

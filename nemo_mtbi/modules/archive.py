@@ -1,22 +1,285 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``.nemo`` archives whose weights are tensors only (safetensors) and never a pickle."""
+"""``.nemo`` archives: read with care, since they come from others, and written whole or not at all.
+
+A ``.nemo`` is a tar file. NeMo unpacks it before it looks at it; here all headers are checked first, and weights are
+tensors only (safetensors), never a pickle.
+"""
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
-from pathlib import Path
+import pickle
+import shutil
+import tarfile
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import torch
+import yaml
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-WEIGHTS = "model_weights.safetensors"
+from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, file_size, write_tensors
+
+CONFIG, WEIGHTS = "model_config.yaml", "model_weights.safetensors"
+TEXT_LIMIT = 2**18  # bytes of a configuration; those of ours have a few thousand
+_HEADER_LIMIT = 2**20  # bytes of one header of a tar file, with its long names
+_MAX_MEMBERS = 10_000
+_GZIP_GROWTH = 20  # weights hardly shrink; what grows more is a bomb
+
+
+# ------------------------------------------------------------------------------------------------------------ headers
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file lies in an archive, in bytes."""
+
+    start: int
+    size: int
+
+
+class _Headers(io.BufferedIOBase):
+    """What tarfile sees of a file: it reads headers only, and a header that claims gigabytes is not read."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _HEADER_LIMIT:
+            raise ArchiveError(f"one of its headers has {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def read_members(file: BinaryIO, limit: int, whole: bool = True) -> dict[str, Member]:
+    """Files of a tar archive by name; nothing but headers is read.
+
+    Args:
+        file: an uncompressed archive.
+        limit: bytes that all files together may have.
+        whole: whether they must also end within ``limit`` bytes of the archive.
+
+    Raises:
+        ArchiveError: for a name that leads outside, twice the same name, a link, device or sparse file, more bytes
+            than ``limit``, or a damaged archive.
+    """
+    found: dict[str, Member] = {}
+    total = 0
+    try:
+        with tarfile.TarFile(fileobj=_Headers(file)) as tar:
+            for member in tar:
+                name = _checked_name(member)
+                total += member.size
+                if member.size < 0 or total > limit or (whole and member.offset_data + member.size > limit):
+                    raise ArchiveError(f"it is cut off, or {name} claims more bytes than there are")
+                if len(found) > _MAX_MEMBERS:
+                    raise ArchiveError(f"it holds more than {_MAX_MEMBERS} files")
+                if member.isdir():
+                    continue
+                if name in found:
+                    raise ArchiveError(f"it holds {name} twice")
+                found[name] = Member(member.offset_data, member.size)
+    except ArchiveError:
+        raise
+    except (
+        tarfile.TarError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        EOFError,
+        OSError,
+        zlib.error,
+        RecursionError,
+    ) as error:
+        raise ArchiveError(str(error) or type(error).__name__) from error
+    return found
+
+
+def _checked_name(member: tarfile.TarInfo) -> str:
+    """The path of a member inside the archive."""
+    path, shown = PurePosixPath(member.name), member.name[:100]
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+        raise ArchiveError(f"{shown!r} in it leads outside")
+    kinds = {
+        "a symbolic link": member.issym(),
+        "a hard link": member.islnk(),
+        "a sparse file": member.issparse(),
+        "no plain file": not (member.isreg() or member.isdir()),
+    }
+    for kind, applies in kinds.items():
+        if applies:
+            raise ArchiveError(f"{shown!r} in it is {kind}")
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class NemoFile:
+    """A ``.nemo`` file, or the directory it was unpacked to. It is read in place: nothing is unpacked.
+
+    To be used in ``with``, or closed.
+
+    Raises:
+        ArchiveError: if it is none, see :func:`read_members`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._open: dict[str, BinaryIO] = {}
+        self._members: dict[str, Member] | None = None  # of a file; a directory is looked up by name
+        if self.path.is_dir():
+            return
+        if not self.path.is_file():
+            raise ArchiveError("it is no file" if self.path.exists() else "it does not exist")
+        try:
+            file = self._open[""] = open(self.path, "rb")
+            self._members = read_members(file, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise ArchiveError(error.strerror or str(error)) from error
+        except ArchiveError:
+            self.close()
+            raise
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members if self._members is not None else (self.path / name).is_file()
+
+    def unknown(self, known: Iterable[str]) -> list[str]:
+        """What else is in the archive; other files of a directory are never read."""
+        return sorted(set(self._members or ()) - set(known))
+
+    def _find(self, name: str) -> tuple[BinaryIO, Member]:
+        if name not in self:
+            raise ArchiveError(f"{name} is missing")
+        if self._members is not None:
+            return self._open[""], self._members[name]
+        path = self.path / name
+        if path.resolve() != self.path.resolve() / name:
+            raise ArchiveError(f"{name!r} in it is a symbolic link")
+        if name not in self._open:
+            self._open[name] = open(path, "rb")
+        return self._open[name], Member(0, os.fstat(self._open[name].fileno()).st_size)
+
+    def read(self, name: str, limit: int = TEXT_LIMIT) -> bytes:
+        """The content of a small file."""
+        file, member = self._find(name)
+        if member.size > limit:
+            raise ArchiveError(f"{name} has {member.size} bytes, more than it can need")
+        file.seek(member.start)
+        return file.read(member.size)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The content of a YAML file with keys and values."""
+        return read_yaml(self.read(name), name)
+
+    def tensors(self, name: str) -> StoredTensors:
+        """The tensors of a safetensors file; they can be read until this archive is closed."""
+        file, member = self._find(name)
+        return StoredTensors(file, name, member.start, member.size)
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __enter__(self) -> NemoFile:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+
+def read_yaml(content: bytes, name: str) -> dict[str, Any]:
+    """Keys and values of a YAML text from an archive.
+
+    Raises:
+        ArchiveError: if there is anything else in it: references within the text, which can unfold to gigabytes, or
+            ``${...}``, which would read this machine's environment.
+    """
+    try:
+        text = content.decode()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ArchiveError(f"{name} refers to parts of itself")
+        if "${" in text:
+            raise ArchiveError(f"{name} refers to values outside of it")
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except ArchiveError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise ArchiveError(f"{name} is no YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ArchiveError(f"{name} holds no keys and values")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when the body has ended, and vanishes if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _member(file: BinaryIO, name: str, size: int) -> Iterator[None]:
+    """A member of a tar archive, whose content the body writes. Equal content gives equal archives."""
+    entry = tarfile.TarInfo(f"./{name}")
+    entry.size, entry.mode = size, 0o644
+    file.write(entry.tobuf(tarfile.GNU_FORMAT))
+    yield
+    file.write(bytes(-size % tarfile.BLOCKSIZE))
+
+
+def add_file(file: BinaryIO, name: str, content: bytes) -> None:
+    """Appends a file to an archive."""
+    with _member(file, name, len(content)):
+        file.write(content)
+
+
+def add_tensors(file: BinaryIO, name: str, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Appends tensors to an archive as they come; see :func:`nemo_mtbi.modules.tensor_file.write_tensors`."""
+    with _member(file, name, file_size(specs)):
+        write_tensors(file, specs, tensors)
+
+
+def end_archive(file: BinaryIO) -> None:
+    """Marks the end of an archive."""
+    file.write(bytes(2 * tarfile.BLOCKSIZE))
+
+
+# ---------------------------------------------------------------------------------------------- archives of ASR models
 
 
 class TensorArchive(SaveRestoreConnector):
-    """Writes weights as safetensors; reads those, and NeMo's own ``.ckpt`` with ``weights_only``.
+    """NeMo's connector for ASR models: weights as safetensors; NeMo's own ``.ckpt`` is read with ``weights_only``.
 
     Args:
         dtype: floating-point weights are stored in it; ``None`` keeps theirs.
@@ -26,6 +289,19 @@ class TensorArchive(SaveRestoreConnector):
         super().__init__()
         self.model_weights_ckpt = WEIGHTS
         self.dtype = dtype
+
+    def load_config_and_state_dict(self, calling_cls, restore_path: str, *args, **kwargs):
+        """NeMo's, behind a check of what it is about to unpack and to build.
+
+        Raises:
+            ArchiveError: if the archive is damaged or harmful; nothing was unpacked then.
+            RuntimeError: if there is no room to unpack it.
+        """
+        if not Path(restore_path).is_dir():
+            _check_unpacking(Path(restore_path))
+        stored = super().load_config_and_state_dict(calling_cls, restore_path, return_config=True)
+        _check_target(stored.get("target"))
+        return super().load_config_and_state_dict(calling_cls, restore_path, *args, **kwargs)
 
     def _inject_model_parallel_rank_for_ckpt(self, dirname: str, basename: str) -> str:
         """One file for every layout; NeMo looks for one for each model-parallel process."""
@@ -42,10 +318,37 @@ class TensorArchive(SaveRestoreConnector):
     @staticmethod
     def _load_state_dict_from_disk(model_weights, map_location="cpu"):
         path = Path(model_weights)
-        if path.suffix == ".safetensors" and not path.exists():
-            path = path.with_suffix(".ckpt")  # an archive written by NeMo itself
-            return torch.load(path, map_location=map_location, weights_only=True)
         try:
+            if path.suffix == ".safetensors" and not path.exists():
+                path = path.with_suffix(".ckpt")  # an archive written by NeMo itself
+                return torch.load(path, map_location=map_location, weights_only=True)
             return load_file(path, device=str(map_location or "cpu"))
-        except SafetensorError as error:
-            raise RuntimeError(f"{os.fspath(path)} is damaged: {error}; copy or save the archive again") from error
+        except pickle.UnpicklingError as error:
+            raise ArchiveError(f"{path.name} holds more than tensors, and is not read: {error}") from error
+        except (SafetensorError, EOFError, RuntimeError) as error:
+            raise ArchiveError(f"{path.name} is damaged: {error}; copy or save the archive again") from error
+
+
+def _check_unpacking(path: Path) -> None:
+    """Checks the headers of an archive, and that there is room for what is in it."""
+    with open(path, "rb") as file:
+        size, packed = os.fstat(file.fileno()).st_size, file.read(2) == b"\x1f\x8b"  # NeMo before 1.7 packed
+        file.seek(0)
+        if packed:
+            with gzip.open(file) as unpacked:
+                members = read_members(unpacked, _GZIP_GROWTH * size, whole=False)
+        else:
+            members = read_members(file, size)
+    need, folder = sum(member.size for member in members.values()), tempfile.gettempdir()
+    if need > shutil.disk_usage(folder).free:
+        raise RuntimeError(
+            f"{path} unpacks to {need} bytes, but {folder} has not so many left: set TMPDIR to a larger folder"
+        )
+
+
+def _check_target(target: object) -> None:
+    """NeMo 2 would import whatever an archive names; NeMo 3 has this check too."""
+    from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES
+
+    if target is not None and not str(target).startswith(tuple(ALLOWED_TARGET_PREFIXES)):
+        raise ArchiveError(f"it names the class {target}, which NeMo does not allow")

@@ -256,7 +256,8 @@ class GPTDecoder(GPTModel):
         if split and embeddings is not None:
             missing = -len(embeddings) % self.config.tensor_model_parallel_size
             embeddings = F.pad(embeddings, (0, 0, 0, 0, 0, missing))
-            embeddings = scatter_to_sequence_parallel_region(embeddings)  # [T / tp, R, H]
+            # [T / tp, R, H]; a copy, since what Megatron returns is a view that keeps all positions alive
+            embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
         with megatron_device(self.device):
             hidden = self(
                 input_ids=None,

@@ -46,7 +46,7 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.preprocessor = asr_model.preprocessor
         self.encoder = asr_model.encoder
-        stages = (*_front_end_stages(self.preprocessor), *_subsampling_stages(self.encoder))
+        stages = (*front_end_stages(self.preprocessor), *subsampling_stages(self.encoder))
         self.shape = EncoderShape(int(self.encoder.d_model), int(asr_model.cfg.sample_rate), stages)
         # NeMo asks all processes for the longest audio, also those that have no encoder. What it is for, one table of
         # positions for all of them, is not needed: each process makes its own longer when it must.
@@ -91,7 +91,7 @@ class SpeechEncoder(nn.Module):
             )
 
 
-def _front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
+def front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
     """The short-time Fourier transform as NeMo counts it (``FilterbankFeatures.get_seq_len``)."""
     featurizer = getattr(preprocessor, "featurizer", None)
     if not hasattr(featurizer, "get_seq_len"):
@@ -108,7 +108,7 @@ def _front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
     yield LengthStage(kernel, featurizer.hop_length, padding)
 
 
-def _subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
+def subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
     """The strided convolutions in front of a (Fast)Conformer."""
     subsampling = getattr(encoder, "pre_encode", None)
     try:

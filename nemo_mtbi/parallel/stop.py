@@ -15,25 +15,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Kubernetes and torchrun; Slurm's -
 
 
 class StopOnSignal(Callback):
-    """Ends training after the step in which a signal came, with a checkpoint.
+    """Ends training after the step in which a signal came; NeMo's checkpoint callback then saves the last state.
 
     The signal may reach some processes only, or each in another step: they agree before each step, where the reader of
     each replica hands out the data (``agreed``).
 
     Args:
         agreed: says whether the processes have agreed to stop; the same answer on all of them after each step.
-        save: writes the checkpoint to resume from.
 
     Attributes:
         requested: name of the signal that this process got, or ``None``.
         stopped: whether training has ended because of a signal.
     """
 
-    def __init__(self, agreed: Callable[[], bool], save: Callable[[Trainer], None]):
+    def __init__(self, agreed: Callable[[], bool]):
         self.requested: str | None = None
         self.stopped = False
         self._agreed = agreed
-        self._save = save
         self._before: dict[int, object] = {}
 
     def on_train_start(self, trainer: Trainer, module) -> None:
@@ -47,7 +45,7 @@ class StopOnSignal(Callback):
     def on_train_batch_end(self, trainer: Trainer, module, *unused) -> None:
         if self._agreed() and not self.stopped:
             self.stopped = trainer.should_stop = True
-            self._save(trainer)
+            trainer.fit_loop.min_epochs = 0  # Lightning would first end the epoch
 
     def on_train_end(self, trainer: Trainer, module) -> None:
         self._restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ class MTBIStrategy(DDPStrategy):
         groups.initialize(self.layout, self._seconds)
         fill_app_state(self.layout, self.local_rank)
         self._started = True
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Optimizers must exist before their state is read: it is stored by the names of weights."""
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Every process writes its share; Lightning would let the first one write all."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def configure_ddp(self) -> None:
         """Nothing is wrapped."""

@@ -96,17 +96,21 @@ def test_pauses_and_levels(tmp_path, clone):
         assert max(levels) / min(levels) < 1.1  # recorded at 0.42 and 0.62
 
 
-def test_augmentation_changes_speed_level_and_times_alike(tmp_path, clone):
-    ratios, levels = [], []
-    for cut in load_corpus(build(tmp_path, clone, augment=True, num_utterances=15)):
+def test_augmentation_moves_formants_durations_and_levels_apart(tmp_path, clone):
+    formants, durations, levels = [], [], []
+    for cut in load_corpus(build(tmp_path, clone, augment=True, num_utterances=25)):
         of_cut = []
         for item, samples in words_of(cut):
             expected = pitch_of(cut.supervisions[0].speaker, grammar.DIGITS.index(item.symbol), False)
-            of_cut.append(pitch(samples) / expected)
+            of_cut.append((pitch(samples) / expected, item.duration / (TONE + 2 * 0.05)))
             levels.append(np.abs(samples).max())
-        assert max(of_cut) - min(of_cut) < 0.01  # one speed in one utterance
-        ratios.append(of_cut[0])
-    assert 0.79 < min(ratios) < 0.9 and 1.1 < max(ratios) < 1.26
+        # One vocal tract and one tempo in one utterance; frames of 10 ms at the original tempo.
+        assert np.ptp(of_cut, axis=0)[0] < 0.02 and np.ptp(of_cut, axis=0)[1] < 0.1
+        formants.append(of_cut[0][0])
+        durations.append(of_cut[0][1])
+    assert 0.74 < min(formants) < 0.85 and 1.18 < max(formants) < 1.35
+    assert 0.75 < min(durations) < 0.88 and 1.12 < max(durations) < 1.35
+    assert abs(np.corrcoef(formants, durations)[0, 1]) < 0.5
     assert max(levels) / min(levels) > 1.5
 
 

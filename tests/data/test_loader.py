@@ -1,39 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loader through NeMo's own data loading. NeMo is imported once for all of it."""
 
-import json
-import pickle
-import tarfile
+import runpy
 from bisect import bisect_left
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lhotse import CutSet
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import DrawnRows
-from nemo_mtbi.data.interleave import InterleaveConfig
-from nemo_mtbi.data.loader import DATA_TYPE, build_dataloader, cost_bins, read_drawn_rows
+from nemo_mtbi.data.loader import build_dataloader, cost_bins
 
-PLAIN = {"batch_size": 4, "shuffle": False, "use_lhotse": True}
+sources = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loader_sources.py"))))
+PLAIN, SOURCES, ENDLESS, content, shar = (
+    sources.PLAIN,
+    sources.SOURCES,
+    sources.ENDLESS,
+    sources.content,
+    sources.shar,
+)
 
 
 @pytest.fixture
 def dataset(chat, frames):
-    return MTBIDataset(chat, frames, 400, interleave=InterleaveConfig(), with_rows=True)
-
-
-def content(batch):
-    """Everything that a batch says, comparable."""
-    return (
-        tuple(batch.cut_ids),
-        tuple((row.cut_id, row.task, row.instruction) for row in batch.rows),
-        tuple((m.layout.numpy().tobytes(), m.labels.numpy().tobytes()) for m in batch.microbatches),
-        batch.audio.numpy().tobytes(),
-    )
+    return sources.make_dataset(chat, frames)
 
 
 def rows_by_cut(batches):
@@ -52,63 +46,6 @@ def skips(batches):
 
 
 # Sources ------------------------------------------------------------
-
-
-def tarred(corpus, cuts):
-    """A NeMo tarred data set of one shard."""
-    for line in cuts:
-        line.custom["shard_id"] = 0
-    corpus.manifest(cuts, "manifest_0")
-    path = corpus.folder / "manifest_0.json"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    with tarfile.open(corpus.folder / "audio_0.tar", "w") as tar:
-        for line in lines:
-            tar.add(line["audio_filepath"], Path(line["audio_filepath"]).name)
-            line["audio_filepath"] = Path(line["audio_filepath"]).name
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"manifest_filepath": str(path), "tarred_audio_filepaths": str(corpus.folder / "audio_0.tar")}
-
-
-def shar(corpus, cuts, name="shar"):
-    folder = corpus.folder / name
-    folder.mkdir()
-    CutSet.from_cuts(cuts).to_shar(folder, fields={"recording": "flac"}, shard_size=3)
-    return {"shar_path": str(folder)}
-
-
-def group(corpus, cuts):
-    """Two plain sources and a group in a group, with weights."""
-    half = len(cuts) // 2
-    return {
-        "input_cfg": [
-            {"type": "lhotse", "cuts_path": corpus.jsonl(cuts[:half], "a"), "weight": 0.5},
-            {
-                "type": "group",
-                "weight": 0.5,
-                "input_cfg": [{"type": "nemo", "manifest_filepath": corpus.manifest(cuts[half:]), "weight": 1.0}],
-            },
-        ]
-    }
-
-
-def as_file(corpus, cuts):
-    path = corpus.folder / "input_cfg.yaml"
-    path.write_text(json.dumps(group(corpus, cuts)["input_cfg"]))
-    return {"input_cfg": str(path)}
-
-
-SOURCES = {
-    "cuts_path": lambda corpus, cuts: {"cuts_path": corpus.jsonl(cuts)},
-    "manifest_filepath": lambda corpus, cuts: {"manifest_filepath": corpus.manifest(cuts)},
-    "manifests": lambda corpus, cuts: {
-        "manifest_filepath": [[corpus.manifest(cuts[:3], "a")], [corpus.manifest(cuts[3:], "b")]]
-    },
-    "tarred": tarred,
-    "shar": shar,
-    "input_cfg": group,
-    "input_cfg as a file": as_file,
-}
-ENDLESS = set(SOURCES) - {"cuts_path", "manifest_filepath"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -226,38 +163,6 @@ def test_every_epoch_has_other_rows_and_can_be_entered_directly(corpus, dataset)
     resumed = build_dataloader(config, dataset)
     resumed.sampler.set_epoch(2)  # what Lightning does
     assert [content(batch) for batch in resumed] == passes[2]
-
-
-@pytest.mark.parametrize("blend", [False, True])
-def test_a_resumed_run_goes_on_where_it_stopped(corpus, dataset, blend):
-    """Also with noise and clipping, whose generators would otherwise depend on what was read before."""
-    cuts = corpus.cuts(8)
-    source = group(corpus, cuts) if blend else {"cuts_path": corpus.jsonl(cuts)}
-    noise = corpus.jsonl(corpus.cuts(3, prefix="noise", seconds=4.0), "noise")
-    config = {
-        **source,
-        "rows_per_cut": 2,
-        "batch_size": 3,
-        "shuffle": True,
-        "noise_path": noise,
-        "clipping_enabled": True,
-    }
-    epoch = 0 if blend else 2
-    straight = build_dataloader(config, dataset)
-    for _ in range(epoch):
-        list(straight)
-    expected = [content(batch) for batch in islice(straight, 3)]
-    resumed = build_dataloader(config, dataset)
-    resumed.sampler.set_epoch(epoch)
-    resumed.sampler.resume(2)
-    assert content(next(iter(resumed))) == expected[2]
-    assert content(next(iter(resumed))) == expected[0]  # only the first iteration is shortened
-
-
-def test_an_interrupted_epoch_is_read_again(corpus, dataset):
-    loader = build_dataloader({**PLAIN, "cuts_path": corpus.jsonl(corpus.cuts(8)), "rows_per_cut": 2}, dataset)
-    first = content(next(iter(loader)))
-    assert content(next(iter(loader))) == first
 
 
 def test_ranks_share_the_batches_of_a_manifest_and_draw_the_same_rows(corpus, dataset):
@@ -410,144 +315,3 @@ def test_noise_is_mixed_in_and_leaves_the_rows_alone(corpus, dataset):
     assert [r.transcript for b in noisy for r in b.rows] == [r.transcript for b in clean for r in b.rows]
     assert [b.frame_lengths.tolist() for b in noisy] == [b.frame_lengths.tolist() for b in clean]
     assert not any(np.allclose(a.audio, b.audio) for a, b in zip(noisy, clean, strict=True))
-
-
-# Errors ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "extra, message",
-    [
-        ({"batch_tokens": 100}, "batch_size and batch_tokens are both set"),
-        ({"batch_size": None}, "no batch size: set batch_tokens"),
-        ({"batch_size": 0}, "batch_size must be positive"),
-        ({"batch_size": None, "batch_duration": 100}, "batch_duration=100 is not supported: .*batch_tokens"),
-        ({"batch_siez": 2}, "unknown data key 'batch_siez': did you mean batch_size"),
-        ({"zzz": 2}, "unknown data key 'zzz': remove it"),
-        ({"truncate_duration": 5.0}, "truncate_duration=5.0 is not supported"),
-        ({"cut_into_windows_duration": 5.0}, "cut_into_windows_duration"),
-        ({"concatenate_samples": True}, "concatenate_samples"),
-        ({"seed": "trng"}, "seed must be an integer"),
-        ({"shard_seed": "trng"}, "shard_seed='trng' is not supported"),
-        ({"concurrent_bucketing": True}, "concurrent_bucketing"),
-        ({"sample_rate": 8000}, "the speech encoder hears 16000"),
-        ({"multi_config": True}, "input_cfg and weights"),
-        ({"token_equivalent_duration": 0.08}, "follows from the model"),
-        ({"bucket_duration_bins": [[1, 2], [3, 4]]}, "two-dimensional"),
-        ({"batch_size": None, "bucket_batch_size": [2]}, "needs bucket_duration_bins"),
-        ({"rows_per_cut": 0}, "rows_per_cut must be at least 1"),
-        ({"cuts_path": None}, "no data: set one of input_cfg, cuts_path"),
-        ({"cuts_path": None, "input_cfg": []}, "must be a list of sources"),
-        ({"cuts_path": None, "input_cfg": [{"type": "lotse"}]}, r"input_cfg\[0\].type is 'lotse'"),
-        (
-            {"cuts_path": None, "input_cfg": [{"type": "lhotse", "weight": 1}, {"type": "lhotse"}]},
-            "give every source a weight",
-        ),
-        (
-            {"cuts_path": None, "input_cfg": [{"type": "lhotse", "shard_seed": "trng"}]},
-            r"input_cfg\[0\].shard_seed",
-        ),
-    ],
-)
-def test_contradictions_and_unknown_keys_are_errors_with_a_remedy(corpus, dataset, extra, message):
-    config = {**PLAIN, "cuts_path": corpus.jsonl(corpus.cuts(1)), **extra}
-    with pytest.raises(ValueError, match=message):
-        build_dataloader(config, dataset)
-
-
-@pytest.mark.parametrize(
-    "source, key",
-    [
-        ({"cuts_path": "nowhere.jsonl"}, "cuts_path"),
-        ({"manifest_filepath": "nowhere.json"}, "manifest_filepath"),
-        ({"manifest_filepath": [["nowhere.json", 2.0]]}, "manifest_filepath"),
-        ({"manifest_filepath": "nowhere__OP_0..3_CL_.json"}, "manifest_filepath"),
-        ({"shar_path": "nowhere"}, "shar_path"),
-        ({"shar_path": {"cuts": ["nowhere.jsonl"]}}, "shar_path"),
-        ({"input_cfg": "nowhere.yaml"}, "input_cfg"),
-        ({"input_cfg": [{"type": "lhotse", "cuts_path": "nowhere"}]}, r"input_cfg\[0\].cuts_path"),
-        (
-            {"input_cfg": [{"type": "group", "input_cfg": [{"type": "nemo", "manifest_filepath": "nowhere"}]}]},
-            r"input_cfg\[0\].input_cfg\[0\].manifest_filepath",
-        ),
-    ],
-)
-def test_a_missing_path_is_named(dataset, source, key):
-    with pytest.raises(ValueError, match=f"{key}: there is no 'nowhere"):
-        build_dataloader({**PLAIN, **source}, dataset)
-
-
-def test_a_missing_noise_file_is_named(corpus, dataset):
-    with pytest.raises(ValueError, match="noise_path: there is no 'nowhere'"):
-        build_dataloader({**PLAIN, "cuts_path": corpus.jsonl(corpus.cuts(1)), "noise_path": "nowhere"}, dataset)
-
-
-@pytest.mark.parametrize("text", ["not json\n", "", '{"text": "no audio"}\n', "\x00\x01\x02"])
-def test_a_manifest_that_is_none_is_one_clear_error(corpus, dataset, text):
-    path = corpus.folder / "manifest.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="cannot be read at its first entry|the source is empty"):
-        build_dataloader({**PLAIN, "manifest_filepath": str(path)}, dataset)
-
-
-def test_a_missing_file_in_a_manifest_says_how_to_skip_it(corpus, dataset):
-    path = corpus.manifest(corpus.cuts(2))
-    (corpus.folder / "cut-000.wav").unlink()
-    with pytest.raises(ValueError, match="give its entries a sampling_rate.*on_bad_audio"):
-        build_dataloader({**PLAIN, "manifest_filepath": path}, dataset)
-
-
-def test_data_without_behaviors_or_of_another_llm_fail_before_training(corpus, dataset):
-    path = corpus.jsonl(corpus.cuts(1))
-    with pytest.raises(ValueError, match="another llm: sha256:llm, but the model has sha256:x"):
-        build_dataloader({**PLAIN, "cuts_path": path}, dataset, expected={"llm": "sha256:x"})
-    loader = build_dataloader({**PLAIN, "cuts_path": path}, dataset, expected={"llm": "sha256:x"}, allow_foreign=True)
-    assert next(iter(loader)).cut_ids == ["cut-000"]
-    bare = corpus.jsonl(corpus.cuts(1, behaviors=False), "bare")
-    with pytest.raises(ValueError, match="run examples/mtbi_generate_targets.py"):
-        build_dataloader({**PLAIN, "cuts_path": bare}, dataset)
-
-
-def test_validation_has_no_buckets(corpus, dataset):
-    config = {"cuts_path": corpus.jsonl(corpus.cuts(1)), "bucket_batch_size": [1], "bucket_duration_bins": [900]}
-    with pytest.raises(ValueError, match="validation data have no buckets"):
-        build_dataloader(config, dataset, train=False)
-
-
-def test_our_data_type_is_internal():
-    with pytest.raises(ValueError, match=f"type: {DATA_TYPE} is internal"):
-        read_drawn_rows({})
-
-
-# Registration ------------------------------------------------------------
-
-
-def test_registration_adds_our_prefix_once(monkeypatch):
-    from nemo.collections.common.data.lhotse.cutset import get_parser_fn
-    from nemo.core.classes import common
-
-    from nemo_mtbi.register import register
-
-    allowed = ["nemo.collections."]
-    monkeypatch.setattr(common, "ALLOWED_TARGET_PREFIXES", allowed, raising=False)
-    register()
-    register()
-    assert allowed == ["nemo.collections.", "nemo_mtbi."]
-    assert get_parser_fn(DATA_TYPE) is read_drawn_rows
-
-
-def test_registration_without_an_allow_list(monkeypatch):
-    """NeMo 2.7 has none."""
-    from nemo.core.classes import common
-
-    from nemo_mtbi.register import register
-
-    monkeypatch.delattr(common, "ALLOWED_TARGET_PREFIXES", raising=False)
-    register()
-    assert not hasattr(common, "ALLOWED_TARGET_PREFIXES")
-
-
-def test_what_the_workers_of_a_stream_receive_pickles(corpus, dataset):
-    loader = build_dataloader({**shar(corpus, corpus.cuts(3)), **PLAIN}, dataset)
-    again = pickle.loads(pickle.dumps(loader.dataset))
-    assert content(next(iter(again))) == content(next(iter(loader.dataset)))

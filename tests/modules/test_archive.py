@@ -1,15 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+import gzip
+import io
 import os
-import pickle
+import random
+import shutil
 import tarfile
 
 import pytest
 import torch
 from nemo.collections.asr.models import ASRModel
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from safetensors.torch import load_file
+from tar_tricks import GIANT, TRICKS, member, planted, repacked
 from torch import nn
 
-from nemo_mtbi.modules.archive import WEIGHTS, TensorArchive
+from nemo_mtbi.modules import archive as archives
+from nemo_mtbi.modules.archive import (
+    WEIGHTS,
+    NemoFile,
+    TensorArchive,
+    add_file,
+    end_archive,
+    read_members,
+    read_yaml,
+    replacing,
+)
+from nemo_mtbi.modules.tensor_file import ArchiveError
 
 
 def save(model, path, dtype=None):
@@ -24,16 +40,6 @@ def save(model, path, dtype=None):
 
 def restore(path):
     return ASRModel.restore_from(str(path), map_location="cpu", save_restore_connector=TensorArchive())
-
-
-def repack(path, folder, change):
-    """Unpacks an archive, lets ``change(folder)`` alter it, and packs it again."""
-    with tarfile.open(path) as tar:
-        tar.extractall(folder, filter="data")
-    change(folder)
-    with tarfile.open(path, "w:") as tar:
-        tar.add(folder, arcname="./")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +95,9 @@ def test_shared_and_transposed_weights_are_written(tmp_path):
 
 
 def test_a_damaged_file_is_named(archive, tmp_path):
-    def cut(folder):
-        weights = folder / WEIGHTS
-        weights.write_bytes(weights.read_bytes()[:-100])
-
-    damaged = tmp_path / "damaged.nemo"
-    damaged.write_bytes(archive.read_bytes())
-    with pytest.raises(RuntimeError, match=f"{WEIGHTS} is damaged: .*save the archive again"):
-        restore(repack(damaged, tmp_path / "parts", cut))
+    path = repacked(archive, tmp_path / "a.nemo", lambda files: files.update({WEIGHTS: files[WEIGHTS][:-100]}))
+    with pytest.raises(ArchiveError, match=f"{WEIGHTS} is damaged: .*save the archive again"):
+        restore(path)
 
 
 def test_archives_that_nemo_wrote_are_read(asr_model, tmp_path):
@@ -117,11 +118,199 @@ class Evil:
 
 
 def test_code_in_an_archive_is_not_run(asr_model, tmp_path):
-    def plant(folder):
-        torch.save({"weight": Evil(tmp_path / "owned")}, folder / "model_weights.ckpt")
+    def plant(files):
+        content = io.BytesIO()
+        torch.save({"weight": Evil(tmp_path / "owned")}, content)
+        files["model_weights.ckpt"] = content.getvalue()
 
-    asr_model.save_to(str(tmp_path / "evil.nemo"))
-    path = repack(tmp_path / "evil.nemo", tmp_path / "parts", plant)
-    with pytest.raises(pickle.UnpicklingError):
+    asr_model.save_to(str(tmp_path / "good.nemo"))
+    path = repacked(tmp_path / "good.nemo", tmp_path / "evil.nemo", plant)
+    with pytest.raises(ArchiveError, match="model_weights.ckpt holds more than tensors, and is not read"):
         restore(path)
     assert not (tmp_path / "owned").exists()
+
+
+# Headers come first ------------------------------------------------------------
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    """What NeMo has unpacked, or set out to."""
+    calls, unpack = [], SaveRestoreConnector._unpack_nemo_file
+    monkeypatch.setattr(
+        SaveRestoreConnector, "_unpack_nemo_file", staticmethod(lambda *a, **k: calls.append(a) or unpack(*a, **k))
+    )
+    return calls
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_nothing_of_a_harmful_archive_is_unpacked(archive, tmp_path, trick, unpacked):
+    content, message = TRICKS[trick]
+    path = planted(archive, tmp_path / "harmful.nemo", content)
+    with pytest.raises(ArchiveError, match=message):
+        restore(path)
+    with pytest.raises(ArchiveError, match=message):
+        NemoFile(path)
+    assert not unpacked
+
+
+def test_a_class_that_nemo_does_not_allow_is_not_imported(archive, tmp_path):
+    """Neither by NeMo 3 nor by NeMo 2, which would import what stands there."""
+    (tmp_path / "owned_module.py").write_text("raise SystemExit('imported')")
+
+    def rename(files):
+        config = files["model_config.yaml"]
+        files["model_config.yaml"] = config.replace(b"nemo.collections.asr.models.ctc_bpe_models", b"owned_module")
+
+    path = repacked(archive, tmp_path / "evil.nemo", rename)
+    with pytest.raises(ArchiveError, match="it names the class owned_module.EncDecCTCModelBPE"):
+        restore(path)
+
+
+def test_packed_archives_of_old_are_read_and_bombs_are_not(archive, asr_model, tmp_path):
+    (tmp_path / "old.nemo").write_bytes(gzip.compress(archive.read_bytes()))
+    assert_equal_weights(restore(tmp_path / "old.nemo").state_dict(), asr_model.state_dict())
+    bomb = member("./a", bytes(30 * 2**20)) + archive.read_bytes()
+    (tmp_path / "bomb.nemo").write_bytes(gzip.compress(bomb))
+    with pytest.raises(ArchiveError, match="a claims more bytes than there are"):
+        restore(tmp_path / "bomb.nemo")
+
+
+def test_an_archive_is_not_unpacked_where_there_is_no_room(archive, monkeypatch, unpacked):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RuntimeError, match="set TMPDIR to a larger folder"):
+        restore(archive)
+    assert not unpacked
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
+def test_cut_off_archives_are_refused(archive, tmp_path, part):
+    content = archive.read_bytes()
+    (tmp_path / "cut.nemo").write_bytes(content[: int(part * len(content.rstrip(b"\0")))])
+    with pytest.raises(ArchiveError):
+        restore(tmp_path / "cut.nemo")
+
+
+def test_flipped_bits_give_members_within_the_file_or_an_error(archive):
+    content, rng, refused = archive.read_bytes(), random.Random(0), 0
+    spots = [spot for spot in range(0, len(content), 512) if content[spot : spot + 2] == b"./"]
+    for _ in range(3000):
+        flipped = bytearray(content)
+        for _ in range(rng.randint(1, 3)):
+            flipped[rng.choice(spots) + rng.randrange(512)] ^= 1 << rng.randrange(8)
+        try:
+            for found in read_members(io.BytesIO(flipped), len(flipped)).values():
+                assert 0 <= found.start <= found.start + found.size <= len(flipped)
+        except ArchiveError:
+            refused += 1
+    assert refused > 1000
+
+
+def test_members_that_claim_more_than_the_limit_are_refused_without_being_read():
+    file = io.BytesIO(member("./a", bytes(2000)) + member("./b", bytes(2000)) + bytes(1024))
+    assert {name: found.size for name, found in read_members(file, 10_000).items()} == {"a": 2000, "b": 2000}
+    file.seek(0)
+    with pytest.raises(ArchiveError, match="b claims more bytes than there are"):
+        read_members(file, 3999, whole=False)
+    file = io.BytesIO(member("./a", size=GIANT))
+    with pytest.raises(ArchiveError):
+        read_members(file, 2 * GIANT)
+
+
+def test_the_number_of_files_is_bounded(monkeypatch):
+    monkeypatch.setattr(archives, "_MAX_MEMBERS", 3)
+    with pytest.raises(ArchiveError, match="it holds more than 3 files"):
+        read_members(io.BytesIO(b"".join(member(f"./{n}") for n in range(9)) + bytes(1024)), 10_000)
+
+
+# Text ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"a: &x [1, 2]\nb: *x", "text refers to parts of itself"),
+        (b"a: ${oc.env:HOME}", "text refers to values outside of it"),
+        (b"a: [1,", "text is no YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "text is no YAML"),
+        (b"\xff\xfe", "text is no YAML"),
+        (b"[" * 20_000, "text is no YAML"),
+        (b"a: 1\na: 2", "text is no YAML"),
+        (b"[1, 2]", "text holds no keys and values"),
+    ],
+)
+def test_yaml_that_is_more_than_values_is_refused(text, message):
+    with pytest.raises(ArchiveError, match=message):
+        read_yaml(text, "text")
+
+
+def test_yaml_of_values_is_read():
+    assert read_yaml(b"a: 1e-5\nb: {c: [x, null, true]}", "text") == {"a": 1e-5, "b": {"c": ["x", None, True]}}
+
+
+# Files of our own ------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    """An archive and the directory it was unpacked to."""
+    with replacing(tmp_path / "small.nemo") as file:
+        add_file(file, "a/text", b"hello")
+        add_file(file, "empty", b"")
+        end_archive(file)
+    with tarfile.open(tmp_path / "small.nemo") as tar:
+        tar.extractall(tmp_path / "folder", filter="data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["small.nemo", "folder"])
+def test_an_archive_and_its_directory_are_read_alike(small, name):
+    with NemoFile(small / name) as file:
+        assert "a/text" in file and "empty" in file and "a" not in file
+        assert (file.read("a/text"), file.read("empty")) == (b"hello", b"")
+        with pytest.raises(ArchiveError, match="^other is missing$"):
+            file.read("other")
+        with pytest.raises(ArchiveError, match="^a/text has 5 bytes, more than it can need$"):
+            file.read("a/text", limit=4)
+    assert file.unknown(["a/text"]) == (["empty"] if name == "small.nemo" else [])
+
+
+def test_a_directory_may_not_lead_outside(small):
+    (small / "secret").write_text("secret")
+    (small / "folder" / "empty").unlink()
+    (small / "folder" / "empty").symlink_to(small / "secret")
+    (small / "folder" / "b").symlink_to(small / "folder" / "a")
+    with NemoFile(small / "folder") as file:
+        for name in ("empty", "b/text"):
+            with pytest.raises(ArchiveError, match="is a symbolic link"):
+                file.read(name)
+        assert file.read("a/text") == b"hello"
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ArchiveError, match="it does not exist"):
+        NemoFile(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArchiveError, match="it is no file"):
+        NemoFile(tmp_path / "pipe")
+
+
+def test_a_file_is_replaced_when_the_new_one_is_whole_and_not_before(tmp_path):
+    path = tmp_path / "new" / "a.nemo"
+    for content in (b"one", b"two"):
+        with replacing(path) as file:
+            file.write(content)
+        assert path.read_bytes() == content
+    with pytest.raises(KeyError), replacing(path) as file:
+        file.write(b"three")
+        raise KeyError
+    assert path.read_bytes() == b"two"
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.nemo"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

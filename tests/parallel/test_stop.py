@@ -14,17 +14,16 @@ from nemo_mtbi.parallel.stop import SIGNALS, StopOnSignal, explained
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_once_and_stops_at_the_next_agreed_step(number):
-    saved, before = [], signal.getsignal(number)
-    callback = StopOnSignal(lambda: callback.requested is not None, saved.append)
-    trainer = SimpleNamespace(should_stop=False)
+def test_a_signal_stops_at_the_next_agreed_step(number):
+    before = signal.getsignal(number)
+    callback = StopOnSignal(lambda: callback.requested is not None)
+    trainer = SimpleNamespace(should_stop=False, fit_loop=SimpleNamespace(min_epochs=1))
     callback.on_train_start(trainer, None)
     callback.on_train_batch_end(trainer, None)
-    assert not saved and not trainer.should_stop and callback.requested is None
+    assert not trainer.should_stop and callback.requested is None
     os.kill(os.getpid(), number)
     callback.on_train_batch_end(trainer, None)
-    callback.on_train_batch_end(trainer, None)
-    assert saved == [trainer] and trainer.should_stop and callback.stopped
+    assert trainer.should_stop and callback.stopped and not trainer.fit_loop.min_epochs
     assert callback.requested == signal.Signals(number).name
     callback.on_train_end(trainer, None)
     assert signal.getsignal(number) == before
@@ -32,7 +31,7 @@ def test_a_signal_saves_once_and_stops_at_the_next_agreed_step(number):
 
 def test_an_error_gives_the_signals_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    callback = StopOnSignal(lambda: False, lambda trainer: None)
+    callback = StopOnSignal(lambda: False)
     callback.on_train_start(None, None)
     assert [signal.getsignal(number) for number in SIGNALS] != before
     callback.on_exception(None, None, ValueError())

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step holds, judged before any audio is read."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet
+
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.draw import DrawnRows
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.layout import IGNORE, group_by_length, speech
+
+COUNTED_BYTES = 2**28  # manifests up to this size are counted
+RESPONSE_SHARE = 0.5  # of a microbatch's positions, where no data tell
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one replica.
+
+    Attributes:
+        positions: of the decoder, over all rows; ``None`` if nothing tells.
+        share: of the positions of a microbatch, those that predict a response token; the largest.
+        frames: speech frames of the connector, at most.
+        row: positions of the longest row; 0 if unknown.
+        seconds: of speech, on average; ``None`` if unknown.
+        cuts: on average; ``None`` if unknown.
+    """
+
+    positions: int | None
+    share: float
+    frames: int
+    row: int = 0
+    seconds: float | None = None
+    cuts: float | None = None
+
+
+def assumed_step(train: Mapping[str, Any], micro_batch_tokens: int) -> Step:
+    """A step as far as its configuration bounds it: all positions speech, each utterance heard by all its rows.
+
+    Args:
+        train: NeMo's data keys and ``rows_per_cut``.
+        micro_batch_tokens: bound on rows times longest row of a microbatch.
+    """
+    positions = train.get("batch_tokens")
+    return Step(positions, RESPONSE_SHARE, (positions or micro_batch_tokens) // (train.get("rows_per_cut") or 1))
+
+
+def judge_step(
+    batches: Sequence[CutSet], chat: ChatFormat, frames: FrameCounter, micro_batch_tokens: int, bound: int | None
+) -> Step:
+    """A step like some batches of cuts that the sampler chose, with all their rows as speech.
+
+    Args:
+        batches: cuts with their rows.
+        chat: the chat format of the model.
+        frames: the frame counter of the model.
+        micro_batch_tokens: bound on rows times longest row of a microbatch.
+        bound: on the positions of a step, if there is one.
+    """
+    totals, shares, heard, longest, seconds = [], [], [], 0, 0.0
+    for batch in batches:
+        rows = []
+        for cut in batch:
+            audio = speech(0, frames(cut.num_samples))
+            rows += [behavior.row(chat, audio) for behavior in DrawnRows.of(cut).behaviors]
+        lengths = [len(row.layout) for row in rows]
+        for group in group_by_length(lengths, micro_batch_tokens):
+            said = sum(label != IGNORE for index in group for label in rows[index].labels)
+            shares.append(said / (len(group) * lengths[group[0]]))
+        totals.append(sum(lengths))
+        heard.append(sum(frames(cut.num_samples) for cut in batch))
+        longest = max(longest, *lengths)
+        seconds += sum(cut.duration for cut in batch)
+    return Step(
+        positions=max(max(totals), bound or 0),
+        share=max(shares),
+        frames=max(heard),
+        row=longest,
+        seconds=seconds / len(batches),
+        cuts=sum(len(batch) for batch in batches) / len(batches),
+    )
+
+
+def count_cuts(train: Mapping[str, Any]) -> int | None:
+    """Utterances of a pass, if its manifest is one local file of lines that is read quickly; else ``None``."""
+    source = train.get("cuts_path") or train.get("manifest_filepath")
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or not path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or not path.is_file():
+        return None
+    if path.stat().st_size > COUNTED_BYTES:
+        return None
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        count = sum(bool(line.strip()) for line in lines)
+    return count * (3 if train.get("perturb_speed") else 1)  # as it is, slower and faster
+
+
+def steps_of_pass(train: Mapping[str, Any], batches: Iterable[CutSet], most: int, replicas: int) -> str:
+    """Steps of a pass over the data, for people.
+
+    Args:
+        train: NeMo's data keys.
+        batches: the first ones of the pass on one replica.
+        most: how many were asked for; fewer are the whole pass.
+        replicas: model replicas that share the data out.
+    """
+    sizes = [len(batch) for batch in batches]
+    if len(sizes) < most:
+        return str(len(sizes))
+    cuts = count_cuts(train)
+    if cuts is None:
+        return "unknown: only a local cuts_path or manifest_filepath of moderate size is counted"
+    return f"about {math.ceil(cuts * len(sizes) / sum(sizes) / replicas)}, from {cuts} utterances"

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``.nemo`` of an MTBI model.
+
+Small: configuration, connector, tokenizer, and references to the frozen parts with their fingerprints. Full: encoder
+and LLM too, so that one file is enough. Both fit every parallel layout and are read in place: nothing is unpacked.
+Format 1 had configuration and connector only.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
+from nemo_mtbi.models.frozen import (
+    ENCODER_SETTINGS,
+    ENCODER_WEIGHTS,
+    INSIDE,
+    LLM_SETTINGS,
+    LLM_WEIGHTS,
+    TOKENIZER,
+    Restored,
+    check_connector,
+    encoder_settings,
+    restoring,
+)
+from nemo_mtbi.modules.archive import (
+    CONFIG,
+    WEIGHTS,
+    NemoFile,
+    add_file,
+    add_tensors,
+    end_archive,
+    replacing,
+)
+from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
+from nemo_mtbi.modules.weights import _whole_shape, gather_weights, named_weights
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.strategy import MTBIStrategy
+
+if TYPE_CHECKING:
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+
+FORMAT = 2
+DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
+_TEXTS = (LLM_SETTINGS, TOKENIZER)
+_PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (*_TEXTS, LLM_WEIGHTS)}
+_KNOWN = {CONFIG, WEIGHTS, *_TEXTS, *_PART_FILES["asr"], *_PART_FILES["llm"]}
+Item = TypeVar("Item")
+
+
+class MTBIArchive(SaveRestoreConnector):
+    """NeMo's connector for MTBI models, at every layout. NeMo's ``model_extracted_dir`` is honored."""
+
+    def save_to(self, model: MTBIModel, save_path: str | Path, full: bool | None = None) -> None:
+        """Writes a ``.nemo``, whole or not at all. All processes of the run take part, the first one writes.
+
+        Args:
+            model: whole, or this process's share of it.
+            save_path: of the first process.
+            full: whether encoder and LLM are stored too; ``None``: if they came from a ``.nemo`` themselves.
+
+        Raises:
+            ValueError: if the path is no path, or a small ``.nemo`` would refer to parts that have no path.
+            RuntimeError: the same in all processes, if the file can't be written.
+        """
+        if "://" in str(save_path):
+            raise ValueError(f"{save_path} is no path: save to a local file and upload that")
+        full = bool(model.frozen.embedded) if full is None else full
+        if model.frozen.embedded and not full:
+            raise ValueError(
+                "encoder and LLM of this model came out of a .nemo and have no path to refer to: save it with "
+                "full=True, or restore it with override_config_path={'pretrained_asr': ..., 'pretrained_llm': ...}"
+            )
+        # in a group with a time limit: if a process has not been called, the others learn of it
+        path, full = groups.broadcast_object((str(Path(save_path).expanduser().absolute()), full), "world")
+        failure = f"{path} can't be written: the first process has failed, see its message"
+        try:
+            failure = self._write_together(model, Path(path), full)
+        finally:
+            failure = groups.broadcast_object(failure, "patient")
+        if failure:
+            raise RuntimeError(failure)
+
+    def _write_together(self, model: MTBIModel, path: Path, full: bool) -> str | None:
+        """What went wrong, on the first process. The first replica's processes give their shares of the LLM."""
+        if groups.data_parallel_rank() > 0:
+            return None
+        specs = llm_specs(model.speech_llm.chunks) if full else {}
+        weights = gather_weights(model.speech_llm.chunks) if full else iter(())
+        with led(weights) as weights:
+            if not groups.is_global_first():
+                return None
+            try:
+                with replacing(path) as file:
+                    write_model(file, model, full)
+                    if full:
+                        add_tensors(file, LLM_WEIGHTS, specs, weights)
+                    end_archive(file)
+            except OSError as error:
+                return explain_writing(path, error)
+        return None
+
+    def restore_from(
+        self,
+        calling_cls: type[MTBIModel],
+        restore_path: str | Path,
+        override_config_path: str | Path | Mapping | None = None,
+        map_location: str | torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        trainer: Trainer | None = None,
+        validate_access_integrity: bool = True,
+    ):
+        """Reads a ``.nemo`` file or the directory it was unpacked to; see :meth:`MTBIModel.restore_from`."""
+        with NemoFile(self.model_extracted_dir or restore_path) as file:
+            stored = read_config(file, calling_cls)
+            conf = override(stored, override_config_path)
+            if return_config:
+                return conf
+            _start_layout(conf, trainer)
+            calling_cls._set_model_restore_state(is_being_restored=True)
+            with restoring(Restored(file, stored, strict)):
+                # not by NeMo's from_config_dict, which builds a model that fails a second time
+                model = calling_cls(cfg=conf, trainer=trainer)
+            model = model.to(map_location or ("cuda" if torch.cuda.is_available() else "cpu"))
+            load_connector(model, file.tensors(WEIGHTS), strict, f"the connector in {file.path}")
+        calling_cls._set_model_restore_state(is_being_restored=False)
+        logging.info(f"{calling_cls.__name__} was restored from {file.path}")
+        return model
+
+
+def connector_of(given: SaveRestoreConnector | None) -> MTBIArchive:
+    """The connector to restore with; NeMo's own is used by callers who name a directory in it.
+
+    Raises:
+        ValueError: if a connector of another kind is given.
+    """
+    if isinstance(given, MTBIArchive):
+        return given
+    if given is not None and type(given) is not SaveRestoreConnector:
+        raise ValueError(f"save_restore_connector is a {type(given).__name__}: leave it out, or give an MTBIArchive")
+    connector = MTBIArchive()
+    connector.model_extracted_dir = getattr(given, "model_extracted_dir", None)
+    return connector
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def write_model(file, model: MTBIModel, full: bool) -> None:
+    """Writes all but the LLM's weights; on the first process."""
+    add_file(file, CONFIG, stored_config(model, full))
+    for name, content in model.frozen.texts.items():
+        add_file(file, name, content)
+    _add_state(file, WEIGHTS, model.state_dict(), shorten=False)
+    if full:
+        encoder = model.speech_llm.encoder
+        add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
+        _add_state(file, ENCODER_WEIGHTS, encoder.state_dict(), shorten=True)
+
+
+def stored_config(model: MTBIModel, full: bool) -> bytes:
+    """The configuration as it is stored: nothing of the run and nothing of the machine, but the references."""
+    conf = OmegaConf.to_container(model.cfg, resolve=True)
+    for key in (*DATA_KEYS, *RUN_KEYS):
+        conf.pop(key, None)
+    conf.update(format_version=FORMAT, fingerprints=dict(model.frozen.fingerprints))
+    if full:
+        conf.update({f"pretrained_{part}": inside for part, inside in INSIDE.items()})
+    return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
+
+
+def _add_state(file, name: str, state: Mapping[str, Tensor], shorten: bool) -> None:
+    """Appends tensors, in fewer bits where that loses nothing."""
+    specs = ordered(
+        {
+            key: Spec(shortest(value.dtype, exact_dtypes([value])) if shorten else value.dtype, tuple(value.shape))
+            for key, value in state.items()
+        }
+    )
+    add_tensors(file, name, specs, ((key, state[key]) for key in specs))
+
+
+def llm_specs(chunks: list[GPTDecoder]) -> dict[str, Spec]:
+    """Names, shapes and dtype of the LLM's weights as they are stored; in all processes of a replica.
+
+    An LLM that was stored in 16 bits and computes in 32 is stored in 16 bits again.
+    """
+    vocabulary = chunks[0].architecture.vocab_size
+    own = [item for chunk in chunks for item in named_weights(chunk)]
+    shapes = {name: _whole_shape(name, value, vocabulary) for name, value in own}
+    everyone = groups.gather_objects((shapes, exact_dtypes(value.detach() for _, value in own)), "replica")
+    dtype = shortest(own[0][1].dtype, set.intersection(*(exact for _, exact in everyone)))
+    merged = {name: shape for shapes, _ in everyone for name, shape in shapes.items()}
+    return {name: Spec(dtype, merged[name]) for name in sorted(merged)}
+
+
+@contextmanager
+def led(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
+    """Lets the first process of a replica decide how far all of them get with a collective iterator.
+
+    It may fail between two items, on a full disk for instance, and the others must not wait for it then. They go
+    through the items before the body, and the body gets none.
+    """
+    if groups.control_group("replica").rank() > 0:
+        while groups.broadcast_object(None, "replica"):
+            next(items, None)
+        yield iter(())
+        return
+
+    def pulled() -> Iterator[Item]:
+        while True:
+            groups.broadcast_object(True, "replica")
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            yield item
+
+    try:
+        yield pulled()
+    finally:
+        groups.broadcast_object(False, "replica")
+
+
+def explain_writing(path: Path, error: OSError) -> str:
+    """Why a file can't be written, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room, or save to another folder"
+    else:
+        remedy = "save to a folder where files may be made"
+    return f"{path} can't be written: {error.strerror or error}; {remedy}. What was there before is untouched"
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_config(file: NemoFile, cls: type) -> DictConfig:
+    """The configuration of an archive, in today's form.
+
+    Raises:
+        ArchiveError: if the archive lacks something, or holds what no MTBI model has.
+        ValueError: if it holds another model, or one of a newer version of this package.
+    """
+    conf = file.settings(CONFIG)
+    # NeMo would build whatever class the archive names
+    if conf.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
+        raise ValueError(f"{file.path} can't be restored: it holds a {conf.get('target')}, no MTBI model")
+    version = conf.get("format_version")
+    if type(version) is int and version > FORMAT:
+        raise ValueError(
+            f"{file.path} has format_version {version}, but this nemo_mtbi reads up to {FORMAT}: install a newer "
+            "nemo_mtbi"
+        )
+    if type(version) is not int or version < 1:
+        raise ArchiveError(f"its format_version is {version!r}")
+    needed = {CONFIG, WEIGHTS} | (set(_TEXTS) if version > 1 else set())
+    for part, inside in INSIDE.items():
+        if str(conf.get(f"pretrained_{part}")) == inside:
+            needed |= set(_PART_FILES[part])
+    missing = sorted(name for name in needed if name not in file)
+    if missing or file.unknown(_KNOWN):
+        raise ArchiveError(
+            f"it lacks {', '.join(missing)}" if missing else f"it holds {', '.join(file.unknown(_KNOWN)[:3])}"
+        )
+    prints = conf.get("fingerprints")
+    if not isinstance(prints, dict) or {*INSIDE} != {*prints} or not all(type(v) is str for v in prints.values()):
+        raise ArchiveError("it has no fingerprints of encoder and LLM")
+    conf["format_version"] = FORMAT_VERSION
+    return OmegaConf.create(conf)
+
+
+def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConfig:
+    """The configuration to restore with: ``given`` keys take the place of the stored ones.
+
+    Args:
+        stored: of the archive.
+        given: path of a YAML, ``DictConfig`` or mapping; all keys of a model, or only those that change. NeMo's whole
+            configuration with a section ``model:`` will do.
+
+    Raises:
+        ValueError: if it can't be read, or has other fingerprints.
+    """
+    if given is None:
+        return stored
+    try:
+        conf = OmegaConf.load(given) if isinstance(given, (str, Path)) else OmegaConf.create(given)
+        if not isinstance(conf, DictConfig):
+            raise ValueError(f"override_config_path={given} holds no keys and values")
+        conf = OmegaConf.create(OmegaConf.to_container(conf.model if "model" in conf else conf, resolve=True))
+        merged = OmegaConf.merge(stored, conf)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"override_config_path={given} can't be read: {error}") from error
+    for key in ("fingerprints", "target", "format_version", "nemo_version"):
+        if key == "fingerprints" and conf.get(key) not in (None, {}, stored[key]):
+            raise ValueError(
+                f"override_config_path has the fingerprints {dict(conf[key])}, but this model was trained with "
+                f"{dict(stored[key])}: leave them out"
+            )
+        merged[key] = stored.get(key)
+    return merged
+
+
+def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
+    """Starts the processes in the trainer's layout, or in the one that was asked for; none is stored."""
+    if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
+        trainer.strategy.start(trainer)
+    run = {key: conf.pop(key) for key in RUN_KEYS if key in conf}
+    layout = {key: value for key, value in run.items() if key in LAYOUT_KEYS}
+    groups.initialize(ParallelConfig(**layout) if layout else None, run.get("dist_timeout"))
+
+
+def load_connector(
+    model: MTBIModel, tensors: StoredTensors, strict: bool, what: str, only: Collection[str] | None = None
+) -> None:
+    """Reads the connector's weights into a model; the same error in all processes of a replica if they do not fit.
+
+    Args:
+        model: whole, or this process's share of it.
+        tensors: stored weights.
+        strict: whether all names must be the same.
+        what: the stored weights, for messages.
+        only: names that are wanted; ``None``: all.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    own = groups.broadcast_object(own)  # the first stage has the connector
+    own, found = (
+        {name: shape for name, shape in shapes.items() if only is None or name in only}
+        for shapes in (own, tensors.shapes)
+    )
+    check_connector(own, found, strict, what)
+    used = own.keys() & found.keys()
+    state = {name: tensors.tensor(name) for name in sorted(used)} if model.speech_llm.connector is not None else {}
+    model.load_state_dict(state, strict=False)
+    left = sorted((own.keys() | found.keys()) - used)
+    if left and groups.is_global_first():
+        logging.warning(f"{what}: these were missing or not used: {', '.join(left)}")

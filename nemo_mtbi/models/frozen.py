@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen parts of a model: on disk, where the configuration says, or inside the ``.nemo`` that is restored."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
+from nemo_mtbi.modules.connector import Connector
+from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.pretrained import TextLLM, llm_fingerprint, load_speech_encoder, load_text_llm, resolve
+from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
+from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
+from nemo_mtbi.modules.weights import load_weights
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.memory import decoder_parameters
+from nemo_mtbi.schema import read_section
+
+TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and saved
+INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
+DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
+# Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
+LLM_SETTINGS, TOKENIZER, LLM_WEIGHTS = "llm/llm.yaml", "llm/tokenizer.model", "llm/model.safetensors"
+ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
+_TOKENIZER_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
+_ENCODER_CLASS = re.compile(r"nemo\.collections\.asr\.modules(\.\w+)?\.\w+")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A ``.nemo`` that is being restored.
+
+    Attributes:
+        file: open.
+        stored: its configuration, before it was overridden.
+        strict: whether all of its weights must be those of the model.
+    """
+
+    file: NemoFile
+    stored: DictConfig
+    strict: bool = True
+
+
+_restored: ContextVar[Restored | None] = ContextVar("restored", default=None)
+
+
+@contextmanager
+def restoring(restored: Restored) -> Iterator[None]:
+    """Models that are built in the body come from an archive."""
+    token = _restored.set(restored)
+    try:
+        yield
+    finally:
+        _restored.reset(token)
+
+
+def refusal(path: Path, error: Exception) -> str:
+    """What the user hears of an archive that is not as it must be."""
+    return f"{path} can't be restored: it is no .nemo of an MTBI model ({error})"
+
+
+class FrozenParts:
+    """Encoder and LLM of a model, found and compared with what the model was trained with, and not yet loaded.
+
+    Attributes:
+        fingerprints: hash of each part.
+        embedded: parts that come from inside a ``.nemo``, and have no place of their own on this machine.
+        texts: settings and tokenizer of the LLM, by their names in an archive.
+
+    Raises:
+        ValueError: if a part is not where the configuration says, or not the one that the model was trained with.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self._config, self._restored = config, _restored.get()
+        self.embedded = {part for part, inside in INSIDE.items() if self._reference(part) == inside}
+        self._paths = {part: self._locate(part) for part in INSIDE if part not in self.embedded}
+        self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
+        if "llm" in self.embedded:
+            file = self._archive("llm")
+            self.texts = {name: file.read(name, _TOKENIZER_LIMIT) for name in (LLM_SETTINGS, TOKENIZER)}
+        else:
+            folder = self._paths["llm"]
+            self.texts = {name: (folder / Path(name).name).read_bytes() for name in (LLM_SETTINGS, TOKENIZER)}
+
+    def load(self) -> tuple[SpeechLLM, TextLLM]:
+        """Joins the frozen parts and a new connector: this process's share of them under the layout in force.
+
+        Raises:
+            ValueError: if a part is damaged, or the connector is not the one of the archive that is restored; the same
+                in all processes of a model replica.
+        """
+        config, dtype = self._config, getattr(torch, self._config.frozen_dtype)
+        text = self._load_llm(dtype)
+        encoder, failure, cause = None, None, None
+        if groups.is_first_stage():
+            try:
+                encoder = self._load_encoder(dtype)
+            except (ValueError, RuntimeError, OSError) as error:  # the other stages wait for what comes next
+                cause = error
+                failure = refusal(self._restored.file.path, error) if "asr" in self.embedded else str(error)
+        shape, first_failure = groups.broadcast_object((encoder.shape if encoder else None, failure))
+        if failure or first_failure:
+            raise ValueError(failure or first_failure) from cause
+        self._check_connector(shape, text.decoder.config.hidden_size)
+        self._restored = None  # its file will be closed
+        return SpeechLLM(encoder, config.connector, text.chunks, shape), text
+
+    def _reference(self, part: str) -> str:
+        return str(getattr(self._config, f"pretrained_{part}"))
+
+    def _archive(self, part: str) -> NemoFile:
+        """The archive that holds a part."""
+        if self._restored is None or self._restored.stored[f"pretrained_{part}"] != INSIDE[part]:
+            raise ValueError(
+                f"model.pretrained_{part}={INSIDE[part]} means a part inside a .nemo that is restored, but there is "
+                "none: give a path"
+            )
+        return self._restored.file
+
+    def _locate(self, part: str) -> Path:
+        """Path of a part. What is not where it was trained may lie beside the archive."""
+        reference, key = self._reference(part), f"model.pretrained_{part}"
+        if self._restored is not None and not Path(reference).expanduser().exists():
+            beside = self._restored.file.path.parent / reference
+            reference = str(beside) if beside.exists() else reference
+        try:
+            path = resolve(reference, key, DEMO_NAMES[part])
+        except ValueError as error:
+            if self._restored is None:
+                raise
+            raise ValueError(
+                f"{error}. If it has moved, restore with override_config_path={{'pretrained_{part}': its path}}"
+            ) from error
+        if not (path.is_file() if part == "asr" else path.is_dir()):
+            raise ValueError(f"{key}={reference}: {path} must be a {'file' if part == 'asr' else 'directory'}")
+        return path
+
+    def _fingerprint(self, part: str) -> str:
+        """The hash of a part, compared with that of the part trained with."""
+        wanted = self._config.fingerprints.get(part)
+        if part in self.embedded:
+            self._archive(part)
+            return wanted
+        path = self._paths[part]
+        try:
+            found = file_digest(path) if part == "asr" else llm_fingerprint(path)
+        except OSError as error:
+            raise ValueError(f"model.pretrained_{part}={path} can't be read: {error}") from error
+        if wanted not in (None, found):
+            reference = self._reference(part)
+            then = self._restored.stored[f"pretrained_{part}"] if self._restored else reference
+            raise ValueError(
+                f"model.pretrained_{part} is {reference} with hash {found}, but this model was trained with {wanted}"
+                f"{'' if then == reference else f' ({then})'}: give the path of that one"
+            )
+        return found
+
+    def _load_llm(self, dtype: torch.dtype) -> TextLLM:
+        if "llm" not in self.embedded:
+            return load_text_llm(self._paths["llm"], dtype, **self._config.megatron)
+        tensors = self._archive("llm").tensors(LLM_WEIGHTS)
+        _check_architecture(self.texts[LLM_SETTINGS], tensors)
+        with tempfile.TemporaryDirectory() as folder:  # NeMo's tokenizer wants a path
+            for name, content in self.texts.items():
+                (Path(folder) / Path(name).name).write_bytes(content)
+            (Path(folder) / Path(LLM_WEIGHTS).name).touch()  # they are read from the archive
+            text = load_text_llm(folder, dtype, weights=False, **self._config.megatron)
+        load_weights(text.chunks, tensors)
+        text.fingerprint = self.fingerprints["llm"]
+        return text
+
+    def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
+        if "asr" not in self.embedded:
+            return load_speech_encoder(self._paths["asr"], dtype)
+        return read_encoder(self._archive("asr"), dtype)
+
+    def _check_connector(self, shape: EncoderShape, hidden_size: int) -> None:
+        """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
+        if self._restored is None:
+            return
+        try:
+            with torch.device("meta"):
+                connector = Connector(self._config.connector, shape.size, hidden_size, shape.frame_rate)
+        except RuntimeError as error:  # more numbers than can be counted
+            raise ValueError(f"model.connector can't be built: {error}") from error
+        expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
+        found = self._restored.file.tensors(WEIGHTS).shapes
+        check_connector(expected, found, self._restored.strict, f"the connector in {self._restored.file.path}")
+
+
+def check_connector(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], strict: bool, what: str
+) -> None:
+    """Compares the shapes of stored weights with those of the connector.
+
+    Args:
+        expected: of the connector.
+        found: of the stored weights.
+        strict: whether names must be the same too.
+        what: what holds them, for the message.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    if not strict:
+        common = expected.keys() & found.keys()
+        expected, found = ({name: shapes[name] for name in common} for shapes in (expected, found))
+    wrong = misfits(expected, found)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"{what} does not fit model.connector; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the "
+            "model.connector that it was trained with"
+        )
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file that may be larger than memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+# -------------------------------------------------------------------------------------------- parts inside an archive
+
+
+def _check_architecture(settings: bytes, tensors: StoredTensors) -> None:
+    """Compares an LLM's size with that of its weights, before memory is taken for it."""
+    values = read_yaml(settings, LLM_SETTINGS)
+    architecture = read_section(DecoderConfig, values.get("architecture"), f"{LLM_SETTINGS}: architecture")
+    sizes = [value for value in vars(architecture).values() if type(value) is int]
+    if min(sizes) < 1:
+        raise ArchiveError(f"{LLM_SETTINGS} has sizes below 1")
+    numbers = sum(torch.Size(shape).numel() for shape in tensors.shapes.values())
+    wanted = decoder_parameters(architecture, ParallelConfig(), 0)
+    if numbers != wanted:
+        raise ArchiveError(f"{LLM_SETTINGS} describes {wanted} weights, but {LLM_WEIGHTS} has {numbers}")
+
+
+def encoder_settings(encoder: SpeechEncoder) -> bytes:
+    """What it takes to build front end and encoder, as YAML."""
+    parts = {name: getattr(encoder, name)._cfg for name in ("preprocessor", "encoder")}
+    parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
+    return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()
+
+
+def read_encoder(file: NemoFile, dtype: torch.dtype) -> SpeechEncoder:
+    """Front end (float32) and encoder (``dtype``) inside an archive.
+
+    Raises:
+        ValueError: if they are damaged, or their frames can't be counted.
+    """
+    settings, tensors = file.settings(ENCODER_SETTINGS), file.tensors(ENCODER_WEIGHTS)
+    classes = {name: _check_class(settings, name) for name in ("preprocessor", "encoder")}
+    if classes.keys() | {"sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
+        raise ArchiveError(f"{ENCODER_SETTINGS} must hold preprocessor, encoder and sample_rate, and no more")
+    with FakeTensorMode():  # has shapes and takes no memory
+        probe = _build(settings)
+        expected = {
+            f"{name}.{key}": tuple(value.shape)
+            for name in classes
+            for key, value in getattr(probe, name).state_dict().items()
+        }
+    wrong = misfits(expected, tensors.shapes)
+    if wrong:
+        raise ArchiveError(f"the encoder's weights do not fit its settings: {'; '.join(wrong[:5])}")
+    encoder = SpeechEncoder(_build(settings))
+    for name, value in encoder.state_dict().items():
+        value.copy_(tensors.tensor(name))
+    encoder.encoder.to(dtype)
+    return encoder
+
+
+def _check_class(settings: Mapping[str, Any], name: str) -> type:
+    """The class of a part, which must be one of NeMo's modules for speech; nothing else is imported or called."""
+    section = settings.get(name)
+    target = str(section.get("_target_")) if isinstance(section, dict) else "nothing"
+    if not _ENCODER_CLASS.fullmatch(target):
+        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
+    for key in _keys({key: value for key, value in section.items() if key != "_target_"}):
+        if str(key).startswith("_") or key in ("target", "cls"):
+            raise ArchiveError(f"its {name} has {key}, which could call other code")
+    try:
+        found = get_class(target)
+    except (ImportError, AttributeError, ValueError, InstantiationException) as error:
+        raise ArchiveError(f"its {name} is {target}, which this NeMo does not have") from error
+    if not issubclass(found, nn.Module) or not found.__module__.startswith("nemo.collections.asr.modules"):
+        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
+    return found
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    """All keys of settings within settings."""
+    if isinstance(value, dict):
+        yield from value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys(inner)
+
+
+def _build(settings: Mapping[str, Any]) -> SimpleNamespace:
+    """Front end and encoder, as an ASR model has them."""
+    from nemo.core.classes.common import Serialization
+
+    try:
+        parts = {
+            name: Serialization.from_config_dict(OmegaConf.create(settings[name]))
+            for name in ("preprocessor", "encoder")
+        }
+    except InstantiationException as error:
+        raise ArchiveError(f"{ENCODER_SETTINGS} describes no encoder ({str(error).splitlines()[0]})") from error
+    return SimpleNamespace(**parts, cfg=SimpleNamespace(sample_rate=settings["sample_rate"]))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo.utils import logging
+
+from nemo_mtbi.models.archive import load_connector, read_config
+from nemo_mtbi.models.frozen import INSIDE, refusal
+from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
+from nemo_mtbi.modules.tensor_file import ArchiveError
+from nemo_mtbi.parallel import groups
+
+if TYPE_CHECKING:
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+
+
+def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
+    """Takes the connector's weights from other ``.nemo`` files, and nothing else of them.
+
+    Args:
+        model: changed in place.
+        cfg: may hold NeMo's ``init_from_nemo_model`` (a path, or ``name: {path, include, exclude}``) and
+            ``init_strict``.
+
+    Raises:
+        ValueError: if a file is no MTBI ``.nemo``, or its connector is of another shape.
+    """
+    for key in ("init_from_pretrained_model", "init_from_ptl_ckpt"):
+        if cfg.get(key):
+            raise ValueError(f"{key} is not supported: give the path of a .nemo in init_from_nemo_model")
+    given = cfg.get("init_from_nemo_model")
+    if not given:
+        return
+    sources = given.values() if isinstance(given, Mapping) else [{"path": given}]
+    for source in sources:
+        known = isinstance(source, Mapping) and set(source) <= {"path", "include", "exclude"}
+        if not known or not isinstance(source.get("path"), (str, Path)) or _is_text(source):
+            raise ValueError(
+                "init_from_nemo_model must be a path, or name: {path, include, exclude} with lists of parts of names; "
+                f"it has {source}"
+            )
+        _init_from(model, Path(source["path"]).expanduser(), source, bool(cfg.get("init_strict", True)))
+
+
+def _is_text(source: Mapping[str, Any]) -> bool:
+    """Whether a text stands where a list of texts must; its letters would be taken for parts of names."""
+    return any(isinstance(source.get(key), str) for key in ("include", "exclude"))
+
+
+def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: bool) -> None:
+    include, exclude = source.get("include", [""]), source.get("exclude", [])
+    try:
+        with NemoFile(path) as file:
+            stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
+            names = set(tensors.names()) | set(model.state_dict())
+            only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
+            load_connector(model, tensors, strict, f"the connector in {path}", groups.broadcast_object(only))
+    except ArchiveError as error:
+        raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
+    other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
+    if groups.is_global_first():
+        logging.info(f"the connector starts from {path}")
+        for part in other:
+            logging.warning(f"the connector in {path} was trained with another {part} than this model has")

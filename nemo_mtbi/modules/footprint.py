@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the speech side of a model takes up, found out without its weights.
+
+Modules are built from their configuration with tensors that have shapes but hold nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.pretrained import resolve
+from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages
+from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """A speech encoder without its weights.
+
+    Attributes:
+        shape: as the model's.
+        parameters: of encoder and front end.
+        numbers: parameters and buffers of the encoder that take its dtype.
+        fixed_bytes: of what keeps its dtype.
+        convolution: numbers that the first convolution gives for each pair of feature frames.
+    """
+
+    shape: EncoderShape
+    parameters: int
+    numbers: int
+    fixed_bytes: int
+    convolution: int
+
+
+def read_encoder(name: str) -> EncoderFacts:
+    """Builds front end and encoder of a NeMo ASR ``.nemo`` from its configuration, with tensors that hold nothing.
+
+    Raises:
+        ValueError: if it is no archive of an ASR model with an encoder whose frames can be counted.
+    """
+    from nemo.core.classes.common import Serialization
+
+    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    try:
+        with tarfile.open(path) as archive:
+            (member,) = (item for item in archive if Path(item.name).name == "model_config.yaml")
+            config = OmegaConf.create(yaml.safe_load(archive.extractfile(member)))
+        front = Serialization.from_config_dict(config.preprocessor)
+        with FakeTensorMode():
+            encoder = Serialization.from_config_dict(config.encoder)
+        stages = (*front_end_stages(front), *subsampling_stages(encoder))
+        shape = EncoderShape(int(encoder.d_model), int(config.sample_rate), stages)
+    except (OSError, KeyError, AttributeError, tarfile.TarError, yaml.YAMLError, InstantiationException) as error:
+        raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+    values = [*encoder.parameters(), *encoder.buffers()]
+    kept = [*front.parameters(), *front.buffers(), *(value for value in values if not value.is_floating_point())]
+    return EncoderFacts(
+        shape,
+        sum(value.numel() for part in (front, encoder) for value in part.parameters()),
+        sum(value.numel() for value in values if value.is_floating_point()),
+        sum(value.numel() * value.element_size() for value in kept),
+        encoder.pre_encode._conv_channels * (encoder.pre_encode._feat_in // 2),
+    )
+
+
+def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
+    """Bytes that autograd keeps of a forward, without the module's own parameters."""
+    seen = {value.untyped_storage()._cdata: 0 for value in module.parameters()}
+    kept: list[torch.Tensor] = []  # alive until all are counted, so that no two have one id
+
+    def pack(value: torch.Tensor) -> torch.Tensor:
+        kept.append(value)
+        seen.setdefault(value.untyped_storage()._cdata, value.untyped_storage().nbytes())
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        module(*inputs)
+    return sum(seen.values())
+
+
+def speech_parts(
+    encoder: EncoderFacts, config: ConnectorConfig, hidden: int, *, frames: int, number: int, share: int, states: int
+) -> SpeechParts:
+    """What the first stage holds for the LLM.
+
+    Args:
+        encoder: frozen.
+        config: of the connector.
+        hidden: size of an LLM embedding.
+        frames: of the connector, in a step.
+        number: bytes of a number of the encoder.
+        share: tensor-parallel processes that share the encoder's work.
+        states: numbers that the optimizer keeps for each parameter.
+    """
+    shape = encoder.shape
+    with FakeTensorMode():
+        connector = Connector(config, shape.size, hidden, shape.frame_rate)
+        steps = frames * connector.reduction
+        # the lengths decide about values only; a real tensor, since its values are read
+        kept = kept_bytes(connector, torch.zeros(1, steps, shape.size), torch.tensor([steps]))
+        parameters = sum(value.numel() for value in connector.parameters())
+    per_frame = math.prod(stage.stride for stage in shape.stages[1:]) * connector.reduction  # feature frames
+    work = (
+        Term("kept of the connector", ((kept, "B"),)),
+        Term("frames and gradient", ((2, "tensors"), (frames, "frames"), (hidden, "channels"), (FLOAT32, "B"))),
+        Term(
+            "encoder's first convolution",
+            ((2, "tensors"), (frames * per_frame // 2, "steps"), (encoder.convolution, "numbers"), (number, "B")),
+            share,
+        ),
+    )
+    return SpeechParts(encoder.parameters, encoder.numbers * number + encoder.fixed_bytes, parameters, states, work)

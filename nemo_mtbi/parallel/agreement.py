@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all processes do together, and how it went: a failure of one is the same error in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from nemo_mtbi.parallel import groups
+
+Value = TypeVar("Value")
+
+
+def together(what: str, action: Callable[[], Value], explain: Callable[[Exception], str] = str) -> list[Value]:
+    """Does something in every process, and tells all of them how it went.
+
+    Args:
+        what: the beginning of the message if it fails.
+        action: what this process does. It communicates with nobody, since another one may have failed already.
+        explain: what the message says about an exception.
+
+    Returns:
+        What each process has got, by rank.
+
+    Raises:
+        ValueError, RuntimeError: the same in every process if one fails; a ValueError if that was one.
+    """
+    value, failure, cause = None, None, None
+    try:
+        value = action()
+    except Exception as error:  # whatever it is: the others must hear of it instead of waiting
+        cause, failure = error, (isinstance(error, ValueError), explain(error) or type(error).__name__)
+    try:
+        outcomes = groups.gather_objects((value, failure))
+    except RuntimeError:  # another process is gone
+        if cause is None:
+            raise
+        raise RuntimeError(f"{what}: {failure[1]}") from cause
+    failures = {rank: outcome for rank, (_, outcome) in enumerate(outcomes) if outcome}
+    if failures:
+        rank, (of_value, text) = next(iter(failures.items()))
+        raise (ValueError if of_value else RuntimeError)(f"{what}: {text} [process {rank}]") from cause
+    return [value for value, _ in outcomes]

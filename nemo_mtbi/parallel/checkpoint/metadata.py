@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``.metadata``: which tensors a checkpoint holds, and where. Torch pickles it, so it is read with care."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+_CLASSES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what describes tensors, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint has")
+
+
+def read_metadata(folder: Path, files: Mapping[str, Any]) -> Metadata:
+    """Which tensors a checkpoint holds.
+
+    Args:
+        folder: the checkpoint.
+        files: the files that its marker names.
+
+    Raises:
+        ValueError: if it holds anything but tensors, or refers to other files.
+    """
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        foreign = {info.relative_path for info in metadata.storage_data.values()} - files.keys()
+        others = [
+            key for key, value in metadata.state_dict_metadata.items() if not isinstance(value, TensorStorageMetadata)
+        ]
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{folder / '.metadata'} is not loaded: {error}") from error
+    if foreign or others:
+        raise ValueError(
+            f"{folder / '.metadata'} is not loaded: it refers to {', '.join(sorted({*foreign, *others})[:5])}"
+        )
+    return metadata

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a checkpoint: under which name, and which part of it a process holds.
+
+They are sharded tensors of ``megatron.core.dist_checkpointing`` under names that no layout changes, so that what was
+saved at one layout loads at any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.distributed.checkpoint import Metadata
+
+from nemo_mtbi.parallel import groups
+
+_WEIGHT, _RANDOM = "model.", "random."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is in the layout: its rank and the size along each axis."""
+
+    data: int = 0
+    data_size: int = 1
+    pipeline: int = 0
+    pipeline_size: int = 1
+    tensor: int = 0
+    tensor_size: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Processes along each axis: data, pipeline, tensor."""
+        return self.data_size, self.pipeline_size, self.tensor_size
+
+    @classmethod
+    def here(cls) -> Place:
+        """That of this process."""
+        return cls(
+            groups.data_parallel_rank(),
+            groups.data_parallel_size(),
+            groups.pipeline_parallel_rank(),
+            groups.layout().pipeline_model_parallel_size,
+            groups.tensor_parallel_rank(),
+            groups.layout().tensor_model_parallel_size,
+        )
+
+
+def partition(parameter: Tensor) -> tuple[int, int] | None:
+    """The axis along which tensor-parallel processes share a parameter, and how many parts are each split along it.
+
+    Megatron's attributes say so: ``tensor_model_parallel``, ``partition_dim`` and ``partition_stride`` (2 where gate
+    and value stand one behind the other). ``None``: every process has the whole tensor.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return parameter.partition_dim, parameter.partition_stride
+
+
+def shards(key: str, data: Tensor, like: Tensor, place: Place) -> list:
+    """This process's share of a tensor of the checkpoint: one sharded tensor for each part.
+
+    Args:
+        key: the tensor's name in the checkpoint.
+        data: this process's share.
+        like: the parameter that says how it is shared.
+        place: of this process.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    sharing = partition(like)
+    if sharing is None:
+        return [ShardedTensor.from_rank_offsets(key, data, replica_id=(place.tensor, place.data))]
+    axis, parts = sharing
+    return [
+        ShardedTensor.from_rank_offsets(
+            key,
+            piece,
+            (axis, part * place.tensor_size + place.tensor, parts * place.tensor_size),
+            replica_id=(0, place.data),
+        )
+        for part, piece in enumerate(data.chunk(parts, axis))
+    ]
+
+
+def weight_shards(name: str, data: Tensor, parameter: Tensor, place: Place) -> list:
+    """:func:`shards` of a weight."""
+    return shards(_WEIGHT + name, data, parameter, place)
+
+
+def stored_weights(metadata: Metadata) -> set[str]:
+    """Names of the weights in a checkpoint."""
+    return {key[len(_WEIGHT) :] for key in metadata.state_dict_metadata if key.startswith(_WEIGHT)}
+
+
+def random_key(name: str) -> str:
+    """Key of a generator's states in a checkpoint."""
+    return _RANDOM + name
+
+
+def random_shard(name: str, state: Tensor, place: Place):
+    """The state of a generator as the row of this process in one tensor ``[data, pipeline, tensor, n]``."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    return ShardedTensor.from_rank_offsets(
+        random_key(name),
+        state.reshape(1, 1, 1, -1),
+        (0, place.data, place.data_size),
+        (1, place.pipeline, place.pipeline_size),
+        (2, place.tensor, place.tensor_size),
+    )
+
+
+def random_origin(place: Place, saved: Place) -> Place | None:
+    """Whose random states a process takes from a checkpoint; ``None``: nobody's, they are seeded anew.
+
+    With the same number of replicas a process takes its own, or if it had none, those of its replica's first stage or
+    first tensor-parallel process. With another number, the data is dealt out anew, and so are random numbers.
+
+    Args:
+        place: of the process.
+        saved: sizes of the layout that has saved; its ranks are not read.
+    """
+    if place.data_size != saved.data_size:
+        return None
+    return replace(
+        saved,
+        data=place.data,
+        pipeline=place.pipeline if place.pipeline < saved.pipeline_size else 0,
+        tensor=place.tensor if place.tensor < saved.tensor_size else 0,
+    )

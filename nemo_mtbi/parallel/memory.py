@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the parts of a model lie, and what each process must hold: arithmetic alone, nothing is allocated.
+
+Activations are counted as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv 2205.05198): what autograd keeps of each layer, for each microbatch that is in flight. Three things differ from
+their 34 x hidden bytes for each position: frozen linear layers keep no input, since their weights get no gradient;
+there is no dropout and so no mask; and attention is fused, so that no matrix of scores is kept. The number of
+microbatches in flight is that of Megatron's schedules (Narayanan et al. 2021, arXiv 2104.04473).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nemo_mtbi.parallel.groups import ParallelConfig
+
+if TYPE_CHECKING:
+    from nemo_mtbi.modules.decoder import DecoderConfig
+
+FLOAT32 = 4  # bytes; of norms, losses, and of whatever trains
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process stands.
+
+    Attributes:
+        rank: of the world.
+        data, tensor, stage: its ranks in the data-parallel, tensor-parallel and pipeline-parallel group.
+        runs: the layers of each of its runs, counted from 0 over the whole LLM.
+    """
+
+    rank: int
+    data: int
+    tensor: int
+    stage: int
+    runs: tuple[tuple[int, ...], ...]
+
+
+def data_parallel_size(layout: ParallelConfig, world: int) -> int:
+    """Model replicas among ``world`` processes.
+
+    Raises:
+        ValueError: if they do not divide.
+    """
+    if world < 1 or world % layout.model_parallel_size:
+        raise ValueError(
+            f"{world} processes do not divide by tensor x pipeline = {layout.tensor_model_parallel_size} x "
+            f"{layout.pipeline_model_parallel_size}: start a multiple of {layout.model_parallel_size} processes"
+        )
+    return world // layout.model_parallel_size
+
+
+def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Layers of each run of a stage: with virtual stages the runs of all stages take turns."""
+    stages = layout.pipeline_model_parallel_size
+    size = num_layers // (stages * layout.chunks)
+    starts = ((chunk * stages + stage) * size for chunk in range(layout.chunks))
+    return tuple(tuple(range(start, start + size)) for start in starts)
+
+
+def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
+    """All processes, in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
+    data = data_parallel_size(layout, world)
+    found = []
+    for rank in range(world):
+        rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
+        stage, replica = divmod(rest, data)
+        found.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def decoder_parameters(config: DecoderConfig, layout: ParallelConfig, stage: int) -> int:
+    """Parameters of the LLM on one process of a stage; the same on all its tensor-parallel processes."""
+    tensor, hidden = layout.tensor_model_parallel_size, config.hidden_size
+    channels = _head_channels(config)
+    qkv = (config.num_attention_heads + 2 * config.num_query_groups) * channels // tensor
+    layer = hidden * qkv + (qkv if config.add_qkv_bias else 0)
+    layer += config.num_attention_heads * channels // tensor * hidden
+    layer += 3 * hidden * config.ffn_hidden_size // tensor  # gate, value and output
+    layer += 2 * hidden + (2 * channels if config.qk_layernorm else 0)  # norms are whole on each process
+    count = layer * config.num_layers // layout.pipeline_model_parallel_size
+    table = _vocabulary_share(config, layout) * hidden
+    first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
+    if last:
+        count += hidden  # final norm
+    # a tied head is the embedding itself where both are on one process, else a copy
+    return count + table * (first + (last and not (first and config.tie_embeddings)))
+
+
+def _head_channels(config: DecoderConfig) -> int:
+    return config.kv_channels or config.hidden_size // config.num_attention_heads
+
+
+def _vocabulary_share(config: DecoderConfig, layout: ParallelConfig) -> int:
+    """Rows of the embedding table on one process: the vocabulary is padded until all have the same number."""
+    return -(-config.vocab_size // layout.tensor_model_parallel_size)
+
+
+# ------------------------------------------------------------------------------------------------- bytes of each stage
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of the sum. What is shown is what is computed.
+
+    Attributes:
+        name: what the bytes are.
+        factors: numbers and what they count; the last counts bytes.
+        share: number of tensor-parallel processes that share it.
+    """
+
+    name: str
+    factors: tuple[tuple[int, str], ...]
+    share: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(number for number, _ in self.factors) // self.share
+
+    def __str__(self) -> str:
+        product = " x ".join(f"{number} {what}" for number, what in self.factors)
+        return product if self.share == 1 else f"{product} / {self.share}"
+
+
+def total(terms: Iterable[Term]) -> int:
+    """Bytes of all of them."""
+    return sum(term.size for term in terms)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What goes through the model.
+
+    Attributes:
+        positions: rows x longest row of the largest microbatch.
+        microbatches: of a step.
+        responses: positions of the largest microbatch that predict a response token.
+        cached: rows x positions of a batch of generation.
+        longest: positions of the longest row, answer included.
+    """
+
+    positions: int
+    microbatches: int
+    responses: int
+    cached: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class SpeechParts:
+    """What only the first stage holds.
+
+    Attributes:
+        encoder_parameters: frozen.
+        encoder_bytes: weights and buffers of encoder and front end.
+        connector_parameters: trained, in float32.
+        optimizer_states: float32 numbers that the optimizer keeps for each of them.
+        work: memory of a step: what autograd keeps of the connector, frames and their gradient, the encoder at work.
+    """
+
+    encoder_parameters: int
+    encoder_bytes: int
+    connector_parameters: int
+    optimizer_states: int
+    work: tuple[Term, ...] = ()
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one process of a stage, with their arithmetic.
+
+    Attributes:
+        stage: of the pipeline.
+        frozen, trained: parameters.
+        weights: frozen weights.
+        training: trained weights, gradients and optimizer states.
+        activations: at the fullest moment of a step.
+        logits: the head and the loss over the response positions of one microbatch.
+        generation: the key-value cache and masks.
+    """
+
+    stage: int
+    frozen: int
+    trained: int
+    weights: tuple[Term, ...]
+    training: tuple[Term, ...]
+    activations: tuple[Term, ...]
+    logits: tuple[Term, ...]
+    generation: tuple[Term, ...]
+
+    @property
+    def peak(self) -> int:
+        """A step and generation take turns, so the larger one counts."""
+        busy = max(total(self.activations) + total(self.logits), total(self.generation))
+        return total(self.weights) + total(self.training) + busy
+
+
+def stage_memory(
+    config: DecoderConfig,
+    layout: ParallelConfig,
+    stage: int,
+    *,
+    load: Load,
+    speech: SpeechParts,
+    number: int = FLOAT32,
+    granularity: str | None = None,
+) -> StageMemory:
+    """What one process of a stage holds.
+
+    Args:
+        config: architecture of the LLM.
+        layout: that can split it.
+        stage: of the pipeline.
+        load: what goes through it.
+        speech: the parts of the first stage.
+        number: bytes of a number of the LLM.
+        granularity: of recomputation: ``None``, ``selective`` (attention) or ``full`` (layers).
+    """
+    first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
+    frozen = decoder_parameters(config, layout, stage)
+    weights = [Term("LLM", ((frozen, "parameters"), (number, "B")))]
+    training: list[Term] = []
+    activations = activation_terms(config, layout, stage, load, number, granularity)
+    if first:
+        weights.append(Term("encoder", ((speech.encoder_bytes, "B"),)))
+        copies = 2 + speech.optimizer_states
+        training = [
+            Term(
+                f"weights, gradients and {speech.optimizer_states} optimizer states",
+                ((speech.connector_parameters, "parameters"), (copies, "numbers"), (FLOAT32, "B")),
+            )
+        ]
+        activations += speech.work
+    return StageMemory(
+        stage=stage,
+        frozen=frozen + (speech.encoder_parameters if first else 0),
+        trained=speech.connector_parameters if first else 0,
+        weights=tuple(weights),
+        training=tuple(training),
+        activations=tuple(activations),
+        logits=tuple(logit_terms(config, layout, load, number)) if last else (),
+        generation=tuple(generation_terms(config, layout, load, number)),
+    )
+
+
+def layer_terms(config: DecoderConfig, layout: ParallelConfig, number: int, granularity: str | None) -> list[Term]:
+    """Bytes that autograd keeps of one frozen layer for each position."""
+    tensor, hidden, wide = layout.tensor_model_parallel_size, config.hidden_size, max(number, FLOAT32)
+    split = tensor if layout.sequence_parallel else 1  # norms and residuals
+    if granularity == "full":
+        return [Term("layer inputs", ((hidden, "channels"), (number, "B")), split)]
+    channels, heads, groups = _head_channels(config), config.num_attention_heads, config.num_query_groups
+    # what the projection gave (the values are part of it), rotated queries and keys, and the output, which
+    # recomputation does not keep
+    kept = 2 * heads + 3 * groups if granularity == "selective" else 3 * heads + 3 * groups
+    terms = [
+        Term("norms", ((2, "norms"), (hidden + 1, "channels"), (wide, "B")), split),
+        Term("attention", ((kept, "heads"), (channels, "channels"), (number, "B")), tensor),
+        Term("rotary tables", ((4, "tables"), (channels, "channels"), (number, "B"))),
+        Term("feed-forward", ((4, "copies"), (config.ffn_hidden_size, "channels"), (number, "B")), tensor),
+    ]
+    if granularity is None:
+        terms.append(Term("sums of attention", ((heads, "heads"), (wide, "B")), tensor))
+    if config.qk_layernorm:
+        # both are cast before their norm; where nothing is cast, queries of several groups are still copied
+        cast = number < wide
+        kept = heads * (1 + channels * (cast or groups > tensor)) + groups * (1 + channels * cast)
+        terms.append(Term("norms of heads", ((kept, "numbers"), (wide, "B")), tensor))
+    return terms
+
+
+def in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:
+    """Passes through a run of layers that a stage has begun and not undone, at most: one for each microbatch and run.
+
+    One forward, one backward (1F1B): as many as there are stages from this one on. Interleaved: Megatron's warm-up.
+    """
+    stages, chunks = layout.pipeline_model_parallel_size, layout.chunks
+    if chunks == 1:
+        return max(min(stages - stage, microbatches), 1)
+    # the schedule takes groups of as many microbatches as there are stages
+    microbatches = -(-microbatches // stages) * stages
+    return min(2 * (stages - stage - 1) + (chunks - 1) * stages + 1, microbatches * chunks)
+
+
+def activation_terms(
+    config: DecoderConfig, layout: ParallelConfig, stage: int, load: Load, number: int, granularity: str | None
+) -> list[Term]:
+    """What a stage's layers keep of all microbatches in flight, and one layer at work."""
+    stages, passes = layout.pipeline_model_parallel_size, in_flight(layout, stage, load.microbatches)
+    layers, hidden = config.num_layers // (stages * layout.chunks), config.hidden_size
+    kept = total(layer_terms(config, layout, number, granularity))
+    flying = (passes, "in flight")
+    terms = [
+        Term("kept", (flying, (layers, "layers"), (load.positions, "positions"), (kept, "B"))),
+        Term(
+            "a layer at work", ((load.positions, "positions"), (total(layer_terms(config, layout, number, None)), "B"))
+        ),
+    ]
+    split = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    if stages > 1:
+        factors = ((2, "tensors"), flying, (load.positions, "positions"), (hidden, "channels"), (number, "B"))
+        terms.append(Term("received and sent", factors, split))
+    if stage == stages - 1:
+        factors = ((load.positions, "positions"), (hidden + 1, "channels"), (max(number, FLOAT32), "B"))
+        terms.append(Term("final norm", factors, split))
+    return terms
+
+
+def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
+    """The loss works on copies in float32: probabilities and gradient, and two more if the vocabulary is split."""
+    tensor, wide = layout.tensor_model_parallel_size, max(number, FLOAT32)
+    rows, columns = (load.responses, "responses"), (_vocabulary_share(config, layout), "tokens")
+    terms = [Term("loss", ((2 if tensor == 1 else 4, "copies"), rows, columns, (wide, "B")))]
+    if number < wide:
+        terms.append(Term("logits before they are cast", (rows, columns, (number, "B"))))
+    return terms
+
+
+def generation_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
+    """Keys and values of all layers of a stage, and the mask of the prompts."""
+    layers = config.num_layers // layout.pipeline_model_parallel_size
+    width = config.num_query_groups * _head_channels(config)
+    pair = ((2, "of keys and values"), (layers, "layers"), (load.cached, "positions"), (width, "channels"))
+    return [
+        Term("cache", (*pair, (number, "B")), layout.tensor_model_parallel_size),
+        Term("masks", ((load.cached, "positions"), (load.longest, "keys"), (2 + number, "B"))),
+    ]
