@@ -254,6 +254,8 @@ def _check_architecture(settings: bytes, tensors: StoredTensors) -> None:
     sizes = [value for value in vars(architecture).values() if type(value) is int]
     if min(sizes) < 1:
         raise ArchiveError(f"{LLM_SETTINGS} has sizes below 1")
+    if architecture.num_layers > len(tensors.shapes):  # each takes time to build, however small it is
+        raise ArchiveError(f"{LLM_SETTINGS} describes {architecture.num_layers} layers, more than {LLM_WEIGHTS} has")
     numbers = sum(torch.Size(shape).numel() for shape in tensors.shapes.values())
     wanted = decoder_parameters(architecture, ParallelConfig(), 0)
     if numbers != wanted:
@@ -277,6 +279,9 @@ def read_encoder(file: NemoFile, dtype: torch.dtype) -> SpeechEncoder:
     classes = {name: _check_class(settings, name) for name in ("preprocessor", "encoder")}
     if classes.keys() | {"sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
         raise ArchiveError(f"{ENCODER_SETTINGS} must hold preprocessor, encoder and sample_rate, and no more")
+    layers = settings["encoder"].get("n_layers", 0)
+    if type(layers) is not int or layers > len(tensors.shapes):
+        raise ArchiveError(f"{ENCODER_SETTINGS} describes {layers} layers, more than {ENCODER_WEIGHTS} has")
     with FakeTensorMode():  # has shapes and takes no memory
         probe = _build(settings)
         expected = {

@@ -37,6 +37,7 @@ CONFIG, WEIGHTS = "model_config.yaml", "model_weights.safetensors"
 TEXT_LIMIT = 2**18  # bytes of a configuration; those of ours have a few thousand
 _HEADER_LIMIT = 2**20  # bytes of one header of a tar file, with its long names
 _MAX_MEMBERS = 10_000
+_MAX_DEPTH = 50  # of settings within settings
 _GZIP_GROWTH = 20  # weights hardly shrink; what grows more is a bomb
 
 
@@ -216,8 +217,7 @@ def read_yaml(content: bytes, name: str) -> dict[str, Any]:
     """
     try:
         text = content.decode()
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise ArchiveError(f"{name} refers to parts of itself")
+        _check_tokens(text, name)
         if "${" in text:
             raise ArchiveError(f"{name} refers to values outside of it")
         values = OmegaConf.to_container(OmegaConf.create(text))
@@ -228,6 +228,27 @@ def read_yaml(content: bytes, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ArchiveError(f"{name} holds no keys and values")
     return values
+
+
+def _check_tokens(text: str, name: str) -> None:
+    """Refuses what takes a parser of YAML more time and memory than the text is long."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        opened = isinstance(
+            token,
+            (
+                yaml.FlowSequenceStartToken,
+                yaml.FlowMappingStartToken,
+                yaml.BlockSequenceStartToken,
+                yaml.BlockMappingStartToken,
+            ),
+        )
+        depth += opened
+        depth -= isinstance(token, (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken))
+        if depth > _MAX_DEPTH:
+            raise ArchiveError(f"{name} is nested too deep")
+        if isinstance(token, yaml.AliasToken):
+            raise ArchiveError(f"{name} refers to parts of itself")
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -339,6 +360,8 @@ def _check_unpacking(path: Path) -> None:
                 members = read_members(unpacked, _GZIP_GROWTH * size, whole=False)
         else:
             members = read_members(file, size)
+    if CONFIG not in members or not members.keys() & {WEIGHTS, "model_weights.ckpt"}:
+        raise ArchiveError("it lacks its configuration or its weights")
     need, folder = sum(member.size for member in members.values()), tempfile.gettempdir()
     if need > shutil.disk_usage(folder).free:
         raise RuntimeError(

@@ -29,7 +29,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 64 * 2**20  # the names of a hundred layers are 100 kB
+_MAX_HEADER = 2**23  # the names of a hundred layers have 100 kB
 
 
 class ArchiveError(ValueError, tarfile.TarError):

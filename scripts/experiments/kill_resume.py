@@ -9,6 +9,7 @@ being written. Prints one line for each kill, and ends with status 1 if a single
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -51,8 +52,7 @@ def command(layout: str, folder: Path, steps: int, every: int, extra: list[str])
 
 def weights(folder: Path) -> bytes:
     """The connector's weights as they stand in the ``.nemo`` of a run."""
-    (nemo,) = folder.rglob("*.nemo")
-    with tarfile.open(nemo) as archive:
+    with tarfile.open(folder / "mtbi_demo" / "mtbi_demo.nemo") as archive:
         (member,) = (item for item in archive if item.name.endswith("model_weights.safetensors"))
         return archive.extractfile(member).read()
 
@@ -74,8 +74,13 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def attempt(run: list[str], folder: Path, log: Path, rng: random.Random, kill: str | None) -> str | None:
-    """Starts or resumes the run; returns how it was killed, or ``None`` if it came to its end."""
+def attempt(
+    run: list[str], folder: Path, log: Path, rng: random.Random, kill: str | None, longest: float
+) -> str | None:
+    """Starts or resumes the run; returns how it was killed, or ``None`` if it came to its end.
+
+    ``longest`` is the latest moment of a random kill, in seconds after training began.
+    """
     deadline = time.monotonic() + LONGEST_RUN
     with open(log, "ab") as output:
         position = output.tell()
@@ -88,7 +93,7 @@ def attempt(run: list[str], folder: Path, log: Path, rng: random.Random, kill: s
                 hit = wait_for(lambda: len(list(folder.rglob("*unfinished*"))) > saves, process, deadline)
                 told = f"{after:.2f} s into a save"
             else:
-                after, hit = rng.uniform(0.0, 15.0), True
+                after, hit = rng.uniform(0.0, longest), True
                 told = f"{after:.2f} s after the start"
             until = time.monotonic() + after
             if hit and wait_for(lambda: time.monotonic() >= until, process, deadline):
@@ -117,11 +122,13 @@ def main() -> int:
     rng, kills = random.Random(args.seed), 0
     whole, broken = args.out / "undisturbed", args.out / "killed"
     straight = command(args.layout, whole, args.steps, args.every, args.overrides)
-    attempt(straight, whole, args.out / "whole.log", rng, None)
+    attempt(straight, whole, args.out / "whole.log", rng, None, 0.0)
+    seconds = json.loads((whole / "mtbi_demo" / "results.json").read_text())["train"]["seconds"]
+    longest = 2.2 * seconds / args.kills  # so that the last kill still finds the run at work
     run = command(args.layout, broken, args.steps, args.every, args.overrides)
     while True:
         kind = None if kills == args.kills else ("save" if kills % 3 == 2 else "random")
-        told = attempt(run, broken, args.out / "killed.log", rng, kind)
+        told = attempt(run, broken, args.out / "killed.log", rng, kind, longest)
         if told is None:
             break
         kills += 1

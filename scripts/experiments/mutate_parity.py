@@ -162,7 +162,8 @@ def first_failure(report: str) -> tuple[str, str] | None:
     for case in ElementTree.fromstring(report).iter("testcase"):
         failure = case.find("failure")
         if failure is not None:
-            return case.get("name"), _reason(failure.get("message", ""))
+            message = failure.get("message", "")  # pytest shortens it
+            return case.get("name"), _reason(failure.text or message if "Traceback" in message else message)
     return None
 
 

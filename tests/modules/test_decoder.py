@@ -3,8 +3,10 @@ import pytest
 import torch
 from torch import nn
 
+from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, RMSNorm, transformer_config
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.testing import ARCHITECTURE, scale_weights
 
 VOCABULARY = 50
@@ -223,3 +225,64 @@ def test_rms_norm_is_computed_in_float32_or_better(dtype):
     # the result is rounded once, from a float32 value
     tolerance = dict(rtol=1e-12, atol=0) if dtype == torch.float64 else dict(rtol=2**-8, atol=0)
     torch.testing.assert_close(norm(x).double(), expected, **tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------- recomputation
+
+
+def recomputing(granularity, dtype):
+    """A decoder with ``model.activations_checkpoint_granularity``, frozen, and a list of the layers that have run."""
+    megatron = ModelConfig(activations_checkpoint_granularity=granularity).megatron
+    groups.initialize()
+    decoder = GPTDecoder(architecture(), dtype, **megatron).requires_grad_(False)
+    scale_weights(decoder)
+    layers, attentions = [], []
+    for number, layer in enumerate(decoder.decoder.layers):
+        layer.register_forward_hook(lambda *unused, number=number: layers.append(number))
+        attention = layer.self_attention.core_attention
+        attention.register_forward_hook(lambda *unused, number=number: attentions.append(number))
+    return decoder, layers, attentions
+
+
+def train_embeddings(decoder, dtype):
+    """Hidden states, the gradient of the embeddings, and the bytes that autograd kept in between."""
+    generator, kept = torch.Generator().manual_seed(3), {}
+    embeddings = torch.randn(20, 2, 32, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
+    weights = {value.untyped_storage().data_ptr() for value in decoder.parameters()}
+
+    def keep(value):
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage()  # alive, so that no address comes twice
+        return value
+
+    with megatron_device():  # where the schedule of a step runs backward too
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            hidden = decoder.hidden(embeddings)
+        hidden.double().square().sum().backward()
+    return hidden, embeddings.grad, sum(kept[place].nbytes() for place in kept.keys() - weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recomputation_keeps_less_and_changes_no_bit(dtype):
+    sizes = {}
+    for granularity, runs in ((None, (1, 1)), ("selective", (1, 2)), ("full", (2, 2))):
+        decoder, layers, attentions = recomputing(granularity, dtype)
+        hidden, gradient, sizes[granularity] = train_embeddings(decoder, dtype)
+        assert (len(layers), len(attentions)) == (2 * runs[0], 2 * runs[1])
+        if granularity is None:
+            expected, expected_gradient = hidden, gradient
+        assert torch.equal(hidden, expected) and torch.equal(gradient, expected_gradient)
+    assert sizes["selective"] < 0.95 * sizes[None]
+    assert sizes["full"] < 0.2 * sizes[None]
+
+
+def test_nothing_is_recomputed_where_nothing_trains():
+    """Rows of text alone in evaluation, with and without autograd."""
+    decoder, layers, _ = recomputing("full", torch.float64)
+    embeddings = decoder.embed_tokens(tokens()).transpose(0, 1)
+    expected = make_decoder().hidden(embeddings)
+    with megatron_device():
+        assert not decoder.hidden(embeddings).requires_grad
+        torch.testing.assert_close(decoder.hidden(embeddings), expected, rtol=0, atol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(decoder.hidden(embeddings), expected, rtol=0, atol=0)
+    assert layers == [0, 1] * 3

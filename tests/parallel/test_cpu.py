@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.tensor_parallel import layers, random
+from megatron.core.tensor_parallel import checkpoint, layers, random
 
 from nemo_mtbi.parallel.cpu import megatron_device
 
@@ -95,6 +95,22 @@ def test_what_megatron_asks_of_cuda_is_answered_on_the_cpu():
         for module in (random, layers):
             with module.get_cuda_rng_tracker().fork():
                 pass
+
+
+def test_recomputation_draws_the_numbers_of_the_first_pass_again():
+    def step(run):
+        torch.manual_seed(0)
+        x = torch.ones(1000, requires_grad=True)
+        with megatron_device():
+            y = run(torch.nn.Dropout(0.5), x)
+            drawn = torch.rand(3)
+            y.sum().backward()
+        return x.grad, y.detach(), drawn, torch.rand(3)
+
+    plain = step(lambda dropout, x: dropout(x))
+    recomputed = step(lambda dropout, x: checkpoint(dropout, False, x))
+    assert all(torch.equal(one, other) for one, other in zip(recomputed, plain, strict=True))
+    assert torch.equal(plain[0], plain[1]) and 0 < plain[0].mean() < 2  # what was kept, twice as large
 
 
 def test_a_literal_cuda_device_outside_megatron_is_still_an_error():
