@@ -15,7 +15,7 @@ from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
-FORMAT_VERSION = 1  # of the .nemo
+FORMAT_VERSION = 2  # of the .nemo
 FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
 RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout")  # of a run: a .nemo fits any other
@@ -56,6 +56,7 @@ class ModelConfig:
         transcription_task: task whose generated answer is scored as a transcript in validation.
         train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).
         optim: NeMo's optimizer and ``sched`` keys; it trains the connector.
+        nemo_content: ``small``: a ``.nemo`` refers to the frozen parts by path and hash; ``full``: it holds them.
         fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
     """
 
@@ -80,6 +81,7 @@ class ModelConfig:
     validation_ds: Any = None
     test_ds: Any = None
     optim: Any = None
+    nemo_content: str = "small"
     fingerprints: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     # NeMo writes these into every model's configuration
@@ -115,6 +117,7 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
         ("on_bad_audio", ("raise", "skip")),
         ("on_nonfinite", ("raise", "skip")),
         ("frozen_dtype", FROZEN_DTYPES),
+        ("nemo_content", ("small", "full")),
         ("activations_checkpoint_granularity", (None, "selective", "full")),
     ):
         if getattr(config, name) not in choices:

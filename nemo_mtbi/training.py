@@ -37,7 +37,8 @@ from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
-SECTIONS = ("name", "seed", "plan", "data", "model", "benchmark", "trainer", "exp_manager")
+SECTIONS = ("name", "seed", "plan", "data", "model", "init_from_nemo_model", "init_strict", "benchmark", "trainer")
+SECTIONS += ("exp_manager",)
 PRECISIONS = {  # Lightning's name: frozen_dtype of the model, or as the model says
     "32-true": None,
     "32": None,
@@ -117,6 +118,7 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
+    model.maybe_init_from_pretrained_checkpoint(cfg)
     model.wants_to_stop = lambda: stop.requested is not None
     _say("training", _sizes(model))
     if groups.layout().model_parallel_size * groups.data_parallel_size() > 1:

@@ -47,7 +47,7 @@ from nemo_mtbi.modules.archive import (
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
-from nemo_mtbi.modules.weights import _whole_shape, gather_weights, named_weights
+from nemo_mtbi.modules.weights import gather_weights, named_weights, whole_shape
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.strategy import MTBIStrategy
@@ -55,7 +55,6 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy
 if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
-FORMAT = 2
 DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
 _TEXTS = (LLM_SETTINGS, TOKENIZER)
 _PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (*_TEXTS, LLM_WEIGHTS)}
@@ -72,7 +71,8 @@ class MTBIArchive(SaveRestoreConnector):
         Args:
             model: whole, or this process's share of it.
             save_path: of the first process.
-            full: whether encoder and LLM are stored too; ``None``: if they came from a ``.nemo`` themselves.
+            full: whether encoder and LLM are stored too; ``None``: as ``nemo_content`` says, and if they came from a
+                ``.nemo`` themselves.
 
         Raises:
             ValueError: if the path is no path, or a small ``.nemo`` would refer to parts that have no path.
@@ -80,7 +80,7 @@ class MTBIArchive(SaveRestoreConnector):
         """
         if "://" in str(save_path):
             raise ValueError(f"{save_path} is no path: save to a local file and upload that")
-        full = bool(model.frozen.embedded) if full is None else full
+        full = bool(model.frozen.embedded) or model.config.nemo_content == "full" if full is None else full
         if model.frozen.embedded and not full:
             raise ValueError(
                 "encoder and LLM of this model came out of a .nemo and have no path to refer to: save it with "
@@ -179,7 +179,7 @@ def stored_config(model: MTBIModel, full: bool) -> bytes:
     conf = OmegaConf.to_container(model.cfg, resolve=True)
     for key in (*DATA_KEYS, *RUN_KEYS):
         conf.pop(key, None)
-    conf.update(format_version=FORMAT, fingerprints=dict(model.frozen.fingerprints))
+    conf.update(format_version=FORMAT_VERSION, fingerprints=dict(model.frozen.fingerprints))
     if full:
         conf.update({f"pretrained_{part}": inside for part, inside in INSIDE.items()})
     return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
@@ -203,7 +203,7 @@ def llm_specs(chunks: list[GPTDecoder]) -> dict[str, Spec]:
     """
     vocabulary = chunks[0].architecture.vocab_size
     own = [item for chunk in chunks for item in named_weights(chunk)]
-    shapes = {name: _whole_shape(name, value, vocabulary) for name, value in own}
+    shapes = {name: whole_shape(name, value, vocabulary) for name, value in own}
     everyone = groups.gather_objects((shapes, exact_dtypes(value.detach() for _, value in own)), "replica")
     dtype = shortest(own[0][1].dtype, set.intersection(*(exact for _, exact in everyone)))
     merged = {name: shape for shapes, _ in everyone for name, shape in shapes.items()}
@@ -262,10 +262,10 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
     if conf.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
         raise ValueError(f"{file.path} can't be restored: it holds a {conf.get('target')}, no MTBI model")
     version = conf.get("format_version")
-    if type(version) is int and version > FORMAT:
+    if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
-            f"{file.path} has format_version {version}, but this nemo_mtbi reads up to {FORMAT}: install a newer "
-            "nemo_mtbi"
+            f"{file.path} has format_version {version}, but this nemo_mtbi reads up to {FORMAT_VERSION}: install a "
+            "newer nemo_mtbi"
         )
     if type(version) is not int or version < 1:
         raise ArchiveError(f"its format_version is {version!r}")

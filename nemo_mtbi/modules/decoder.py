@@ -99,11 +99,8 @@ class SDPACoreAttention(MegatronModule):
         """
         dtype = query.dtype
         if query.device.type == "cpu" and dtype == torch.bfloat16:
-            query, key, value = (
-                query.float(),
-                key.float(),
-                value.float(),
-            )  # the CPU kernel is 3 times faster in float32
+            # the CPU kernel is 3 times faster in float32
+            query, key, value = query.float(), key.float(), value.float()
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [R, heads, T, D]
         mask = None if attention_mask is None else ~attention_mask
         causal = mask is None and attn_mask_type != AttnMaskType.no_mask

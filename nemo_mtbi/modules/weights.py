@@ -133,7 +133,7 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
     own = [item for chunk in chunks for item in named_weights(chunk)]
     vocabulary = chunks[0].architecture.vocab_size
     wrong = sorted(canonical_names(chunks[0]) ^ set(source.names()))
-    wrong = wrong or sorted(name for name, value in own if source.shape(name) != _whole_shape(name, value, vocabulary))
+    wrong = wrong or sorted(name for name, value in own if source.shape(name) != whole_shape(name, value, vocabulary))
     if wrong:
         raise ValueError(
             f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
@@ -143,7 +143,7 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
             _copy_share(name, value, source)
 
 
-def _whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
+def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
     """Shape of the tensor that ``value`` is this process's share of."""
     shape, sharing = list(value.shape), _sharing(name)
     if sharing is not None:

@@ -53,7 +53,11 @@ def resume(name):
         resumed = new()
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
-        rest = list(resumed)
+        begun, rest = state["epoch"] * longest + state["batches"], []
+        for batch in resumed:
+            rest.append(batch)
+            resumed.mark_trained()
+            assert resumed.state_dict() == states[begun + len(rest) - 1]
         expected = passes_seen[state["epoch"]][state["batches"] :]
         assert len(rest) == len(expected)
         for found, wanted in zip(rest, expected, strict=True):
@@ -144,6 +148,7 @@ def test_which_pass_comes_next(alone):
             loader.set_epoch(epoch)
         iter(loader)
         assert first_key(loader) == f"cut-0-{expected}-0"
+        assert first_key(loader) == f"cut-0-{expected[0]}-0-0"  # interrupted: from its start
     loader.load_state_dict({**state, "batches": 2})
     assert list(loader) == []
     assert first_key(loader) == "cut-0-8-0-0"
