@@ -59,9 +59,9 @@ class ChatFormat:
         return [self.encode(word if i == 0 else " " + word) for i, word in enumerate(words)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of an answer; the end token is left out, and so are ids that pad the LLM's vocabulary."""
-        end, size = self.end_id, self.tokenizer.vocab_size
-        return self.tokenizer.ids_to_text([int(i) for i in ids if i != end and i < size]).strip()
+        """Text of an answer; the end token is left out."""
+        end = self.end_id
+        return self.tokenizer.ids_to_text([int(i) for i in ids if i != end]).strip()
 
     def prompt(self, prompt: str, audio: Sequence[int]) -> list[int]:
         """Layout of a turn: ``audio`` holds speech values, token ids, or both (interleaved)."""
