@@ -37,8 +37,8 @@ from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
-SECTIONS = ("name", "seed", "plan", "data", "model", "init_from_nemo_model", "init_strict", "benchmark", "trainer")
-SECTIONS += ("exp_manager",)
+SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
+SECTIONS += ("plan", "init_from_nemo_model", "init_strict")
 PRECISIONS = {  # Lightning's name: frozen_dtype of the model, or as the model says
     "32-true": None,
     "32": None,
