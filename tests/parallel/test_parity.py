@@ -81,7 +81,6 @@ CASES = {
     "k4_interleaved": Case("k4_interleaved"),
     "k4_equal": Case("k4_equal", ("untied",)),
     "text_rows": Case("text_rows", ("untied",)),
-    "uneven": Case("uneven", ("tied",)),
     "qkv_bias": Case(models=("qkv_bias",)),
     "qk_norm": Case(models=("qk_norm",)),
     "recompute_full": Case(models=("untied",), recompute="full"),
