@@ -36,6 +36,7 @@ class PlanConfig:
     """What is asked about each cut; see :class:`nemo_mtbi.data.target_plan.TargetPlan`."""
 
     tasks_per_cut: int | None = None
+    always_tasks: list[str] = field(default_factory=list)
     prompts_per_task: int = 1
     split: str = "train"
     wordings: str = "train"

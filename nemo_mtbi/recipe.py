@@ -58,6 +58,7 @@ class DataConfig:
         train_utterances, validation_utterances, test_utterances: sizes.
         synthetic_utterances: digits by espeak-ng that are trained on as well, for ``kind: digits``.
         tasks_per_cut: trained tasks answered about each training utterance; ``null``: all.
+        always_tasks: names of tasks that every training utterance is asked, among its ``tasks_per_cut``.
         digits_dir: the clone, for ``kind: digits``.
         heldout_speakers: speakers of the test utterances; all others are trained on.
         adapt: encoder adaptation.
@@ -72,6 +73,7 @@ class DataConfig:
     test_utterances: int = 150
     synthetic_utterances: int = 0
     tasks_per_cut: int | None = 8
+    always_tasks: list[str] = field(default_factory=list)
     prompts_per_task: int = 1
     digits_dir: str | None = None
     heldout_speakers: list[str] = field(default_factory=list)
@@ -145,7 +147,13 @@ def _answer(
     """The text LLM's answers about the train and validation utterances: manifests by split."""
     limit = model["generation"]["max_new_tokens"]
     plans = {
-        "train": TargetPlan(config.tasks_per_cut, config.prompts_per_task, max_new_tokens=limit, seed=config.seed),
+        "train": TargetPlan(
+            config.tasks_per_cut,
+            tuple(config.always_tasks),
+            config.prompts_per_task,
+            max_new_tokens=limit,
+            seed=config.seed,
+        ),
         "validation": TargetPlan(max_new_tokens=limit, seed=config.seed),
     }
     targets = {}

@@ -22,6 +22,7 @@ class TargetPlan:
 
     Attributes:
         tasks_per_cut: tasks that are drawn for a cut; None: all.
+        always_tasks: names of tasks that every cut is asked, among its ``tasks_per_cut``; the rest is drawn.
         prompts_per_task: distinct wordings that are drawn for each of them (fewer where the task has fewer).
         split: tasks to draw from: ``train``, ``heldout`` or ``all``.
         wordings: wordings to draw from: ``train``, ``heldout`` or ``all``.
@@ -35,6 +36,7 @@ class TargetPlan:
     """
 
     tasks_per_cut: int | None = None
+    always_tasks: Sequence[str] = ()
     prompts_per_task: int = 1
     split: str = "train"
     wordings: str = "train"
@@ -50,16 +52,27 @@ class TargetPlan:
             value = getattr(self, name)
             if not (value is None and name == "tasks_per_cut") and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
+        if self.tasks_per_cut is not None and len(self.always_tasks) > self.tasks_per_cut:
+            raise ValueError(
+                f"always_tasks names {len(self.always_tasks)} tasks, more than tasks_per_cut={self.tasks_per_cut}: "
+                "raise the one or shorten the other"
+            )
 
     def tasks(self, pool: TaskPool) -> tuple[Task, ...]:
         """The tasks to draw from.
 
         Raises:
-            ValueError: if there is none, or one has no wording to draw from.
+            ValueError: if there is none, one has no wording to draw from, or one of ``always_tasks`` is not among them.
         """
         tasks = {"train": pool.train, "heldout": pool.heldout, "all": pool.tasks}[self.split]
         if not tasks:
             raise ValueError(f"task pool '{pool.name}' has no task for split={self.split}: add one or change split")
+        missing = sorted(set(self.always_tasks) - {task.name for task in tasks})
+        if missing:
+            raise ValueError(
+                f"always_tasks names {', '.join(missing)}, which task pool '{pool.name}' does not have for "
+                f"split={self.split}: choose among {', '.join(task.name for task in tasks)}"
+            )
         for task in tasks:
             if not self.prompts(task):
                 raise ValueError(
@@ -76,8 +89,10 @@ class TargetPlan:
     def draws(self, cut_id: str, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """The (task, wording) pairs of a cut: a pure function of the seed and the cut's id."""
         count = len(tasks) if self.tasks_per_cut is None else self.tasks_per_cut
+        always = [task for task in tasks if task.name in self.always_tasks]
+        others = [task for task in tasks if task.name not in self.always_tasks]
         pairs = []
-        for task in draw_tasks(tasks, count, self.seed, cut_id):
+        for task in always + draw_tasks(others, count - len(always), self.seed, cut_id):
             left = list(self.prompts(task))
             for turn in range(min(self.prompts_per_task, len(left))):
                 pairs.append((task, draw_prompt(left, self.seed, cut_id, task.name, turn)))

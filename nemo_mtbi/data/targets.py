@@ -132,7 +132,7 @@ def _behaviors_from(provenance: dict, plan: TargetPlan, pool: TaskPool, chat: Ch
             f"provenance must hold 'llm' (a hash of the LLM), but none of {', '.join(_OWN_KEYS)}, "
             f"which are filled in here; it holds {', '.join(sorted(provenance)) or 'nothing'}"
         )
-    draws = ("tasks_per_cut", "prompts_per_task", "split", "wordings", "seed")
+    draws = ("tasks_per_cut", "always_tasks", "prompts_per_task", "split", "wordings", "seed")
     content = {
         **provenance,
         "chat": chat.fingerprint(),

@@ -48,6 +48,21 @@ def test_draws_are_distinct_and_legal(tasks_per_cut, prompts_per_task, split, se
     assert all(count == min(prompts_per_task, len(task.prompts)) for task, count in per_task.items())
 
 
+def test_some_tasks_are_always_asked():
+    plan = TargetPlan(tasks_per_cut=2, always_tasks=("keys",))
+    asked = [[task.name for task, _ in plan.draws(f"cut{n}", plan.tasks(POOL))] for n in range(40)]
+    assert {tuple(names) for names in asked} == {("keys", "say"), ("keys", "first")}
+    assert [task.name for task, _ in TargetPlan(always_tasks=["first"]).draws("cut", POOL.train)] == [
+        "first",
+        "say",
+        "keys",
+    ]
+    with pytest.raises(ValueError, match="always_tasks names last, which .* choose among say, keys, first"):
+        TargetPlan(always_tasks=("last",)).tasks(POOL)
+    with pytest.raises(ValueError, match="always_tasks names 2 tasks, more than tasks_per_cut=1"):
+        TargetPlan(tasks_per_cut=1, always_tasks=("say", "keys"))
+
+
 def test_splits_of_tasks_and_wordings():
     assert [task.name for task in TargetPlan().tasks(POOL)] == ["say", "keys", "first"]
     assert [task.name for task in TargetPlan(split="heldout").tasks(POOL)] == ["last"]

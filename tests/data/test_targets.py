@@ -61,7 +61,14 @@ def test_provenance_in_each_cut(tmp_path):
             "chat": CHAT.fingerprint(),
             "pool": POOL.fingerprint(),
             "decoding": {"method": "greedy", "max_new_tokens": 12},
-            "plan": {"tasks_per_cut": 3, "prompts_per_task": 2, "split": "all", "wordings": "train", "seed": 7},
+            "plan": {
+                "tasks_per_cut": 3,
+                "always_tasks": [],
+                "prompts_per_task": 2,
+                "split": "all",
+                "wordings": "train",
+                "seed": 7,
+            },
         }
     for wrong in ({}, {"llm": ""}, {"llm": "abc", "chat": "mine"}, {"llm": "abc", "x": object()}):
         with pytest.raises(ValueError, match="provenance must hold"):
