@@ -62,7 +62,7 @@ class TargetPlan:
         """The tasks to draw from.
 
         Raises:
-            ValueError: if there is none, one has no wording to draw from, or one of ``always_tasks`` is not among them.
+            ValueError: if there is none, one has no wording to draw from, or ``always_tasks`` names another.
         """
         tasks = {"train": pool.train, "heldout": pool.heldout, "all": pool.tasks}[self.split]
         if not tasks:

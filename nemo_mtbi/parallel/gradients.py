@@ -24,18 +24,18 @@ def share_parameters(parameters: Iterable[nn.Parameter]) -> None:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sums gradients over the data-parallel processes, in one transfer for each dtype.
 
-    They are sums and not means, since each loss is already divided by the global number of response tokens. A process
-    whose cuts were all left out takes part with zeros.
+    They are sums and not means, since each loss is already divided by the global number of response tokens. A
+    parameter that a step did not reach (cuts that were all left out, rows without speech) has a gradient of zero, in
+    one process as in many: an optimizer passes over one of ``None``, and the layout must not decide which it is.
     """
-    if groups.data_parallel_size() == 1:
-        return
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if groups.data_parallel_size() == 1:
+        return
     for members in by_dtype.values():
-        for parameter in members:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([parameter.grad.reshape(-1) for parameter in members])
         groups.data_parallel_sum(flat)
         for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
             layout.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=False,  # ours are below; each idle one has threads that poll
             **({} if timeout is None else {"distributed_timeout_minutes": timeout / 60}),
         )
     _start_control(limit)
@@ -173,6 +175,7 @@ def shut_down() -> None:
         dist.destroy_process_group()
     _control.clear()
     _layout = None
+    gc.collect()  # a group that a cycle still holds keeps its threads, which poll a hundred times a second
 
 
 def layout() -> ParallelConfig:
