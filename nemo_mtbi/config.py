@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
@@ -41,6 +42,7 @@ class ModelConfig:
         pretrained_llm: text LLM directory, or ``demo``.
         connector: the trainable part.
         interleave: which rows get words as text; ``null`` leaves all rows speech.
+        loss: what is minimized: see :class:`nemo_mtbi.losses.LossConfig`.
         generation: decoding, in validation and ``generate``.
         micro_batch_tokens: rows x longest row of a microbatch; bounds activation memory.
         tensor_model_parallel_size, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size,
@@ -64,6 +66,7 @@ class ModelConfig:
     pretrained_llm: str = MISSING
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     micro_batch_tokens: int = 8192
     tensor_model_parallel_size: int = 1

@@ -52,6 +52,7 @@ def test_the_callers_config_is_left_as_it_is():
         ({"interleave": {"probabilty": 1}}, "model.interleave.probabilty", "probability"),
         ({"generation": {"max_new_token": 1}}, "model.generation.max_new_token", "max_new_tokens"),
         ({"targets": {"allow_foregin": True}}, "model.targets.allow_foregin", "allow_foreign"),
+        ({"loss": {"kl_wieght": 1.0}}, "model.loss.kl_wieght", "kl_weight"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(extra, key, nearest):
@@ -105,6 +106,7 @@ def test_a_section_without_keys_is_refused(section):
     [
         ({"connector": {"kind": "convv"}}, "model.connector.kind is 'convv'; it must be one of conv, stack"),
         ({"connector": {"kernel_size": 4}}, "model.connector.kernel_size is 4; it must be odd"),
+        ({"loss": {"temperature": 2.0}}, "model.loss.temperature is 2.0, but model.loss.kl_weight is 0"),
         ({"interleave": {"unit": "letter"}}, "interleave.unit must be one of word, span"),
         ({"interleave": {"probability": 1.5}}, "interleave.probability .* between 0 and 1, got 1.5"),
         ({"interleave": {"text_share": -0.1}}, "interleave.text_share .* between 0 and 1, got -0.1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.draw import DrawnRows, check_policy
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.interleave import InterleaveConfig, choose_text, interleave, speech_only
-from nemo_mtbi.data.layout import RowInfo, StepBatch, collate
+from nemo_mtbi.data.layout import Row, RowInfo, StepBatch, collate
 from nemo_mtbi.data.tasks import stable_rng
 
 # What Lhotse raises for a missing, foreign or damaged file. No RuntimeError: it raises that where a library is missing
@@ -89,6 +89,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         on_bad_audio: ``raise`` stops with the name of the cut; ``skip`` leaves the cut out and counts it by reason in
             ``StepBatch.skipped``. If no cut of a batch is left, the batch is ``StepBatch.empty``.
         with_rows: fill ``StepBatch.rows``, which generation-based validation reads.
+        with_twins: every row that hears speech gets its text twin, for a loss that compares them.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         interleave: InterleaveConfig | None = None,
         on_bad_audio: str = "raise",
         with_rows: bool = False,
+        with_twins: bool = False,
     ):
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens must be positive, got {micro_batch_tokens}")
@@ -108,6 +110,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         self.interleave = interleave
         self.on_bad_audio = check_policy(on_bad_audio)
         self.with_rows = with_rows
+        self.with_twins = with_twins
 
     def __getitem__(self, cuts: Iterable[Cut]) -> StepBatch:
         """Loads and builds one step.
@@ -130,10 +133,9 @@ class MTBIDataset(torch.utils.data.Dataset):
                 skipped[error.reason] += 1
                 continue
             utterance, num_frames = len(audio), self.frames(len(samples))
-            for behavior, layout in zip(drawn.behaviors, self._layouts(drawn, num_frames, stats), strict=True):
-                rows.append(behavior.row(self.chat, layout, utterance))
-                if self.with_rows:
-                    infos.append(self._info(drawn, behavior, utterance, num_frames))
+            rows += self._rows(drawn, self._layouts(drawn, num_frames, stats), utterance)
+            if self.with_rows:
+                infos += [self._info(drawn, behavior, utterance, num_frames) for behavior in drawn.behaviors]
             audio.append(samples)
             counts.append(num_frames)
             ids.append(drawn.cut_id)
@@ -163,6 +165,18 @@ class MTBIDataset(torch.utils.data.Dataset):
             stats["interleaved_rows"] += 1
             layouts.append(interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds))
         return layouts
+
+    def _rows(self, drawn: DrawnRows, layouts: Sequence[Sequence[int]], utterance: int) -> list[Row]:
+        """The rows of a cut; their twins read the transcript with the tokens that the targets were made from."""
+        made = zip(drawn.behaviors, layouts, strict=True)
+        rows = [behavior.row(self.chat, layout, utterance) for behavior, layout in made]
+        if not self.with_twins:
+            return rows
+        text = self.chat.encode(drawn.transcript)
+        return [
+            replace(row, twin=behavior.row(self.chat, text)) if row.hears else row
+            for behavior, row in zip(drawn.behaviors, rows, strict=True)
+        ]
 
     def _info(self, drawn: DrawnRows, behavior: Behavior, utterance: int, num_frames: int) -> RowInfo:
         return RowInfo(

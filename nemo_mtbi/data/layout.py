@@ -31,11 +31,24 @@ class Row:
         layout: what the decoder reads, ``T`` values (the last token of the sequence is only a label: not here).
         labels: ``T`` values: the token that position ``t`` must predict, or :data:`IGNORE`.
         utterance: index of the utterance in the step, or ``None`` for a row without speech.
+        twin: the same prompt with the transcript as text, and the same response: what the LLM reads where this row
+            hears. ``None`` where the row is text itself, or nobody compares them.
     """
 
     layout: tuple[int, ...]
     labels: tuple[int, ...]
     utterance: int | None = None
+    twin: Row | None = None
+
+    @property
+    def response(self) -> list[int]:
+        """The tokens that are predicted, in order."""
+        return [label for label in self.labels if label != IGNORE]
+
+    @property
+    def hears(self) -> bool:
+        """Whether anything of it is speech."""
+        return min(self.layout) < 0
 
 
 def make_row(prompt: Sequence[int], response: Sequence[int], utterance: int | None = None) -> Row:
@@ -54,6 +67,10 @@ def make_row(prompt: Sequence[int], response: Sequence[int], utterance: int | No
     return Row(layout, labels, utterance)
 
 
+def _nowhere() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
+
+
 @dataclass
 class MicroBatch:
     """Rows of similar length that go through the decoder together, padded on the right."""
@@ -62,6 +79,8 @@ class MicroBatch:
     labels: Tensor  # [R, T] int64; IGNORE where nothing is predicted
     lengths: Tensor  # [R] int64
     response_index: Tensor  # [n] int64: positions with a label, as t * R + r (Megatron's hidden states are [T, R, H])
+    paired: Tensor = field(default_factory=_nowhere)  # [m] int64: which of the n belong to rows with a text twin
+    twin_index: Tensor = field(default_factory=_nowhere)  # [m] int64: the same tokens among those of all twins
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], offsets: Sequence[int]) -> MicroBatch:
@@ -133,6 +152,9 @@ class StepBatch:
         stats: counts of what was read, by name (``no_alignment``, ``interleaved_rows``).
         skipped: counts of what was left out, by reason. A batch of nothing but skipped cuts has no utterance, no
             microbatch and 0 targets (:meth:`empty`).
+        twins: the text twins of the rows that hear, grouped by their own lengths. Their response tokens, microbatch by
+            microbatch in the order of ``response_index``, are what ``MicroBatch.twin_index`` points into. Empty if no
+            row hears, ``None`` if the rows came without twins.
     """
 
     audio: Tensor
@@ -144,12 +166,13 @@ class StepBatch:
     rows: list[RowInfo] = field(default_factory=list)
     stats: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    twins: list[MicroBatch] | None = None
 
     @classmethod
     def empty(cls, skipped: dict[str, int]) -> StepBatch:
         """A step whose cuts were all left out: it adds nothing to loss and gradients but takes part in collectives."""
         lengths = torch.zeros(0, dtype=torch.int64)
-        return cls(torch.zeros(0, 0), lengths, lengths.clone(), [], 0, skipped=skipped)
+        return cls(torch.zeros(0, 0), lengths, lengths.clone(), [], 0, skipped=skipped, twins=[])
 
     @property
     def num_frames(self) -> int:
@@ -162,6 +185,7 @@ class StepBatch:
             audio=self.audio.to(device, **kwargs),
             audio_lengths=self.audio_lengths.to(device, **kwargs),
             microbatches=[microbatch.to(device, **kwargs) for microbatch in self.microbatches],
+            twins=None if self.twins is None else [twin.to(device, **kwargs) for twin in self.twins],
         )
 
 
@@ -196,15 +220,17 @@ def collate(
         cut_ids: one per utterance.
 
     Raises:
-        ValueError: if there is no row, or a layout points past the last frame of its utterance.
+        ValueError: if there is no row, a layout points past the last frame of its utterance, or a text twin does not
+            fit its row.
     """
     if not rows:
         raise ValueError("a step needs at least one row: every cut of the batch was empty or dropped")
     for row in rows:
         available = 0 if row.utterance is None else frame_lengths[row.utterance]
         last = -min(row.layout)  # number of frames that the layout needs; <= 0 for text
+        name = cut_ids[row.utterance] if cut_ids and row.utterance is not None else "a row without audio"
+        _check_twin(row, name)
         if last > available:
-            name = cut_ids[row.utterance] if cut_ids and row.utterance is not None else "a row without audio"
             raise ValueError(
                 f"the layout of {name} points at speech frame {last - 1}, but there are only {available} frames: "
                 "the layout must be built with the frame counter of the model that is trained"
@@ -214,12 +240,71 @@ def collate(
         offsets.append(offsets[-1] + count)
     groups = group_by_length([len(row.layout) for row in rows], micro_batch_tokens)
     lengths = torch.tensor([len(samples) for samples in audio], dtype=torch.int64)
+    microbatches = [MicroBatch.from_rows([rows[i] for i in group], offsets) for group in groups]
     padded = torch.nn.utils.rnn.pad_sequence(list(audio), batch_first=True) if len(audio) else torch.zeros(0, 0)
     return StepBatch(
         audio=padded,
         audio_lengths=lengths,
         frame_lengths=torch.tensor(list(frame_lengths), dtype=torch.int64),
-        microbatches=[MicroBatch.from_rows([rows[i] for i in group], offsets) for group in groups],
+        microbatches=microbatches,
         num_targets=sum(label != IGNORE for row in rows for label in row.labels),
+        twins=pair_twins(rows, groups, microbatches, micro_batch_tokens),
         cut_ids=list(cut_ids),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- text twins
+
+
+def _check_twin(row: Row, name: str) -> None:
+    """Refuses a text twin that does not predict the tokens of its row, or hears."""
+    if row.twin is not None and (row.twin.response != row.response or row.twin.hears):
+        raise ValueError(
+            f"the text twin of {name} must be text and predict the same {len(row.response)} response tokens: make "
+            "both from the same behavior"
+        )
+
+
+def pair_twins(
+    rows: Sequence[Row], groups: Sequence[Sequence[int]], microbatches: Sequence[MicroBatch], micro_batch_tokens: int
+) -> list[MicroBatch] | None:
+    """Builds the microbatches of the text twins, and fills ``paired`` and ``twin_index`` of those of the rows.
+
+    Args:
+        rows: all rows of a step.
+        groups: the rows of each microbatch.
+        microbatches: of the rows.
+        micro_batch_tokens: bound on ``twins * longest twin`` of a microbatch.
+
+    Returns:
+        The twins; ``None`` if the rows have none, though some hear.
+
+    Raises:
+        ValueError: if only some of the rows that hear have a twin.
+    """
+    owners = [index for index, row in enumerate(rows) if row.twin is not None]
+    if any(row.hears and row.twin is None for row in rows):
+        if owners:
+            raise ValueError("only some rows with speech have a text twin: give one to all of them, or to none")
+        return None
+    lengths = [len(rows[index].twin.layout) for index in owners]
+    members = [[owners[k] for k in group] for group in group_by_length(lengths, micro_batch_tokens)]
+    twins = [MicroBatch.from_rows([rows[index].twin for index in group], []) for group in members]
+    counts = torch.tensor([len(row.response) for row in rows])
+    firsts = counts.cumsum(0) - counts  # number of each row's first response token among those of all rows
+    place = torch.full((int(counts.sum()),), -1)  # where each response token of the step stands among those of twins
+    if twins:
+        order = torch.cat([_numbers(twin, group, firsts) for twin, group in zip(twins, members, strict=True)])
+        place[order] = torch.arange(len(order))
+    for microbatch, group in zip(microbatches, groups, strict=True):
+        found = place[_numbers(microbatch, group, firsts)]
+        microbatch.paired = (found >= 0).nonzero().squeeze(1)
+        microbatch.twin_index = found[microbatch.paired]
+    return twins
+
+
+def _numbers(microbatch: MicroBatch, group: Sequence[int], firsts: Tensor) -> Tensor:
+    """``[n]``: the number in the step of each response token of a microbatch, whose rows are ``group``."""
+    place = (microbatch.labels != IGNORE).cumsum(1) - 1  # [R, T]: which of its row's tokens a position predicts
+    row = microbatch.response_index % len(group)
+    return firsts[torch.tensor(group)][row] + place.t().reshape(-1)[microbatch.response_index]

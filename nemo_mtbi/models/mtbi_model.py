@@ -67,6 +67,7 @@ class MTBIModel(ModelPT):
         self._save_restore_connector = MTBIArchive()
         self.config, self.frozen = config, frozen
         self.speech_llm, llm = frozen.load()
+        self.speech_llm.loss = config.loss
         self.chat = llm.chat
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
@@ -90,6 +91,7 @@ class MTBIModel(ModelPT):
             interleave=self.config.interleave if train else None,
             on_bad_audio=self.config.on_bad_audio,
             with_rows=not train,
+            with_twins=self.config.loss.uses_teacher,
         )
 
     def _loader(self, config: DictConfig, train: bool):
@@ -147,6 +149,9 @@ class MTBIModel(ModelPT):
         if self._random_states is not None:  # a run that goes on: right before its first step
             random_states.restore(self._random_states)
             self._random_states = None
+            # Lightning counts a step for the loggers after the validation that saved this state
+            loop = self.trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped = max(loop._batches_that_stepped, self.trainer.global_step)
 
     @property
     def agreed_to_stop(self) -> bool:
@@ -163,7 +168,7 @@ class MTBIModel(ModelPT):
         count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets), device=self.device))
         if not count:
             return None  # every cut was left out: nothing to learn, no update
-        loss = self.speech_llm.train_step(batch, int(count)) if batch.microbatches else torch.zeros_like(count)
+        loss = self.speech_llm.train_step(batch, int(count))
         own = loss.detach().clone()
         loss = groups.data_parallel_sum(loss.detach())
         sum_gradients(trained)
@@ -173,6 +178,8 @@ class MTBIModel(ModelPT):
             return None
         self._gradient_norm = norm
         self.log("train_loss", loss, prog_bar=True)
+        for name, value in self.speech_llm.parts.items():
+            self.log(f"train_{name}", groups.data_parallel_sum(value))
         self.log("gradient_norm", norm.float())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         self.log("response_tokens", count)
@@ -218,8 +225,8 @@ class MTBIModel(ModelPT):
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> dict:
         """Loss on the targets, and free-running answers to the speech against the LLM's answers to the text."""
-        result = {"loss": self.speech_llm.evaluate_step(batch).item() if batch.microbatches else 0.0}
-        result["tokens"] = batch.num_targets
+        result = {"loss": self.speech_llm.evaluate_step(batch).item(), "tokens": batch.num_targets}
+        result["parts"] = {name: value.item() for name, value in self.speech_llm.parts.items()}
         result["rows"] = batch.rows
         with torch.no_grad():
             frames = self.speech_llm.encode(batch)
@@ -242,6 +249,8 @@ class MTBIModel(ModelPT):
         if not rows:
             return
         self.log("val_loss", sum(result["loss"] for result in results) / max(tokens, 1), prog_bar=True)
+        for name in self.config.loss.parts:
+            self.log(f"val_{name}", sum(result["parts"][name] for result in results) / max(tokens, 1))
         pairs = [(row.reference, answer) for row, answer in zip(rows, answers, strict=True)]
         self.log("val_agreement", sum(exact(*pair) for pair in pairs) / len(pairs), prog_bar=True)
         self.log("val_f1", sum(token_f1(*pair) for pair in pairs) / len(pairs))

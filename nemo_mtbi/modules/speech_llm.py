@@ -7,7 +7,7 @@ the head and the loss on the last one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import tee
 
 import torch
@@ -16,13 +16,17 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.layout import IGNORE, MicroBatch, StepBatch
-from nemo_mtbi.losses import response_cross_entropy
+from nemo_mtbi.losses import LossConfig, hidden_distance, response_cross_entropy, response_divergence
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.encoding import encode_shared
+
+PIECE = 2**26  # logits that teacher and student are compared on at once: a quarter of a gigabyte in float32, each
+# What the last stage makes of a microbatch and its hidden states: what backward starts from, and what is kept.
+Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
 class LayoutDecoder(nn.Module):
@@ -78,6 +82,11 @@ class SpeechLLM(LayoutDecoder):
         connector: its configuration.
         decoder: the LLM, or this process's runs of its layers.
         shape: of the encoder, where there is none.
+
+    Attributes:
+        loss: what is minimized.
+        parts: of the loss of the last step, by the names of ``loss.parts``: neither weighted nor, in training, summed
+            over replicas, but divided like the loss. Equal on every stage.
     """
 
     def __init__(
@@ -92,6 +101,8 @@ class SpeechLLM(LayoutDecoder):
         self.frame_counter = FrameCounter(
             shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
         )
+        self.loss = LossConfig()
+        self.parts: dict[str, Tensor] = {}
         self.encoder = encoder
         self.connector: Connector | None = None
         if encoder is not None:
@@ -128,13 +139,78 @@ class SpeechLLM(LayoutDecoder):
                 )
         return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
-    def loss_sum(self, decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> Tensor:
-        """Summed cross entropy of the response tokens of one microbatch, on the last stage."""
+    @torch.no_grad()
+    def teach(self, batch: StepBatch) -> Tensor:
+        """What the LLM itself makes of the text twins of a step: a pass of the pipeline without gradients.
+
+        Kept are hidden states and not logits, which the last stage makes anew where it compares them: for a large
+        vocabulary they are a hundred times larger. Every pass of the teacher goes through here: adapters in the LLM,
+        once there are any, are to be off in here.
+
+        Returns:
+            On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
+            elsewhere, and if no row hears, ``[0, H]``.
+
+        Raises:
+            RuntimeError: if the rows came without twins.
+        """
+        if batch.twins is None:
+            raise RuntimeError(
+                "model.loss compares with text twins, but the rows of this step have none: build the dataset with "
+                "with_twins=True"
+            )
+
+        def keep(decoder: GPTDecoder, twin: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            states = _at(hidden, twin.response_index)
+            return states, states
+
+        kept = self._run_schedule(batch.twins, self.no_frames(), keep, forward_only=True)
+        return torch.cat(kept) if kept else self.no_frames().to(self.decoder.config.params_dtype)
+
+    def loss_sums(
+        self, decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Sums over the response tokens of one microbatch, on the last stage.
+
+        Args:
+            decoder: the last run of layers, with the head.
+            microbatch: the rows.
+            hidden: ``[T, R, H]``.
+            teacher: ``[M, H]`` as :meth:`teach` gives them; ``None`` without a teacher.
+
+        Returns:
+            ``loss``, which is minimized, and the parts of it that ``self.loss`` measures.
+        """
+        config, group = self.loss, groups.tensor_parallel_group()
         logits = decoder.logits(hidden, microbatch.response_index)  # [n, V / tp]
-        return response_cross_entropy(logits, microbatch.targets, groups.tensor_parallel_group())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.ce_weight > 0):
+            sums = {"ce": response_cross_entropy(logits, microbatch.targets, group)}
+        if config.kl_weight:
+            sums["kl"] = self._divergence(decoder, microbatch, logits, teacher)
+        if config.hidden_weight:
+            own = _at(hidden, microbatch.response_index[microbatch.paired])
+            sums["hidden"] = hidden_distance(own, teacher[microbatch.twin_index])
+        weights = {"ce": config.ce_weight, "kl": config.kl_weight, "hidden": config.hidden_weight}
+        loss = sum(weights[name] * value for name, value in sums.items() if weights[name])
+        return {"loss": loss, **{name: sums[name].detach() for name in config.parts}}
+
+    def _divergence(self, decoder: GPTDecoder, microbatch: MicroBatch, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Summed divergence from the teacher, piece by piece, since it works on several copies of the logits."""
+        config, group = self.loss, groups.tensor_parallel_group()
+        if len(microbatch.paired) < len(logits):
+            logits = logits[microbatch.paired]
+        size = max(PIECE // logits.shape[-1], 1)
+        total = 0
+        for own, index in zip(logits.split(size), microbatch.twin_index.split(size), strict=True):
+            with torch.no_grad():
+                wanted = decoder.logits(teacher, index)
+            total = total + response_divergence(
+                own, wanted, config.divergence, config.temperature, config.scale_by_temperature, group
+            )
+        return total
 
     def train_step(self, batch: StepBatch, num_targets: int) -> Tensor:
-        """Forward and backward of one optimizer step through Megatron's schedule.
+        """Forward and backward of one optimizer step through Megatron's schedule; sets ``parts``.
 
         The connector runs once for all rows: ``frames`` enters the schedule as a detached leaf, every microbatch
         gathers from it, and one backward runs through the connector at the end.
@@ -147,28 +223,56 @@ class SpeechLLM(LayoutDecoder):
             This replica's share of the mean loss per response token (the sum over replicas is the mean), on every
             stage.
         """
+        teacher = self.teach(batch) if self.loss.uses_teacher else None
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
         # without a single frame nothing here trains, and autograd refuses to run backward
         forward_only = not batch.num_frames
-        losses = self._run_schedule(batch.microbatches, leaf, 1.0 / max(num_targets, 1), forward_only)
+        loss = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
-        return losses
+        return loss
 
     @torch.no_grad()
     def evaluate_step(self, batch: StepBatch) -> Tensor:
-        """Summed loss over this batch's response tokens, without gradients, on every stage."""
-        return self._run_schedule(batch.microbatches, self.encode(batch), 1.0, forward_only=True)
+        """Summed loss over this batch's response tokens, without gradients, on every stage; sets ``parts``."""
+        teacher = self.teach(batch) if self.loss.uses_teacher else None
+        return self._run_loss(batch.microbatches, self.encode(batch), teacher, 1.0, forward_only=True)
+
+    def _run_loss(
+        self,
+        microbatches: list[MicroBatch],
+        frames: Tensor,
+        teacher: Tensor | None,
+        scale: float,
+        forward_only: bool,
+    ) -> Tensor:
+        """The loss of all microbatches times ``scale``; backward too, unless ``forward_only``."""
+
+        def finish(decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            sums = self.loss_sums(decoder, microbatch, hidden, teacher)
+            loss = sums.pop("loss") * scale
+            return loss, torch.stack([loss.detach(), *(value * scale for value in sums.values())])
+
+        total, *parts = self._on_every_stage(self._run_schedule(microbatches, frames, finish, forward_only))
+        self.parts = dict(zip(self.loss.parts, parts, strict=True))
+        return total
+
+    def _on_every_stage(self, kept: list[Tensor]) -> Tensor:
+        """``[1 + parts]``: the sum of what the last stage has kept of its microbatches: the loss and its parts."""
+        loss = torch.zeros(1 + len(self.loss.parts), device=self.device, dtype=self._loss_dtype)
+        if kept:
+            loss = torch.stack(kept).sum(0)
+        return groups.pipeline_sum(loss)
 
     def _run_schedule(
-        self, microbatches: list[MicroBatch], frames: Tensor, scale: float, forward_only: bool
-    ) -> Tensor:
-        """Sends the microbatches through Megatron's schedule; each loss is its sum times ``scale``."""
+        self, microbatches: list[MicroBatch], frames: Tensor, finish: Finish, forward_only: bool
+    ) -> list[Tensor]:
+        """Sends the microbatches through Megatron's schedule; what ``finish`` keeps of each, on the last stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
-            return torch.zeros((), device=self.device)
+            return []
 
         def forward_step(iterator, decoder: GPTDecoder):
             microbatch = next(iterator)
@@ -176,15 +280,15 @@ class SpeechLLM(LayoutDecoder):
             hidden = decoder.hidden(embeddings)  # [T, R, H]
             if not decoder.post_process:
                 return hidden, None
-            loss = self.loss_sum(decoder, microbatch, hidden) * scale
-            tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=loss.device)
-            return loss, lambda output: (output, tokens, {"loss": output.detach()})
+            output, kept = finish(decoder, microbatch, hidden)
+            tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=output.device)
+            return output, lambda output: (output, tokens, kept)
 
         microbatches = fill_schedule(microbatches, groups.layout())
         iterators = list(tee(microbatches, len(self.chunks)))
         single = len(self.chunks) == 1
         with megatron_device(self.device):
-            stored = get_forward_backward_func()(
+            return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators[0] if single else iterators,
                 model=self.decoder if single else list(self.chunks),
@@ -193,13 +297,15 @@ class SpeechLLM(LayoutDecoder):
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        losses = [entry["loss"] for entry in stored]  # on the last stage
-        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.device, dtype=self._loss_dtype)
-        return groups.pipeline_sum(loss)
 
     @property
     def _loss_dtype(self) -> torch.dtype:
         return torch.promote_types(self.decoder.config.params_dtype, torch.float32)
+
+
+def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    """``[n, H]``: hidden states ``[T, R, H]`` at positions ``t * R + r``."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
 
 
 def fill_schedule(microbatches: list[MicroBatch], layout: groups.ParallelConfig) -> list[MicroBatch]:
@@ -211,5 +317,6 @@ def fill_schedule(microbatches: list[MicroBatch], layout: groups.ParallelConfig)
     if layout.virtual_pipeline_model_parallel_size is None:
         return microbatches
     one = torch.zeros((1, 1), dtype=torch.int64, device=microbatches[0].layout.device)
-    empty = MicroBatch(one, torch.full_like(one, IGNORE), torch.ones_like(one[0]), one[0, :0])
+    none = one[0, :0]
+    empty = MicroBatch(one, torch.full_like(one, IGNORE), torch.ones_like(one[0]), none, none, none)
     return microbatches + [empty] * (-len(microbatches) % layout.pipeline_model_parallel_size)

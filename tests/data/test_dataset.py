@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,36 @@ def test_without_word_times_all_rows_stay_speech_and_are_counted(corpus, chat, f
     batch = dataset[cuts]
     assert batch.stats == {"no_alignment": 3}
     assert rows_in(batch) == rows_in(MTBIDataset(chat, frames, 200)[cuts])
+
+
+def test_twins_read_the_transcript_and_answer_the_same(corpus, chat, frames, draw):
+    cuts = draw(corpus.cuts(4))
+    for changes in ({}, {"interleave": InterleaveConfig(probability=0.7)}):
+        batch = MTBIDataset(chat, frames, 300, with_twins=True, **changes)[cuts]
+        expected, truncated = [], 0
+        for cut in cuts:
+            text, drawn = chat.encode(cut.supervisions[0].text), DrawnRows.of(cut)
+            for behavior in drawn.behaviors:
+                prompt = chat.prompt(behavior.prompt, text)
+                # the end of a truncated response is no target
+                response = [*chat.encode(behavior.response), *([] if behavior.truncated else [chat.end_id])]
+                labels = [IGNORE] * (len(prompt) - 1) + response
+                expected.append((tuple(prompt + response[:-1]), tuple(labels)))
+                truncated += behavior.truncated
+        assert rows_in(replace(batch, microbatches=batch.twins)) == sorted(expected) and truncated == 8
+        assert sum(len(micro.twin_index) for micro in batch.microbatches) == batch.num_targets
+        assert rows_in(batch) == rows_in(MTBIDataset(chat, frames, 300, **changes)[cuts])
+    assert MTBIDataset(chat, frames, 300)[cuts].twins is None
+
+
+def test_a_row_that_is_all_text_has_no_twin(corpus, chat, frames, draw, monkeypatch):
+    cuts = draw(corpus.cuts(3), rows_per_cut=2)
+    dataset = MTBIDataset(chat, frames, 300, with_twins=True)
+    layouts = dataset._layouts
+    monkeypatch.setattr(dataset, "_layouts", lambda *args: [[7, 8], *layouts(*args)[1:]])
+    batch = dataset[cuts]
+    assert sum(len(micro.lengths) for micro in batch.microbatches) == 6
+    assert sum(len(twin.lengths) for twin in batch.twins) == 3
 
 
 def test_rows_for_validation(corpus, chat, frames, draw):

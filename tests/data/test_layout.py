@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -134,3 +136,71 @@ def test_to_moves_and_keeps():
     moved = batch.to("cpu")
     assert moved.skipped == {"empty": 1}
     assert torch.equal(moved.microbatches[0].layout, batch.microbatches[0].layout)
+
+
+# ---------------------------------------------------------------------------------------------------------- text twins
+
+
+@st.composite
+def steps_with_twins(draw):
+    """Rows whose response tokens are all different, so that a token names its place; those that hear have a twin."""
+    counts, rows = draw(steps())
+    made, following = [], 1000
+    for row in rows:
+        length = len(row.response)
+        response = range(following, following + length)
+        following += length
+        row = make_row(row.layout[: len(row.layout) - length + 1], response, row.utterance)
+        text = draw(st.lists(tokens, min_size=1, max_size=9))
+        made.append(replace(row, twin=make_row(text, response)) if row.hears else row)
+    return counts, made
+
+
+@given(steps_with_twins(), st.integers(1, 40))
+def test_student_and_teacher_predict_the_same_token(step, micro_batch_tokens):
+    batch = build(*step, micro_batch_tokens)
+    taught = [token for twin in batch.twins for token in twin.targets.tolist()]
+    compared = []
+    for micro in batch.microbatches:
+        tokens_of_rows = micro.targets[micro.paired].tolist()
+        assert tokens_of_rows == [taught[place] for place in micro.twin_index.tolist()]
+        assert micro.paired.tolist() == sorted(micro.paired.tolist())
+        compared += tokens_of_rows
+    assert sorted(compared) == sorted(taught) == [token for row in step[1] if row.hears for token in row.response]
+    for twin in batch.twins:
+        assert (twin.layout >= 0).all()
+        assert len(twin.lengths) == 1 or twin.layout.numel() <= micro_batch_tokens
+
+
+@given(steps_with_twins())
+def test_twins_change_nothing_else(step):
+    counts, rows = step
+    batch, without = build(*step), build(counts, [replace(row, twin=None) for row in rows])
+    assert (without.twins is None) == any(row.hears for row in rows)
+    assert batch.num_targets == without.num_targets
+    for one, other in zip(batch.microbatches, without.microbatches, strict=True):
+        for name in ("layout", "labels", "lengths", "response_index"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert len(other.paired) == len(other.twin_index) == 0
+
+
+HEARD = make_row([1, -1, 2], [7, 8], 0)
+
+
+@pytest.mark.parametrize("twin", [make_row([1, 5, 2], [7, 9]), make_row([1], [7]), make_row([1, -1], [7, 8])])
+def test_a_twin_that_does_not_fit_its_row_is_an_error(twin):
+    with pytest.raises(ValueError, match="the text twin of a must be text and predict the same 2 response tokens"):
+        collate([torch.ones(5)], [2], [replace(HEARD, twin=twin)], 100, ["a"])
+
+
+def test_twins_of_some_rows_only_are_an_error():
+    with pytest.raises(ValueError, match="only some rows with speech have a text twin"):
+        collate([torch.ones(5)], [2], [HEARD, replace(HEARD, twin=make_row([1, 2], [7, 8]))], 100)
+
+
+def test_to_moves_twins():
+    batch = build([2], [replace(HEARD, twin=make_row([1, 5], [7, 8]))])
+    moved = batch.to("meta")
+    parts = (*moved.microbatches, *moved.twins)
+    assert {value.device.type for part in parts for value in vars(part).values()} == {"meta"}
+    assert StepBatch.empty({}).to("meta").twins == []

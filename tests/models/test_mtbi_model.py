@@ -143,6 +143,27 @@ def test_validation_reports_loss_agreement_and_word_error_rate(model_section):
     assert 0 <= found["val_agreement"] <= found["val_f1"] <= 1
 
 
+def test_a_loss_that_compares_with_the_text_reports_its_parts(model_section):
+    runner = trainer(2, limit_val_batches=1.0, check_val_every_n_epoch=None, val_check_interval=2)
+    section = model_section(loss={"ce_weight": 0.5, "kl_weight": 2.0, "divergence": "js"})
+    model = MTBIModel(section, runner)
+    assert model.config.loss.divergence == model.speech_llm.loss.divergence == "js"
+    runner.fit(model)
+    found = {name: float(value) for name, value in runner.callback_metrics.items()}
+    for stage in ("train", "val"):
+        assert found[f"{stage}_ce"] > 0 and found[f"{stage}_kl"] > 0
+        assert found[f"{stage}_loss"] == pytest.approx(0.5 * found[f"{stage}_ce"] + 2 * found[f"{stage}_kl"])
+    (batch,) = model._validation_dl
+    model.speech_llm.evaluate_step(batch)
+    assert found["val_kl"] == pytest.approx(model.speech_llm.parts["kl"].item() / batch.num_targets)
+
+
+def test_cross_entropy_alone_makes_no_twins_and_reports_no_parts(model):
+    assert model.config.loss.uses_teacher is False
+    assert next(iter(model._train_dl)).twins is None
+    assert not {"train_ce", "train_kl"} & model.trainer.callback_metrics.keys()
+
+
 def test_the_figures_of_validation_are_those_of_generate_and_of_the_loss(model, model_section, monkeypatch):
     """Rows, answers and loss from outside of the validation loop."""
     heard, step = [], model.validation_step

@@ -81,6 +81,7 @@ CASES = {
     "k4_interleaved": Case("k4_interleaved"),
     "k4_equal": Case("k4_equal", ("untied",)),
     "text_rows": Case("text_rows", ("untied",)),
+    "uneven": Case("uneven", ("untied",)),
     "qkv_bias": Case(models=("qkv_bias",)),
     "qk_norm": Case(models=("qk_norm",)),
     "recompute_full": Case(models=("untied",), recompute="full"),
@@ -88,6 +89,8 @@ CASES = {
     "float32": Case(models=("untied",), dtype="float32"),
     "bfloat16": Case(models=("untied",), dtype="bfloat16"),
     "trainer": Case(models=("untied",), trainer=True),
+    "kl": Case("kl", ("untied",)),
+    "js_temperature": Case("js_temperature", ("untied",)),
 }
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -117,6 +120,8 @@ class Plain:
 
     @staticmethod
     def evaluate(speech_llm, batch):
+        if speech_llm.loss.uses_teacher:
+            return data.plain_loss(speech_llm, batch)
         decoder, frames, total = speech_llm.decoder, speech_llm.encode(batch), 0
         for microbatch in batch.microbatches:
             hidden = decoder.hidden(speech_llm.embed(microbatch.layout, frames))
@@ -249,6 +254,7 @@ def make_reference(folder):
     tiny_asr_nemo(f"{folder}/asr.nemo")
     for key in sorted({(case.data, model, case.dtype) for case in CASES.values() for model in case.models}):
         speech_llm = build(folder, key[1], getattr(torch, key[2]))
+        speech_llm.loss = data.LOSSES.get(key[0], speech_llm.loss)
         found = train(speech_llm, data.step_batches(speech_llm.frame_counter, key[0]), Plain)
         Path(folder, f"{'.'.join(key)}.json").write_text(json.dumps(found))
     Path(folder, "complete").touch()
@@ -306,6 +312,7 @@ def run_case(folder, layout, case, model):
     # each process draws a connector of its own; the first one's must reach all
     speech_llm = build(folder, model, getattr(torch, case.dtype), case.recompute, seed=3 + rank)
     assert all(value.dtype != torch.bfloat16 for value in trained(speech_llm))
+    speech_llm.loss = data.LOSSES.get(case.data, speech_llm.loss)
     batches = data.step_batches(speech_llm.frame_counter, case.data, replica, groups.data_parallel_size())
     if not groups.is_first_stage():
         for batch in batches:
