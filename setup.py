@@ -39,7 +39,8 @@ setup(
         "pyyaml",
         "rich",
         "jiwer",
-        "sacrebleu",
+        "sacrebleu>=2",
+        "whisper_normalizer",  # Whisper's text normalizers for WER; MIT, also among NeMo's own requirements for ASR
         "torchmetrics",
         "tensorboard",
     ],

@@ -20,7 +20,15 @@ from nemo_mtbi.data.behaviors import Behavior
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.draw import DrawnRows, check_policy
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.interleave import InterleaveConfig, choose_text, interleave, speech_only
+from nemo_mtbi.data.interleave import (
+    HeardRow,
+    InterleaveConfig,
+    choose_text,
+    interleave,
+    interleave_wave,
+    speech_only,
+    text_only,
+)
 from nemo_mtbi.data.layout import Row, RowInfo, StepBatch, collate
 from nemo_mtbi.data.tasks import stable_rng
 
@@ -132,44 +140,65 @@ class MTBIDataset(torch.utils.data.Dataset):
                     ) from error
                 skipped[error.reason] += 1
                 continue
-            utterance, num_frames = len(audio), self.frames(len(samples))
-            rows += self._rows(drawn, self._layouts(drawn, num_frames, stats), utterance)
+            heard = self._hear(drawn, len(samples), stats)
             if self.with_rows:
-                infos += [self._info(drawn, behavior, utterance, num_frames) for behavior in drawn.behaviors]
-            audio.append(samples)
-            counts.append(num_frames)
-            ids.append(drawn.cut_id)
+                num_frames = self.frames(len(samples))
+                infos += [self._info(drawn, behavior, len(audio), num_frames) for behavior in drawn.behaviors]
+            firsts: dict[tuple[tuple[int, int], ...], int] = {}  # rows that hear the same pieces share them
+            for row in heard:
+                if row.pieces not in firsts:
+                    firsts[row.pieces] = len(audio)
+                    audio += [samples[start:end] for start, end in row.pieces]
+            rows += self._rows(drawn, heard, [firsts[row.pieces] if row.pieces else None for row in heard])
+            counts += [self.frames(len(piece)) for piece in audio[len(counts) :]]
+            ids += [drawn.cut_id] * (len(audio) - len(ids))
         if not rows:
             return StepBatch.empty(dict(skipped))
         batch = collate(audio, counts, rows, self.micro_batch_tokens, ids)
         batch.rows, batch.stats, batch.skipped = infos, dict(stats), dict(skipped)
         return batch
 
-    def _layouts(self, drawn: DrawnRows, num_frames: int, stats: Counter) -> Sequence[Sequence[int]]:
-        """What stands in the audio slot of each row."""
-        whole = speech_only(num_frames)
+    def _hear(self, drawn: DrawnRows, num_samples: int, stats: Counter) -> Sequence[HeardRow]:
+        """What stands in the audio slot of each row, and which pieces of the audio it hears."""
+        whole = ((0, num_samples),)
+        num_frames = self.frames(num_samples)
+        speech = HeardRow(whole, tuple(speech_only(num_frames)))
         if self.interleave is None:
-            return [whole] * len(drawn.behaviors)
+            return [speech] * len(drawn.behaviors)
         if drawn.words is None:
             stats["no_alignment"] += 1
-            return [whole] * len(drawn.behaviors)
-        tokens = self.chat.encode_words(drawn.transcript.split())
-        layouts = []
+            return [speech] * len(drawn.behaviors)
+        words = drawn.transcript.split()
+        tokens = self.chat.encode_words(words)
+        config = self.interleave.at(drawn.pass_number)
+        heard = []
         for number, behavior in enumerate(drawn.behaviors):
             # Without draws by task, a cut may have several rows of one task: the number tells them apart.
             rng = stable_rng("interleave", drawn.seed, drawn.epoch, drawn.cut_id, behavior.task, number)
-            is_text = choose_text(len(drawn.words), self.interleave, rng)
+            is_text = choose_text(words, config, rng)
             if not any(is_text):
-                layouts.append(whole)
+                heard.append(speech)
+                continue
+            if all(is_text):
+                stats["text_rows"] += 1
+                heard.append(HeardRow((), tuple(text_only(tokens))))
                 continue
             stats["interleaved_rows"] += 1
-            layouts.append(interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds))
-        return layouts
+            if config.level == "wave":
+                args = (num_samples, self.frames.sample_rate, self.frames)
+                heard.append(interleave_wave(drawn.words, is_text, tokens, *args))
+            else:
+                layout = interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds)
+                heard.append(HeardRow(whole, tuple(layout)))
+        return heard
 
-    def _rows(self, drawn: DrawnRows, layouts: Sequence[Sequence[int]], utterance: int) -> list[Row]:
+    def _rows(self, drawn: DrawnRows, heard: Sequence[HeardRow], utterances: Sequence[int | None]) -> list[Row]:
         """The rows of a cut; their twins read the transcript with the tokens that the targets were made from."""
-        made = zip(drawn.behaviors, layouts, strict=True)
-        rows = [behavior.row(self.chat, layout, utterance) for behavior, layout in made]
+        made = zip(drawn.behaviors, heard, utterances, strict=True)
+        rows = [
+            replace(behavior.row(self.chat, row.layout, utterance), pieces=len(row.pieces))
+            for behavior, row, utterance in made
+        ]
         if not self.with_twins:
             return rows
         text = self.chat.encode(drawn.transcript)

@@ -60,6 +60,7 @@ class DrawnRows:
         transcript: what is said.
         words: when each word is said, or ``None`` without an alignment.
         skipped: what was left out since the cut before, by reason.
+        pass_number: of the pass over the data, for schedules; ``epoch`` tells streams and repetitions apart.
     """
 
     cut_id: str
@@ -70,6 +71,7 @@ class DrawnRows:
     transcript: str
     words: tuple[WordSpan, ...] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    pass_number: int = 0
 
     @classmethod
     def of(cls, cut: Cut) -> DrawnRows:
@@ -267,7 +269,8 @@ class DrawRows:
             skipped["cost_above_last_bucket"] += 1
             return None
         kept = tuple(behavior for behavior, fit in zip(behaviors, fits, strict=True) if fit)
-        return DrawnRows(cut.id, config.seed, epoch, kept, cost, transcript(cut), word_times(cut))
+        words = word_times(cut)
+        return DrawnRows(cut.id, config.seed, epoch, kept, cost, transcript(cut), words, pass_number=self.epoch)
 
     def _unwanted(self, cut: Cut) -> str | None:
         """The filter that leaves the cut out."""

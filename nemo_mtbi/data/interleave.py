@@ -1,21 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speech-text interleaving: some words of an utterance are given as text, the rest stays speech.
 
-An interleaved utterance is nothing but another layout for the audio slot of the prompt. The encoder still hears the
-whole utterance, so a speech frame beside a written word has heard that word too.
+An interleaved utterance is nothing but another layout for the audio slot of the prompt. At the level of embeddings the
+encoder still hears the whole utterance, so a speech frame beside a written word has heard that word too. At the level
+of the wave each run of spoken words is cut out and encoded alone, at the price of encoding it for each row.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 from nemo_mtbi.data.layout import speech
 
-UNITS = ("word", "span")
+UNITS = ("word", "span", "sentence")
+FIRST = ("any", "text", "speech")
+LEVELS = ("embedding", "wave")
+SENTENCE_ENDS, CLOSING = ".?!…。？！।", "\"'”’»)]}"
+
+
+@dataclass(frozen=True)
+class InterleaveSchedule:
+    """Where interleaving starts from; it goes in a straight line to the values of :class:`InterleaveConfig`.
+
+    Attributes:
+        epochs: passes over the data until those are reached. Long data are cut into passes by
+            ``trainer.limit_train_batches``.
+        probability, text_share: in the first pass; ``None``: as later.
+    """
+
+    epochs: int = 1
+    probability: float | None = None
+    text_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -24,29 +43,63 @@ class InterleaveConfig:
 
     Attributes:
         probability: share of the rows that are interleaved; the others stay all speech.
-        unit: ``word`` chooses single words, ``span`` runs of neighbouring words.
+        all_text: share of the rows that are given wholly as text, as an anchor. At most 1 with ``probability``.
+        unit: ``word`` chooses single words, ``span`` runs of neighbouring words, ``sentence`` whole sentences, as the
+            punctuation of the transcript ends them (a transcript of one sentence stays speech).
         text_share: upper bound of the share of words given as text. Every interleaved row draws its own share
-            uniformly from 0 to this bound; at least one word is written and at least one stays speech.
+            uniformly from 0 to this bound; at least one unit is written and at least one stays speech.
         mean_span: mean length of a span in words; the length is 1 + Poisson(mean_span - 1).
+        first: what an interleaved row begins with: ``text``, ``speech`` or ``any``.
+        level: ``embedding`` takes frames out of the whole utterance, ``wave`` encodes each spoken run alone.
+        schedule: other values to begin with; ``None``: the same all the time.
 
     Raises:
         ValueError: if a value is out of range.
     """
 
     probability: float = 0.5
+    all_text: float = 0.0
     unit: str = "span"
     text_share: float = 0.5
     mean_span: float = 3.0
+    first: str = "any"
+    level: str = "embedding"
+    schedule: InterleaveSchedule | None = None
 
     def __post_init__(self):
-        for name in ("probability", "text_share"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+        start = self.schedule or InterleaveSchedule()
+        for name, value in (
+            ("probability", self.probability),
+            ("all_text", self.all_text),
+            ("text_share", self.text_share),
+            ("schedule.probability", start.probability),
+            ("schedule.text_share", start.text_share),
+        ):
+            if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"interleave.{name} is a share and must lie between 0 and 1, got {value}")
-        if self.unit not in UNITS:
-            raise ValueError(f"interleave.unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
+        for name, known in (("unit", UNITS), ("first", FIRST), ("level", LEVELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"interleave.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if max(self.probability, start.probability or 0.0) + self.all_text > 1.0 + 1e-9:
+            raise ValueError(
+                f"interleave.probability {self.probability} (schedule: {start.probability}) and all_text "
+                f"{self.all_text} are shares of the same rows: together they must be at most 1"
+            )
         if not 1.0 <= self.mean_span <= 100.0:
             raise ValueError(f"interleave.mean_span counts words and must lie between 1 and 100, got {self.mean_span}")
+        if start.epochs < 1:
+            raise ValueError(f"interleave.schedule.epochs must be at least 1, got {start.epochs}")
+
+    def at(self, epoch: int) -> InterleaveConfig:
+        """The values that hold in a pass over the data, numbered from 0."""
+        if self.schedule is None:
+            return self
+        way = min(epoch / self.schedule.epochs, 1.0)
+        values = {}
+        for name in ("probability", "text_share"):
+            begin, end = getattr(self.schedule, name), getattr(self, name)
+            values[name] = end if begin is None else begin + way * (end - begin)
+        return replace(self, schedule=None, **values)
 
 
 @dataclass(frozen=True)
@@ -57,23 +110,45 @@ class WordSpan:
     end_s: float
 
 
-def choose_text(num_words: int, config: InterleaveConfig, rng: random.Random) -> list[bool]:
-    """Draws the words that are given as text; all ``False`` for a row that stays speech (or has a single word)."""
-    chosen = [False] * num_words
-    if rng.random() >= config.probability or num_words < 2 or config.text_share == 0.0:
-        return chosen
-    share = rng.uniform(0.0, config.text_share)
-    count = min(max(round(share * num_words), 1), num_words - 1)
-    if config.unit == "word":
-        for index in rng.sample(range(num_words), count):
-            chosen[index] = True
-        return chosen
-    while count:
-        start = rng.randrange(num_words)
-        for index in range(start, min(start + 1 + _poisson(config.mean_span - 1.0, rng), num_words)):
-            if count and not chosen[index]:
-                chosen[index] = True
-                count -= 1
+def sentences(words: Sequence[str]) -> list[int]:
+    """The number of the sentence of each word: one ends behind a word with a full stop, question mark or the like."""
+    numbers, number = [], 0
+    for word in words:
+        numbers.append(number)
+        number += word.rstrip(CLOSING)[-1:] in tuple(SENTENCE_ENDS)
+    return numbers
+
+
+def choose_text(words: Sequence[str], config: InterleaveConfig, rng: random.Random) -> list[bool]:
+    """Draws the words that are given as text.
+
+    Returns:
+        For each word whether it is written: all ``False`` for a row that stays speech (or has a single unit), all
+        ``True`` for one that is text.
+    """
+    kind = rng.random()
+    if kind >= config.probability:
+        return [kind < config.probability + config.all_text] * len(words)
+    unit_of = sentences(words) if config.unit == "sentence" else list(range(len(words)))
+    units = [len(list(group)) for _, group in groupby(unit_of)]  # words in each
+    if len(units) < 2 or config.text_share == 0.0:
+        return [False] * len(words)
+    count = min(max(round(rng.uniform(0.0, config.text_share) * len(units)), 1), len(units) - 1)
+    free = list(range(config.first == "speech", len(units)))  # units that may be written
+    chosen = _draw_spans(free, count, config, rng) if config.unit == "span" else set(rng.sample(free, count))
+    if config.first == "text" and 0 not in chosen:
+        chosen = chosen - {min(chosen)} | {0}
+    return [unit in chosen for unit, length in enumerate(units) for _ in range(length)]
+
+
+def _draw_spans(free: Sequence[int], count: int, config: InterleaveConfig, rng: random.Random) -> set[int]:
+    """``count`` of ``free``, in runs."""
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        start = rng.randrange(len(free))
+        for unit in free[start : start + 1 + _poisson(config.mean_span - 1.0, rng)]:
+            if len(chosen) < count:
+                chosen.add(unit)
     return chosen
 
 
@@ -127,12 +202,7 @@ def interleave(
     Raises:
         ValueError: if the three lists differ in length, or the times are not in order.
     """
-    if not len(words) == len(is_text) == len(word_tokens):
-        raise ValueError(
-            f"{len(words)} word times, {len(is_text)} choices and {len(word_tokens)} token lists: one of each per word"
-        )
-    if any(word.end_s < word.start_s for word in words) or any(b.start_s < a.start_s for a, b in pairwise(words)):
-        raise ValueError("the word times are not in order: check the alignment, or drop it and the row stays speech")
+    _check(words, is_text, word_tokens)
     spoken, silence = _segments(words, num_frames, frame_seconds)
     written = [bool(word_tokens[i]) and (is_text[i] or not spoken[i]) for i in range(len(words))]
     layout: list[int] = []
@@ -145,6 +215,72 @@ def interleave(
         if i < len(words) and written[i]:
             layout += word_tokens[i]
     return layout
+
+
+def _check(words: Sequence[WordSpan], is_text: Sequence[bool], word_tokens: Sequence[Sequence[int]]) -> None:
+    if not len(words) == len(is_text) == len(word_tokens):
+        raise ValueError(
+            f"{len(words)} word times, {len(is_text)} choices and {len(word_tokens)} token lists: one of each per word"
+        )
+    if any(word.end_s < word.start_s for word in words) or any(b.start_s < a.start_s for a, b in pairwise(words)):
+        raise ValueError("the word times are not in order: check the alignment, or drop it and the row stays speech")
+
+
+@dataclass(frozen=True)
+class HeardRow:
+    """What a row hears.
+
+    Attributes:
+        pieces: ``(start, end)`` in samples of what is encoded alone, in order: the whole utterance, spoken runs, or
+            nothing. None owns less than one frame.
+        layout: the audio slot; the frames of all pieces are numbered on from piece to piece.
+    """
+
+    pieces: tuple[tuple[int, int], ...]
+    layout: tuple[int, ...]
+
+
+def interleave_wave(
+    words: Sequence[WordSpan],
+    is_text: Sequence[bool],
+    word_tokens: Sequence[Sequence[int]],
+    num_samples: int,
+    sample_rate: int,
+    frames: Callable[[int], int],
+) -> HeardRow:
+    """The same as :func:`interleave`, at the level of the wave.
+
+    A run of spoken words is cut out with the silences about it: it begins where the written word before it ends, and
+    ends where the next written one starts. A run that owns no frame is written; one without tokens is left out.
+
+    Args:
+        words, is_text, word_tokens: see :func:`interleave`.
+        num_samples: of the utterance.
+        sample_rate: in hertz.
+        frames: connector frames of a number of samples.
+
+    Raises:
+        ValueError: if the three lists differ in length, or the times are not in order.
+    """
+    _check(words, is_text, word_tokens)
+    written = [bool(is_text[i]) and bool(word_tokens[i]) for i in range(len(words))]
+    pieces: list[tuple[int, int]] = []
+    layout: list[int] = []
+    owned = start = 0  # frames so far; where the last of the written words ends
+    for is_written, group in groupby(range(len(words)), key=written.__getitem__):
+        run = list(group)
+        end = num_samples if run[-1] == len(words) - 1 else round(words[run[-1] + 1].start_s * sample_rate)
+        end = min(end, num_samples)
+        count = 0 if is_written else frames(max(end - start, 0))
+        if is_written:
+            start = max(start, *(round(words[index].end_s * sample_rate) for index in run))
+        if count:
+            pieces.append((start, end))
+            layout += speech(owned, count)
+            owned += count
+        else:
+            layout += [token for index in run for token in word_tokens[index]]
+    return HeardRow(tuple(pieces), tuple(layout))
 
 
 def text_only(word_tokens: Sequence[Sequence[int]]) -> list[int]:

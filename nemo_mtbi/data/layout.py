@@ -33,12 +33,15 @@ class Row:
         utterance: index of the utterance in the step, or ``None`` for a row without speech.
         twin: the same prompt with the transcript as text, and the same response: what the LLM reads where this row
             hears. ``None`` where the row is text itself, or nobody compares them.
+        pieces: utterances of the step that the row hears, from ``utterance`` on: its frames are numbered on through
+            all of them.
     """
 
     layout: tuple[int, ...]
     labels: tuple[int, ...]
     utterance: int | None = None
     twin: Row | None = None
+    pieces: int = 1
 
     @property
     def response(self) -> list[int]:
@@ -226,7 +229,8 @@ def collate(
     if not rows:
         raise ValueError("a step needs at least one row: every cut of the batch was empty or dropped")
     for row in rows:
-        available = 0 if row.utterance is None else frame_lengths[row.utterance]
+        first = row.utterance
+        available = 0 if first is None else sum(frame_lengths[first : first + row.pieces])
         last = -min(row.layout)  # number of frames that the layout needs; <= 0 for text
         name = cut_ids[row.utterance] if cut_ids and row.utterance is not None else "a row without audio"
         _check_twin(row, name)

@@ -1,207 +1,290 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of one answer or of a corpus: pure functions of strings.
+"""Scores of a corpus: one interface for every metric, by name.
 
-Every scorer takes ``(reference, hypothesis)`` and returns a float from 0 to 1, where 1 means right. A malformed
-hypothesis scores 0. A reference that breaks the format of its own scoring kind is a fault of the data and raises
-``ValueError``, since every hypothesis would score 0 against it in silence.
+``evaluate("bleu", references, answers)`` gives a :class:`~nemo_mtbi.evaluation.tally.Tally`: its ``value``, the values
+of its ``items`` where they exist, how many answers abstained, and the counts that intervals and tests resample.
+
+What makes a reference depends on the metric: a text; for BLEU, chrF and SQuAD a text or several right ones; for the
+``choice`` metrics ``{"label": ..., "choices": [...]}``; for the ``follow`` metrics a list of rules
+(``instructions.py``).
+
+Nobody gains by keeping quiet. An empty answer or a refusal is counted as an abstention. Where an item is right or
+wrong it scores 0, also against an empty reference; in BLEU and chrF it is a text without words, so that its length
+makes up for no other answer; in WER and CER it loses every word, a refusal as it is written. A WER above 1 is the one
+figure that such an answer, at 1, pulls down: read it beside the abstentions, or take ``word_accuracy``, which stops
+at 0.
 """
 
-import json
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import jiwer
+import numpy as np
 
-_BULLET = re.compile(r"\s*[-*•]\s+(\S.*)")
-_QUOTES = {'"': '"', "“": "”"}
-# What may stand around a label without making it another label. No dash or plus: "-1" is not "1".
-_LABEL_EDGES = " .,;:!?\"'“”‘’()[]*`"
+from nemo_mtbi.evaluation import overlap
+from nemo_mtbi.evaluation.abstention import abstains, is_empty
+from nemo_mtbi.evaluation.edits import cer, edit_rows, error_rate, wer
+from nemo_mtbi.evaluation.instructions import check_rules, follow_rows
+from nemo_mtbi.evaluation.normalizers import fold, normalize
+from nemo_mtbi.evaluation.scorers import SCORERS, exact, score, squad_exact, squad_f1, token_f1
+from nemo_mtbi.evaluation.tally import Combine, Tally, mean, mean_tally
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "SCORERS",
+    "cer",
+    "evaluate",
+    "exact",
+    "fold",
+    "metric",
+    "normalize",
+    "right",
+    "score",
+    "task_metric",
+    "task_scores",
+    "token_f1",
+    "wer",
+]
+
+Reference = str | Sequence[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+# (references, answers, abstained) to the counts of each item
+Count = Callable[[Sequence[Any], Sequence[str], np.ndarray], np.ndarray]
 
 
-def fold(text: str) -> str:
-    """Return the text with every run of whitespace as one space and none at the ends."""
-    return " ".join(text.split())
+@dataclass(frozen=True)
+class Metric:
+    """One way to score the answers of a corpus.
 
-
-def normalize(text: str) -> str:
-    """Return the words that word error rate and token F1 compare, with one space between them.
-
-    Unicode NFKC, lower case, and every punctuation mark or symbol (categories P and S) becomes a space, except an
-    apostrophe between two letters or digits ("don't" stays one word). Numbers and abbreviations are not rewritten.
+    Attributes:
+        name: Its name in ``METRICS``.
+        count: ``(references, answers, abstained)`` to counts ``[items, k]``.
+        combine: Sums of counts to the figure.
+        check: Raises ValueError if a reference is not what the metric needs.
+        higher_is_better: False for error rates.
+        per_item: Whether a single item has a value.
+        scale: The highest value: 1, or 100 for BLEU and chrF; error rates may pass it.
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-    text = unicodedata.normalize("NFKC", text)  # lower() may decompose a letter
-    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    return fold("".join(" " if c != "'" and unicodedata.category(c)[0] in "PS" else c for c in text))
+
+    name: str
+    count: Count
+    combine: Combine
+    check: Callable[[Any], None]
+    higher_is_better: bool = True
+    per_item: bool = True
+    scale: float = 1.0
+
+    def tally(self, references: Sequence[Reference], answers: Sequence[str]) -> Tally:
+        """Score a corpus.
+
+        Raises:
+            ValueError: there is no item, the lists differ in length, an answer is no text, or a reference is missing
+                or is not what the metric needs; the message names the item.
+        """
+        if len(references) != len(answers):
+            raise ValueError(
+                f"{self.name}: {len(references)} references but {len(answers)} answers: pass one of each for an item"
+            )
+        for index, (reference, answer) in enumerate(zip(references, answers, strict=True)):
+            if not isinstance(answer, str):
+                raise ValueError(
+                    f"{self.name}: answer {index} is {answer!r}, not a text; pass an empty one where there is none"
+                )
+            if reference is None:
+                raise ValueError(
+                    f"{self.name}: item {index} has no reference; add one, or leave the item out of what is scored"
+                )
+            try:
+                self.check(reference)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: item {index}: {error}") from error
+        abstained = np.array([abstains(a, r) for r, a in zip(references, answers, strict=True)], dtype=bool)
+        # An answer of invisible characters is empty, and they are no words.
+        shown = ["" if is_empty(answer) else answer for answer in answers]
+        rows = self.count(references, shown, abstained) if shown else np.zeros((0, 1))
+        return Tally(self.name, rows, self.combine, self.higher_is_better, self.per_item, abstained)
 
 
-def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Return the word error rate of a corpus: all edits divided by all reference words, both sides normalized.
-
-    An utterance whose reference is empty adds its hypothesis words as insertions and nothing to the divisor. Without
-    any reference word in the whole corpus the number of insertions is divided by 1. Insertions can lift it above 1.
+def metric(name: str) -> Metric:
+    """Return the metric of that name.
 
     Raises:
-        ValueError: the two lists differ in length or are empty.
+        ValueError: the name is unknown.
     """
-    if len(references) != len(hypotheses):
-        raise ValueError(
-            f"{len(references)} references but {len(hypotheses)} hypotheses: pass one of each per utterance"
-        )
-    if not references:
-        raise ValueError("word error rate of no utterances is undefined: pass at least one")
-    pairs = [(normalize(r), normalize(h)) for r, h in zip(references, hypotheses, strict=True)]
-    # jiwer before 4.0 refuses empty references, so they are counted here.
-    errors = sum(len(h.split()) for r, h in pairs if not r)
-    words = sum(len(r.split()) for r, _ in pairs)
-    spoken = [(r, h) for r, h in pairs if r]
-    if spoken:
-        edits = jiwer.process_words([r for r, _ in spoken], [h for _, h in spoken])
-        errors += edits.substitutions + edits.deletions + edits.insertions
-    return errors / max(1, words)
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}: use one of {', '.join(METRICS)}")
+    return METRICS[name]
 
 
-def exact(reference: str, hypothesis: str) -> float:
-    """Return 1 if the two texts are equal after folding whitespace (case and punctuation count), else 0."""
-    return float(fold(reference) == fold(hypothesis))
+def evaluate(name: str, references: Sequence[Reference], answers: Sequence[str]) -> Tally:
+    """Score a corpus by the metric of that name (see :meth:`Metric.tally`)."""
+    return metric(name).tally(references, answers)
 
 
-def token_f1(reference: str, hypothesis: str) -> float:
-    """Return the F1 of the two bags of normalized words (as in SQuAD, but articles count); order does not matter.
-
-    Texts without any word are compared by :func:`exact`.
-    """
-    ref, hyp = normalize(reference).split(), normalize(hypothesis).split()
-    if not ref and not hyp:
-        return exact(reference, hypothesis)
-    overlap = sum((Counter(ref) & Counter(hyp)).values())
-    return 2 * overlap / (len(ref) + len(hyp))
-
-
-def word_accuracy(reference: str, hypothesis: str) -> float:
-    """Return ``1 - min(1, WER)`` of one utterance."""
-    return 1.0 - min(1.0, wer([reference], [hypothesis]))
-
-
-def label(reference: str, hypothesis: str) -> float:
-    """Return 1 if the answer is the label and nothing else; case and punctuation around it do not matter."""
-    return float(_bare_label(reference) == _bare_label(hypothesis))
-
-
-def json_equal(reference: str, hypothesis: str) -> float:
-    """Return 1 if the answer parses as JSON and equals the reference value; key order and spacing do not matter.
-
-    ``NaN``, ``Infinity`` and a repeated key are no JSON here. ``true`` is not ``1``, but ``1.0`` is ``1``.
+def task_metric(kind: str) -> Metric:
+    """Return the metric, from 0 to 1 and the higher the better, of a task's kind of scoring.
 
     Raises:
-        ValueError: the reference is not JSON.
-    """
-    try:
-        expected = _parse_json(reference)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the reference of a task scored by 'json' must be JSON, got {reference!r}") from error
-    try:
-        got = _parse_json(hypothesis)
-    except (ValueError, RecursionError):
-        return 0.0
-    return float(_same_json(expected, got))
-
-
-def quotes(reference: str, hypothesis: str) -> float:
-    """Return 1 if the whole answer stands in one pair of double quotes (straight or curly) and the content is equal.
-
-    Raises:
-        ValueError: the reference is not in double quotes.
-    """
-    expected = _unquote(reference)
-    if expected is None:
-        raise ValueError(f"the reference of a task scored by 'quotes' must stand in double quotes, got {reference!r}")
-    return float(_unquote(hypothesis) == expected)
-
-
-def upper(reference: str, hypothesis: str) -> float:
-    """Return 1 if the answer is the reference in capital letters; the reference may be in any case."""
-    return exact(reference.upper(), hypothesis)
-
-
-def bullets(reference: str, hypothesis: str) -> float:
-    """Return 1 if each line of the answer is a bullet (``-``, ``*`` or ``•`` and a space) and the items are equal.
-
-    Empty lines are ignored, the order of the items counts.
-
-    Raises:
-        ValueError: the reference is not a bullet list.
-    """
-    expected = _bullet_items(reference)
-    if expected is None:
-        raise ValueError(f"the reference of a task scored by 'bullets' must be a bullet list, got {reference!r}")
-    return float(_bullet_items(hypothesis) == expected)
-
-
-SCORERS: dict[str, Callable[[str, str], float]] = {
-    "wer": word_accuracy,
-    "exact": exact,
-    "label": label,
-    "f1": token_f1,
-    "json": json_equal,
-    "quotes": quotes,
-    "upper": upper,
-    "bullets": bullets,
-}
-
-
-def score(kind: str, reference: str, hypothesis: str) -> float:
-    """Return the score from 0 to 1 of an answer by a task's kind of scoring.
-
-    Raises:
-        ValueError: the kind is unknown, or the reference breaks the format of its kind.
+        ValueError: the kind is unknown.
     """
     if kind not in SCORERS:
         raise ValueError(f"unknown scoring kind {kind!r}: use one of {', '.join(sorted(SCORERS))}")
-    return SCORERS[kind](reference, hypothesis)
+    return METRICS["word_accuracy" if kind == "wer" else kind]
 
 
-def _bare_label(text: str) -> str:
-    folded = fold(text).casefold()
-    return folded.strip(_LABEL_EDGES) or folded  # a label of nothing but punctuation stays itself
+def task_scores(kinds: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> Tally:
+    """Return the mean score of answers to tasks, each scored from 0 to 1 by the kind of its task.
+
+    Args:
+        kinds: Each item's kind of scoring (``data.tasks.SCORING_KINDS``).
+        references: The right answers.
+        answers: What a system answered.
+
+    Raises:
+        ValueError: the lengths differ, or as :func:`task_metric` and :meth:`Metric.tally`.
+    """
+    if not len(kinds) == len(references) == len(answers):
+        raise ValueError(
+            f"{len(kinds)} kinds of scoring, {len(references)} references and {len(answers)} answers: pass one of each"
+            " for every item"
+        )
+    points, abstained = np.zeros(len(kinds)), np.zeros(len(kinds), dtype=bool)
+    for kind in sorted(set(kinds)):
+        where = [index for index, other in enumerate(kinds) if other == kind]
+        found = task_metric(kind).tally([references[i] for i in where], [answers[i] for i in where])
+        points[where], abstained[where] = found.rows[:, 0], found.abstained
+    return mean_tally("task_score", points, abstained=abstained)
 
 
-def _parse_json(text: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            raise ValueError("repeated key")
-        return made
-
-    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+def right(scores: Tally) -> Tally:
+    """Return the share of items whose score (of :func:`task_scores`) is exactly 1."""
+    return mean_tally("right", scores.rows[:, 0] == 1.0, abstained=scores.abstained)
 
 
-def _same_json(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same_json(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_same_json(x, y) for x, y in zip(a, b, strict=True))
-    # Python holds True == 1, JSON does not.
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
+def _text(reference: Any) -> None:
+    if not isinstance(reference, str):
+        raise ValueError(f"the reference must be one text, got {reference!r}")
 
 
-def _unquote(text: str) -> str | None:
-    """Return the folded content of a text in one pair of double quotes, or None."""
-    text = text.strip()
-    if len(text) < 2 or _QUOTES.get(text[0]) != text[-1]:
-        return None
-    return fold(text[1:-1])
+def _texts(reference: Any) -> None:
+    several = isinstance(reference, (list, tuple)) and reference and all(isinstance(r, str) for r in reference)
+    if not isinstance(reference, str) and not several:
+        raise ValueError(f"the reference must be a text or a list of texts, got {reference!r}")
 
 
-def _bullet_items(text: str) -> list[str] | None:
-    """Return the folded items of a bullet list, or None if there is none or a line is no bullet."""
-    matches = [_BULLET.fullmatch(line) for line in text.splitlines() if line.strip()]
-    if not matches or not all(matches):
-        return None
-    return [fold(match.group(1)) for match in matches if match]
+def _as_list(reference: str | Sequence[str]) -> list[str]:
+    return [reference] if isinstance(reference, str) else list(reference)
+
+
+def _pointwise(
+    name: str,
+    scorer: Callable[[Any, str], float],
+    check: Callable[[Any], None] = _text,
+) -> Metric:
+    """A mean of points from 0 to 1; who abstains has none."""
+
+    def count(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
+        # Scored even so: a reference that breaks its format is to be found whatever the answer.
+        points = [scorer(r, a) for r, a in zip(references, answers, strict=True)]
+        return np.stack([np.where(abstained, 0.0, points), np.ones(len(points))], axis=-1)
+
+    return Metric(name, count, mean, check)
+
+
+def _best(scorer: Callable[[str, str], float]) -> Callable[[str | Sequence[str], str], float]:
+    return lambda reference, answer: max(scorer(text, answer) for text in _as_list(reference))
+
+
+def _error_rate(name: str, unit: str, normalization: str) -> Metric:
+    return Metric(
+        name,
+        lambda references, answers, _: edit_rows(references, answers, unit, normalization),
+        error_rate,
+        _text,
+        higher_is_better=False,
+    )
+
+
+def _overlap(
+    name: str, rows: Callable[[list[list[str]], Sequence[str]], np.ndarray], combine: Combine, per_item: bool
+) -> Metric:
+    def count(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
+        # A refusal has words enough to lift the brevity penalty of others.
+        shown = ["" if mute else answer for answer, mute in zip(answers, abstained, strict=True)]
+        return rows([_as_list(r) for r in references], shown)
+
+    return Metric(
+        name,
+        count,
+        combine,
+        _texts,
+        per_item=per_item,
+        scale=100.0,
+    )
+
+
+def _check_choice(reference: Any) -> None:
+    if not isinstance(reference, Mapping) or set(reference) != {"label", "choices"}:
+        raise ValueError(f"the reference must be {{'label': ..., 'choices': [...]}}, got {reference!r}")
+    label, choices = reference["label"], reference["choices"]
+    named = isinstance(choices, (list, tuple)) and all(isinstance(c, str) and fold(c) for c in choices)
+    if not named or len({_label_key(c) for c in choices}) < max(2, len(choices)):
+        raise ValueError(f"choices must be two or more different texts, got {choices!r}")
+    if label not in choices:
+        raise ValueError(f"the label {label!r} is none of the choices {', '.join(choices)}")
+
+
+def _label_key(label: str) -> str:
+    # "a" is an article and "A" an answer: labels of one letter are told apart by their case.
+    label = fold(label)
+    return label if len(label) == 1 else label.casefold()
+
+
+def _chosen(choices: Sequence[str], answer: str) -> set[str]:
+    """Return the keys of the choices that stand in the answer as whole words; of two that overlap, the longer."""
+    keys = sorted({_label_key(c) for c in choices}, key=len, reverse=True)
+    pattern = "|".join(rf"(?<!\w){re.escape(k) if len(k) == 1 else '(?i:' + re.escape(k) + ')'}(?!\w)" for k in keys)
+    return {_label_key(found) for found in re.findall(pattern, fold(answer))}
+
+
+def _one_choice(reference: Mapping[str, Any], answer: str) -> float:
+    return float(len(_chosen(reference["choices"], answer)) == 1)
+
+
+def _right_choice(reference: Mapping[str, Any], answer: str) -> float:
+    return float(_chosen(reference["choices"], answer) == {_label_key(reference["label"])})
+
+
+def _follow(name: str, loose: bool, whole: bool) -> Metric:
+    count = partial(follow_rows, loose=loose, whole=whole)
+    return Metric(name, count, mean, check_rules)
+
+
+def _registry() -> dict[str, Metric]:
+    suffixes = {"": "plain", "_whisper_english": "whisper_english", "_whisper_basic": "whisper_basic"}
+    made = [
+        _error_rate(name + suffix, unit, normalization)
+        for name, unit in (("wer", "word"), ("cer", "character"))
+        for suffix, normalization in suffixes.items()
+    ]
+    made += [_pointwise("word_accuracy" if kind == "wer" else kind, scorer) for kind, scorer in SCORERS.items()]
+    made += [
+        _pointwise("squad_exact", _best(squad_exact), _texts),
+        _pointwise("squad_f1", _best(squad_f1), _texts),
+        _overlap("bleu", overlap.bleu_rows, overlap.bleu, per_item=False),
+        _overlap("chrf", overlap.chrf_rows, overlap.chrf, per_item=True),
+        # Exactly one of the labels stands in the answer, and it is the right one; the rate of exactly one label.
+        _pointwise("choice_accuracy", _right_choice, _check_choice),
+        _pointwise("one_choice_rate", _one_choice, _check_choice),
+        # Of all instructions those that are followed; of all prompts those whose instructions are all followed.
+        _follow("follow_strict", loose=False, whole=False),
+        _follow("follow_loose", loose=True, whole=False),
+        _follow("follow_prompt_strict", loose=False, whole=True),
+        _follow("follow_prompt_loose", loose=True, whole=True),
+    ]
+    return {m.name: m for m in made}
+
+
+METRICS: dict[str, Metric] = _registry()

@@ -7,7 +7,6 @@ often it was asked. The figures of each single task stand beside.
 
 import hashlib
 import json
-import math
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemo_mtbi.evaluation.metrics import SCORERS, exact, normalize, score, token_f1, wer
+from nemo_mtbi.evaluation.behavior import agreement, behavior_gap, text_f1
+from nemo_mtbi.evaluation.metrics import SCORERS, exact, normalize, right, task_scores, wer
 
 GROUPS = {
     "seen": "seen prompts",
@@ -219,22 +219,21 @@ def _transcription(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def _figures(rows: Sequence[Answer]) -> dict[str, Any]:
-    scored = [(a, a.reference) for a in rows if a.reference is not None]
-    text_scores = [score(a.scoring, reference, a.text) for a, reference in scored]
-    speech_scores = [score(a.scoring, reference, a.speech) for a, reference in scored]
-    text = _mean([float(s == 1.0) for s in text_scores])
-    speech = _mean([float(s == 1.0) for s in speech_scores])
-    return {
-        "text": text,
-        "speech": speech,
-        "ratio": speech / text if text and speech is not None else None,
-        "text_score": _mean(text_scores),
-        "speech_score": _mean(speech_scores),
-        "agreement": _mean([float(a.agrees) for a in rows]),
-        "token_f1": _mean([token_f1(a.text, a.speech) for a in rows]),
-        "n": len(rows),
-        "n_scored": len(scored),
-    }
+    scored = [(a.scoring, a.reference, a) for a in rows if a.reference is not None]
+    found = dict.fromkeys(("text", "speech", "ratio", "text_score", "speech_score", "agreement", "token_f1"))
+    if scored:
+        kinds, references, answers = zip(*scored, strict=True)
+        text, speech = (task_scores(kinds, references, given) for given in _answers(answers))
+        found |= {"text": right(text).value, "speech": right(speech).value}
+        found |= {"text_score": text.value, "speech_score": speech.value}
+        found["ratio"] = behavior_gap(right(text), right(speech)).value
+    if rows:
+        found |= {"agreement": agreement(*_answers(rows)).value, "token_f1": text_f1(*_answers(rows)).value}
+    return {**found, "n": len(rows), "n_scored": len(scored)}
+
+
+def _answers(rows: Sequence[Answer]) -> tuple[list[str], list[str]]:
+    return [a.text for a in rows], [a.speech for a in rows]
 
 
 def _task_figures(task: str, rows: Sequence[Answer]) -> dict[str, Any]:
@@ -250,11 +249,6 @@ def _task_figures(task: str, rows: Sequence[Answer]) -> dict[str, Any]:
         **_figures(rows),
         "groups": {group: _figures([a for a in rows if a.group == group]) for group in GROUPS if group in groups},
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    # fsum: the same mean whatever the order of the rows.
-    return math.fsum(values) / len(values) if values else None
 
 
 def _rounded(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from nemo_mtbi.data.dataset import BadAudioError, MTBIDataset, load_samples
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
-from nemo_mtbi.data.interleave import InterleaveConfig
+from nemo_mtbi.data.interleave import InterleaveConfig, InterleaveSchedule
 from nemo_mtbi.data.layout import IGNORE
 
 ALWAYS = InterleaveConfig(probability=1.0, text_share=1.0)
@@ -110,14 +110,53 @@ def test_twins_read_the_transcript_and_answer_the_same(corpus, chat, frames, dra
     assert MTBIDataset(chat, frames, 300)[cuts].twins is None
 
 
-def test_a_row_that_is_all_text_has_no_twin(corpus, chat, frames, draw, monkeypatch):
-    cuts = draw(corpus.cuts(3), rows_per_cut=2)
-    dataset = MTBIDataset(chat, frames, 300, with_twins=True)
-    layouts = dataset._layouts
-    monkeypatch.setattr(dataset, "_layouts", lambda *args: [[7, 8], *layouts(*args)[1:]])
+def test_a_row_that_is_all_text_hears_nothing_and_has_no_twin(corpus, chat, frames, draw):
+    cuts = draw(corpus.cuts(3))
+    dataset = MTBIDataset(chat, frames, 300, InterleaveConfig(0.0, all_text=0.5), with_twins=True)
     batch = dataset[cuts]
-    assert sum(len(micro.lengths) for micro in batch.microbatches) == 6
-    assert sum(len(twin.lengths) for twin in batch.twins) == 3
+    text = [layout for layout, _ in rows_in(batch) if min(layout) >= 0]
+    assert 5 < len(text) < 25 and batch.stats == {"text_rows": len(text)}
+    assert sum(len(twin.lengths) for twin in batch.twins) == 30 - len(text)
+    whole = MTBIDataset(chat, frames, 300, InterleaveConfig(0.0, all_text=1.0), with_twins=True)[cuts]
+    assert len(whole.audio) == 0 and whole.cut_ids == [] and whole.twins == []
+    expected = [
+        behavior.row(chat, chat.encode(DrawnRows.of(cut).transcript)).layout
+        for cut in cuts
+        for behavior in DrawnRows.of(cut).behaviors
+    ]
+    assert [layout for layout, _ in rows_in(whole)] == sorted(expected)
+
+
+def test_at_the_level_of_waves_spoken_runs_are_utterances(corpus, chat, frames, draw):
+    cut = corpus.cut(4, seconds=4.0, text="a b c d e f g h")
+    cuts = draw([cut, *corpus.cuts(2)])
+    wave = MTBIDataset(chat, frames, 1000, replace(ALWAYS, level="wave", probability=0.7))
+    batch, embedded = wave[cuts], replace_level(wave)[cuts]
+    assert len(batch.audio) == len(batch.cut_ids) > 3 and set(batch.cut_ids) == set(embedded.cut_ids)
+    assert batch.stats == embedded.stats and batch.stats["interleaved_rows"] > 5
+    assert batch.frame_lengths.tolist() == [frames(n) for n in batch.audio_lengths.tolist()]
+    # every frame of every piece is heard, and each row hears a run of frames, from its first piece to its last
+    heard = [[-v - 1 for v in layout if v < 0] for layout, _ in rows_in(batch)]
+    assert {frame for row in heard for frame in row} == set(range(int(batch.frame_lengths.sum())))
+    assert all(row == list(range(row[0], row[0] + len(row))) for row in heard if row)
+    # each piece is cut out of the utterance
+    sources = {cut.id: load_samples(cut, frames) for cut in cuts}
+    for piece, length, name in zip(batch.audio, batch.audio_lengths.tolist(), batch.cut_ids, strict=True):
+        windows = sources[name].unfold(0, length, 1)
+        assert (windows == piece[:length]).all(1).any()
+
+
+def replace_level(dataset):
+    config = replace(dataset.interleave, level="embedding")
+    return MTBIDataset(dataset.chat, dataset.frames, dataset.micro_batch_tokens, config)
+
+
+def test_a_schedule_follows_the_passes(corpus, chat, frames, draw):
+    config = InterleaveConfig(0.0, schedule=InterleaveSchedule(epochs=2, probability=1.0))
+    dataset = MTBIDataset(chat, frames, 1000, config)
+    cuts = corpus.cuts(8)
+    counts = [dataset[draw(cuts, epoch=epoch)].stats.get("interleaved_rows", 0) for epoch in range(4)]
+    assert counts[0] == 60 and 15 < counts[1] < 45 and counts[2:] == [0, 0]  # two cuts have a single word
 
 
 def test_rows_for_validation(corpus, chat, frames, draw):

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from nemo_mtbi.data.interleave import (
     InterleaveConfig,
+    InterleaveSchedule,
     WordSpan,
     choose_text,
     interleave,
+    interleave_wave,
+    sentences,
     speech_only,
     text_only,
 )
@@ -120,21 +123,88 @@ def test_bad_times_and_lengths_are_errors():
         interleave([WordSpan(2, 1)], [True], [[1]], 3, FRAME)
 
 
-@given(st.integers(0, 30), st.sampled_from(["word", "span"]), st.floats(0, 1), st.integers(0, 10_000))
-def test_a_choice_leaves_at_least_one_word_speech_and_keeps_the_share(number, unit, share, seed):
-    config = InterleaveConfig(probability=1.0, unit=unit, text_share=share)
-    chosen = choose_text(number, config, random.Random(seed))
-    assert len(chosen) == number
-    assert sum(chosen) <= max(share * number + 0.5, 1) and sum(chosen) <= max(number - 1, 0)
+# ----------------------------------------------------------------------------------------------- at the level of waves
+
+
+@given(utterances(), st.integers(1, 40))
+def test_pieces_of_the_wave_are_in_order_and_hold_no_written_word(utterance, smallest):
+    words, chosen, word_tokens, num_frames = utterance
+    rate, samples = 100, 16 * num_frames
+    row = interleave_wave(words, chosen, word_tokens, samples, rate, lambda n: n // smallest)
+    flat = [moment for piece in row.pieces for moment in piece]
+    assert flat == sorted(flat) and all(0 <= moment <= samples for moment in flat)
+    assert [-(v + 1) for v in row.layout if v < 0] == list(range(sum((b - a) // smallest for a, b in row.pieces)))
+    for word, written, tokens in zip(words, chosen, word_tokens, strict=True):
+        if written and tokens:
+            start, end = round(word.start_s * rate), round(word.end_s * rate)
+            assert all(b <= start or a >= end or start >= end for a, b in row.pieces)
+    text = [v for v in row.layout if v >= 0]
+    assert text == sorted(text) and set(text) >= {
+        t for w, ts in zip(chosen, word_tokens, strict=True) if w for t in ts
+    }
+
+
+def test_pieces_by_hand():
+    words = [WordSpan(0.2, 0.4), WordSpan(0.6, 0.8), WordSpan(0.9, 1.1)]
+    tokens = [[10], [20, 21], [30]]
+
+    def cut(*chosen):
+        row = interleave_wave(words, chosen, tokens, 150, 100, lambda n: n // 15)
+        return row.pieces, list(row.layout)
+
+    assert cut(False, False, False) == (((0, 150),), [-n for n in range(1, 11)])
+    assert cut(False, True, False) == (((0, 60), (80, 150)), [-1, -2, -3, -4, 20, 21, -5, -6, -7, -8])
+    assert cut(True, True, False) == (((80, 150),), [10, 20, 21, -1, -2, -3, -4])
+    assert cut(True, True, True) == ((), [10, 20, 21, 30])
+    # between two written words too little is left for a frame
+    narrow = [WordSpan(0.0, 0.5), WordSpan(0.5, 0.6), WordSpan(0.6, 1.5)]
+    assert interleave_wave(narrow, (True, False, True), tokens, 150, 100, lambda n: n // 15).pieces == ()
+
+
+# -------------------------------------------------------------------------------------------------------- which words
+
+
+def test_sentences_end_with_their_punctuation():
+    assert sentences('He said: "go!" Then he left. Did he'.split()) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert sentences([]) == []
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b.", "c?"]), max_size=30),
+    st.sampled_from(["word", "span", "sentence"]),
+    st.floats(0, 1),
+    st.sampled_from(["any", "text", "speech"]),
+    st.integers(0, 10_000),
+)
+def test_a_choice_leaves_at_least_one_unit_speech_and_keeps_the_share(words, unit, share, first, seed):
+    config = InterleaveConfig(probability=1.0, unit=unit, text_share=share, first=first)
+    chosen = choose_text(words, config, random.Random(seed))
+    assert len(chosen) == len(words)
+    of = sentences(words) if unit == "sentence" else range(len(words))
+    units = dict(zip(of, chosen, strict=True))
+    assert [units[n] for n in of] == chosen  # a sentence is written whole
+    written, number = sum(units.values()), len(units)
+    assert written <= max(share * number + 0.5, 1) and written <= max(number - 1, 0)
     assert any(chosen) == (number >= 2 and share > 0)
-    assert chosen == choose_text(number, config, random.Random(seed))
+    if any(chosen) and first != "any":
+        assert chosen[0] == (first == "text")
+    assert chosen == choose_text(words, config, random.Random(seed))
 
 
 def test_probability_is_the_share_of_interleaved_rows():
-    config = InterleaveConfig(probability=0.3)
-    hits = sum(any(choose_text(10, config, random.Random(seed))) for seed in range(4000))
-    assert abs(hits / 4000 - 0.3) < 0.03
-    assert not any(choose_text(10, InterleaveConfig(probability=0.0), random.Random(0)))
+    words = ["word"] * 10
+    config = InterleaveConfig(probability=0.3, all_text=0.2)
+    rows = [choose_text(words, config, random.Random(seed)) for seed in range(4000)]
+    assert abs(sum(any(row) and not all(row) for row in rows) / 4000 - 0.3) < 0.03
+    assert abs(sum(map(all, rows)) / 4000 - 0.2) < 0.03
+    assert not any(choose_text(words, InterleaveConfig(probability=0.0), random.Random(0)))
+
+
+def test_a_schedule_goes_in_a_straight_line():
+    config = InterleaveConfig(0.2, text_share=0.5, schedule=InterleaveSchedule(epochs=4, probability=0.8))
+    assert [round(config.at(epoch).probability, 6) for epoch in range(6)] == [0.8, 0.65, 0.5, 0.35, 0.2, 0.2]
+    assert {config.at(epoch).text_share for epoch in range(6)} == {0.5} and config.at(1).schedule is None
+    assert InterleaveConfig(0.2).at(3) == InterleaveConfig(0.2)
 
 
 def run_lengths(unit, mean_span):
@@ -142,7 +212,7 @@ def run_lengths(unit, mean_span):
     lengths = []
     for seed in range(300):
         run = 0
-        for chosen in [*choose_text(400, config, random.Random(seed)), False]:
+        for chosen in [*choose_text(["word"] * 400, config, random.Random(seed)), False]:
             if chosen:
                 run += 1
             elif run:
@@ -162,7 +232,12 @@ def test_spans_have_the_mean_length_that_was_asked_for():
     [
         ({"probability": 1.5}, "interleave.probability"),
         ({"text_share": -0.1}, "interleave.text_share"),
-        ({"unit": "sentence"}, "must be one of word, span"),
+        ({"unit": "syllable"}, "must be one of word, span, sentence"),
+        ({"first": "words"}, "interleave.first must be one of any, text, speech"),
+        ({"level": "mel"}, "interleave.level must be one of embedding, wave"),
+        ({"all_text": 0.6}, "together they must be at most 1"),
+        ({"schedule": InterleaveSchedule(probability=2.0)}, "interleave.schedule.probability"),
+        ({"schedule": InterleaveSchedule(epochs=0)}, "interleave.schedule.epochs"),
         ({"mean_span": 0.0}, "interleave.mean_span"),
     ],
 )

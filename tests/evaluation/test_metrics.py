@@ -1,212 +1,218 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scorers against values computed by hand, and properties that hold for any text."""
-
-import json
-import random
+"""The registry of corpus metrics: values by hand, parity, and what holds for every metric."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.text import squad
 
-from nemo_mtbi.data.grammar import references, sample_sentence
 from nemo_mtbi.data.tasks import SCORING_KINDS
-from nemo_mtbi.evaluation import metrics
-from nemo_mtbi.evaluation.metrics import SCORERS, exact, normalize, score, token_f1, wer
+from nemo_mtbi.evaluation.metrics import METRICS, evaluate, metric, right, task_metric, task_scores
+from nemo_mtbi.evaluation.scorers import SCORERS, score
 
-TEXTS = st.text(max_size=40)
-WORDS = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6).map(" ".join)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def edit_distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein distance by its definition, independent of jiwer."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, start=1):
-        new = [i]
-        for j, y in enumerate(b, start=1):
-            new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (x != y)))
-        row = new
-    return row[-1]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("  Hello,   World! ", "hello world"),
-        ("Don’t stop — 'now'", "don't stop now"),
-        ("twenty-one", "twenty one"),
-        ("$5 + 3 %", "5 3"),
-        ("ÉCOLE", "école"),
-        ("e\u0301cole", "école"),
-        ("...", ""),
-        ("", ""),
-    ],
-)
-def test_normalize(text, expected):
-    assert normalize(text) == expected
-
-
-@given(TEXTS)
-def test_normalize_twice_changes_nothing(text):
-    assert normalize(normalize(text)) == normalize(text)
-
-
-@pytest.mark.parametrize(
-    ("references_", "hypotheses", "expected"),
-    [
-        (["a b c d"], ["a x c"], 2 / 4),  # one substitution, one deletion
-        (["a b", "c d e f"], ["a", "c d e f g"], 2 / 6),  # over the corpus, not the mean of 1/2 and 1/4
-        (["A, b."], ["a b"], 0.0),
-        (["a"], ["x y z"], 3.0),  # above 1
-        (["a b"], [""], 1.0),
-        (["", "a b"], ["x", "a b"], 1 / 2),  # insertion into an empty reference
-        ([""], [""], 0.0),
-        ([""], ["x y"], 2.0),
-        (["?!"], ["..."], 0.0),
-    ],
-)
-def test_wer_by_hand(references_, hypotheses, expected):
-    assert wer(references_, hypotheses) == pytest.approx(expected)
-
-
-@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
-def test_wer_equals_edit_distance(pairs):
-    edits = sum(edit_distance(r.split(), h.split()) for r, h in pairs)
-    words = sum(len(r.split()) for r, _ in pairs)
-    assert wer([r for r, _ in pairs], [h for _, h in pairs]) == pytest.approx(edits / max(1, words))
-
-
-def test_wer_refuses_what_it_cannot_measure():
-    with pytest.raises(ValueError, match="2 references but 1 hypotheses"):
-        wer(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="at least one"):
-        wer([], [])
-
-
-def test_every_scoring_kind_has_a_scorer():
-    assert set(SCORERS) == set(SCORING_KINDS)
-
-
-def test_unknown_kind_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, exact"):
-        score("bleu", "a", "a")
-
-
-@pytest.mark.parametrize(
-    ("kind", "reference", "hypothesis", "expected"),
-    [
-        ("wer", "a b c d", "a b c", 0.75),
-        ("wer", "a", "x y z", 0.0),
-        ("wer", "A b", "a b.", 1.0),
-        ("exact", "a  b", " a b\n", 1.0),
-        ("exact", "a b", "A b", 0.0),
-        ("exact", "a b", "a b.", 0.0),
-        ("f1", "cat, mat", "mat cat", 1.0),
-        ("f1", "the cat sat", "the cat", 0.8),  # precision 1, recall 2/3
-        ("f1", "a a b", "a b b", 2 / 3),  # overlap of bags: a, b
-        ("f1", "a", "b", 0.0),
-        ("f1", "a", "", 0.0),
-        ("f1", "", "", 1.0),
-        ("f1", "+", "-", 0.0),
-        ("label", "yes", "Yes.", 1.0),
-        ("label", "yes", ' "YES" ', 1.0),
-        ("label", "yes", "yes no", 0.0),
-        ("label", "yes", "yes, it is", 0.0),
-        ("label", "yes", "", 0.0),
-        ("label", "1", "-1", 0.0),
-        ("label", "?", "!", 0.0),
-        ("json", '{"who": "cat", "n": 1}', '{ "n": 1.0, "who":"cat" }', 1.0),
-        ("json", '{"n": 1}', '{"n": true}', 0.0),
-        ("json", '{"n": [0, {"a": 1}]}', '{"n": [0, {"a": true}]}', 0.0),
-        ("json", '{"n": 1}', '{"n": 1, "m": 2}', 0.0),
-        ("json", '{"n": 1}', '{"n": 2, "n": 1}', 0.0),
-        ("json", '{"n": 1}', '{"n": NaN}', 0.0),
-        ("json", '{"n": 1}', 'Sure: {"n": 1}', 0.0),
-        ("json", '{"n": 1}', "", 0.0),
-        ("json", '{"n": 1}', "[" * 100_000, 0.0),
-        ("json", '{"n": 1}', '{"n": ' + "9" * 10_000 + "}", 0.0),
-        ("quotes", '"a b"', ' "a  b" ', 1.0),
-        ("quotes", '"a b"', "“a b”", 1.0),
-        ("quotes", '"a b"', "a b", 0.0),
-        ("quotes", '"a b"', '"a b', 0.0),
-        ("quotes", '"a b"', '"a b".', 0.0),
-        ("quotes", '"a b"', '"a c"', 0.0),
-        ("quotes", '"a"', '"', 0.0),
-        ("upper", "A B", "A B", 1.0),
-        ("upper", "a b", "A  B", 1.0),
-        ("upper", "A B", "A b", 0.0),
-        ("upper", "A B", "A C", 0.0),
-        ("bullets", "- a\n- b c", "* a\n\n • b  c ", 1.0),
-        ("bullets", "- a\n- b", "- b\n- a", 0.0),
-        ("bullets", "- a\n- b", "Here:\n- a\n- b", 0.0),
-        ("bullets", "- a\n- b", "-a\n-b", 0.0),
-        ("bullets", "- a\n- b", "- a", 0.0),
-        ("bullets", "- a\n- b", "", 0.0),
-        ("bullets", "* a * b", "* a * b", 1.0),  # the demo's tokenizer has no line break
-        ("bullets", "* a * b", "* a * c", 0.0),
-    ],
-)
-def test_scores_by_hand(kind, reference, hypothesis, expected):
-    assert score(kind, reference, hypothesis) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("kind", "reference"),
-    [("json", "cat"), ("json", ""), ("json", '{"a": NaN}'), ("quotes", "a b"), ("bullets", "a b"), ("bullets", "")],
-)
-def test_reference_that_breaks_its_own_format_is_an_error(kind, reference):
-    with pytest.raises(ValueError, match=f"the reference of a task scored by '{kind}' must"):
-        score(kind, reference, reference)
-
-
-GOOD_REFERENCES = {
-    "json": JSON.map(json.dumps),
+WORDS = ["the", "cat", "sat", "a", "Dog,", "two", "yes", "I cannot help"]
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
+CHOICES = ["positive", "very positive", "negative"]
+RULES = [{"rule": "lower"}, {"rule": "words", "count": 2}, {"rule": "excludes", "words": ["cat"]}]
+# What a reference of each metric is made from and what breaks it.
+REFERENCES = {
+    "json": st.integers(0, 3).map(str),
     "quotes": TEXTS.map(lambda text: f'"{text}"'),
-    "bullets": st.lists(st.sampled_from(["a", "b c", "d - e"]), min_size=1, max_size=4).map(
-        lambda items: "\n".join("- " + item for item in items)
-    ),
+    "bullets": st.sampled_from(WORDS).map(lambda text: f"- {text}"),
+    "choice_accuracy": st.sampled_from(CHOICES).map(lambda label: {"label": label, "choices": CHOICES}),
+    **{
+        name: st.lists(st.sampled_from(RULES), min_size=1, max_size=3) for name in METRICS if name.startswith("follow")
+    },
 }
+REFERENCES["one_choice_rate"] = REFERENCES["choice_accuracy"]
+ANSWERS = TEXTS | st.sampled_from(
+    ["", "1", '"cat"', "- cat", "positive", "it is negative, not positive", "I can't help"]
+)
 
 
-@pytest.mark.parametrize("kind", sorted(SCORERS))
+def items(name, min_size=1):
+    return st.lists(st.tuples(REFERENCES.get(name, TEXTS), ANSWERS), min_size=min_size, max_size=6)
+
+
+def figure(name, pairs):
+    return evaluate(name, [r for r, _ in pairs], [a for _, a in pairs])
+
+
+def test_every_scoring_kind_has_a_metric_of_its_own():
+    for kind in SCORING_KINDS:
+        found = task_metric(kind)
+        assert found.higher_is_better and found.per_item and found.scale == 1.0
+    assert task_metric("wer").name == "word_accuracy"
+    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, exact"):
+        task_metric("bleu")
+    with pytest.raises(ValueError, match="unknown metric 'rouge': use one of wer, "):
+        metric("rouge")
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_registry_knows_each_by_its_name(name):
+    assert metric(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "references", "answers", "expected"),
+    [
+        ("wer", ["a b", "c d e f"], ["a", "c d e f g"], 2 / 6),
+        ("wer_whisper_english", ["twenty one colours", "I can't"], ["21 colors", "i can not"], 0.0),
+        ("wer_whisper_basic", ["Ä [noise] b"], ["ä b"], 0.0),
+        ("cer", ["ab cd", "ef"], ["abcd", "eg"], 2 / 7),
+        ("word_accuracy", ["a b", "a"], ["a x", "x y z"], 1 / 4),
+        ("exact", ["a b", "a"], ["a  b", "A"], 1 / 2),
+        ("f1", ["the cat sat", "a"], ["the cat", "b"], 0.4),
+        ("squad_f1", [["the cat sat", "cat"], "a dog"], ["cat", "dog dog"], (1 + 2 / 3) / 2),
+        ("squad_exact", [["the cat sat", "cat"], "a dog"], ["a cat!", "dog dog"], 1 / 2),
+        ("label", ["yes", "no"], ["Yes.", "yes no"], 1 / 2),
+    ],
+)
+def test_values_by_hand(name, references, answers, expected):
+    assert evaluate(name, references, answers).value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("label", "answer", "right_", "one"),
+    [
+        ("positive", "Positive.", 1, 1),
+        ("positive", "I think it is positive, really positive", 1, 1),
+        ("negative", "positive", 0, 1),
+        ("very positive", "It is VERY  positive", 1, 1),  # the longer of two that overlap
+        ("positive", "very positive", 0, 1),
+        ("positive", "positive or negative", 0, 0),
+        ("positive", "positively", 0, 0),
+        ("positive", "", 0, 0),
+        ("positive", "I cannot determine whether it is positive", 0, 0),
+    ],
+)
+def test_choices_by_hand(label, answer, right_, one):
+    reference = {"label": label, "choices": CHOICES}
+    assert evaluate("choice_accuracy", [reference], [answer]).value == right_
+    assert evaluate("one_choice_rate", [reference], [answer]).value == one
+
+
+def test_of_two_choices_that_begin_alike_the_longer_counts():
+    reference = {"label": "no idea", "choices": ["no", "no idea"]}
+    assert evaluate("choice_accuracy", [reference] * 2, ["no idea!", "no"]).items == [1.0, 0.0]
+
+
+def test_choices_of_one_letter_are_no_articles():
+    reference = {"label": "B", "choices": ["A", "B", "C", "D"]}
+    assert evaluate("choice_accuracy", [reference] * 3, ["it is a (B)", "b", "A or B"]).items == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("positive", "must be {'label'"),
+        ({"label": "a"}, "must be {'label'"),
+        ({"label": "c", "choices": ["a", "b"]}, "the label 'c' is none of the choices a, b"),
+        ({"label": "yes", "choices": ["yes", "Yes"]}, "two or more different texts"),
+        ({"label": "yes", "choices": ["yes"]}, "two or more different texts"),
+        ({"label": "yes", "choices": ["yes", ""]}, "two or more different texts"),
+        ({"label": "y", "choices": "yn"}, "two or more different texts"),
+    ],
+)
+def test_bad_choices_are_errors(reference, message):
+    with pytest.raises(ValueError, match=f"choice_accuracy: item 0: .*{message}"):
+        evaluate("choice_accuracy", [reference], ["a"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=5))
+def test_squad_parity_with_torchmetrics(pairs):
+    # An answer that abstains scores 0 here, whatever it shares with the reference.
+    pairs = [(r, a.replace("I cannot help", "help")) for r, a in pairs]
+    targets = [{"answers": {"answer_start": [0], "text": [r]}, "id": str(i)} for i, (r, _) in enumerate(pairs)]
+    found = squad([{"prediction_text": a, "id": str(i)} for i, (_, a) in enumerate(pairs)], targets)
+    assert 100 * figure("squad_f1", pairs).value == pytest.approx(found["f1"].item(), rel=1e-5)
+    assert 100 * figure("squad_exact", pairs).value == pytest.approx(found["exact_match"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_the_reference_itself_is_right(kind, data):
-    reference = data.draw(GOOD_REFERENCES.get(kind, TEXTS))
-    # In capitals, since that is what the kind asks for; the reference may be in any case.
-    assert score(kind, reference, reference.upper() if kind == "upper" else reference) == 1.0
+def test_order_of_items_changes_nothing(name, data):
+    pairs = data.draw(items(name))
+    shuffled = data.draw(st.permutations(pairs))
+    assert figure(name, pairs).value == figure(name, shuffled).value
 
 
-@pytest.mark.parametrize("kind", sorted(SCORERS))
+@pytest.mark.parametrize("name", METRICS)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
-def test_any_answer_scores_between_0_and_1(kind, data):
-    value = score(kind, data.draw(GOOD_REFERENCES.get(kind, TEXTS)), data.draw(TEXTS | JSON.map(json.dumps)))
-    assert isinstance(value, float) and 0.0 <= value <= 1.0
+def test_an_abstention_never_helps(name, data):
+    pairs = data.draw(items(name))
+    reference = data.draw(REFERENCES.get(name, TEXTS.filter(lambda text: not text.startswith("I cannot help"))))
+    blanks = ["", " ", "\n", "\u200b"]
+    if not name.startswith(("wer", "cer")):  # there a refusal is words, some of which may happen to be said
+        blanks.append("I'm sorry, but I can't help")
+    blank = data.draw(st.sampled_from(blanks))
+    before, after = figure(name, pairs), figure(name, [*pairs, (reference, blank)])
+    assert after.abstentions == before.abstentions + 1
+    if metric(name).higher_is_better:
+        assert 0.0 <= after.value <= before.value + 1e-12 <= metric(name).scale * (1 + 1e-9)
+    elif before.value <= 1.0:  # above 1, see the module's docstring
+        assert after.value >= before.value - 1e-12
 
 
-@given(TEXTS, TEXTS)
-def test_agreement_measures_are_symmetric(a, b):
-    assert token_f1(a, b) == token_f1(b, a)
-    assert exact(a, b) == exact(b, a)
-    assert exact(a, b) <= token_f1(a, b)
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("bleu", "chrf") and "er" not in name[:3]])
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_a_refusal_is_worth_nothing_where_items_are_right_or_wrong(name, data):
+    reference = data.draw(REFERENCES.get(name, TEXTS.filter(lambda text: "cannot" not in text)))
+    found = evaluate(name, [reference], ["I'm sorry, but I cannot help with the cat"])
+    assert (found.value, found.abstentions) == (0.0, 1)
 
 
-@given(JSON, JSON)
-def test_json_equality_is_that_of_the_canonical_form(a, b):
-    same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-    assert metrics.json_equal(json.dumps(a), json.dumps(b)) == float(same)
+@pytest.mark.parametrize("name", METRICS)
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_items_are_corpora_of_one(name, data):
+    pairs = data.draw(items(name))
+    tally = figure(name, pairs)
+    if metric(name).per_item:
+        assert tally.items == [pytest.approx(figure(name, [pair]).value) for pair in pairs]
+    else:
+        with pytest.raises(ValueError, match=f"{name} exists for a corpus only"):
+            _ = tally.items
 
 
-def test_demo_references_fit_their_scoring_kind():
-    """A right answer of each demo task scores 1 by the kind its pool names, and another sentence's does not always."""
-    kinds = {"transcribe": "wer", "keywords": "f1", "json": "json", "quoted": "quotes", "bullets": "bullets"}
-    kinds.update({"upper": "upper", "water": "label", "spell": "exact"})
-    rng = random.Random(0)
-    sentences = [references(sample_sentence(rng).text) for _ in range(30)]
-    for task, kind in kinds.items():
-        answers = [answers[task] for answers in sentences]
-        assert [score(kind, a, a) for a in answers] == [1.0] * len(answers)
-        assert any(score(kind, answers[0], other) < 1.0 for other in answers[1:])
+@pytest.mark.parametrize("name", METRICS)
+def test_malformed_items_are_one_clear_error(name):
+    with pytest.raises(ValueError, match=f"{name}: item 0 has no reference; add one"):
+        evaluate(name, [None], ["a"])
+    with pytest.raises(ValueError, match=f"{name}: answer 0 is None, not a text"):
+        evaluate(name, ["a"], [None])
+    with pytest.raises(ValueError, match=f"{name}: 1 references but 2 answers"):
+        evaluate(name, ["a"], ["a", "b"])
+    with pytest.raises(ValueError, match=f"{name} of no items is undefined"):
+        evaluate(name, [], [])
+    with pytest.raises(ValueError, match=f"{name}: item 0: "):
+        evaluate(name, [7], ["a"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["wer", "exact", "label", "f1", "upper"]), TEXTS, TEXTS), min_size=1))
+def test_task_scores_are_those_of_each_kind(rows):
+    kinds, references, answers = zip(*rows, strict=True)
+    tally = task_scores(kinds, references, answers)
+    expected = [0.0 if mute else score(*row) for row, mute in zip(rows, tally.abstained, strict=True)]
+    assert tally.items == expected and right(tally).items == [float(points == 1.0) for points in expected]
+
+
+def test_a_refusal_lends_bleu_no_length():
+    references, short = ["the cat sat on the mat today"], ["the cat sat on"]
+    before = evaluate("bleu", references, short).value
+    assert evaluate("bleu", [*references, "two"], [*short, "I'm sorry, but I can't help you"]).value < before
+    assert evaluate("bleu", [*references, "I cannot help you"], [*short, "I cannot help you"]).value > before
+
+
+def test_task_scores_need_as_many_of_each():
+    with pytest.raises(ValueError, match="2 kinds of scoring, 1 references and 1 answers"):
+        task_scores(["f1", "f1"], ["a"], ["a"])
+    with pytest.raises(ValueError, match="unknown scoring kind 'bleu'"):
+        task_scores(["bleu"], ["a"], ["a"])
+    assert set(SCORERS) == set(SCORING_KINDS)
