@@ -12,6 +12,7 @@ from nemo_mtbi.losses import LossConfig
 STEPS = 5
 DATA = {  # name: what each step is made of, and the size of its microbatches
     "k1": ([dict(rows=1)] * STEPS, 30),
+    "k1_interleaved": ([dict(rows=1, interleave=True)] * STEPS, 30),
     "k4": ([dict(rows=4)] * STEPS, 110),
     "k4_interleaved": ([dict(rows=4, interleave=True)] * STEPS, 110),
     "k4_equal": ([dict(rows=4, equal=True)] * STEPS, 110),

@@ -77,6 +77,7 @@ class Case:
 
 CASES = {
     "k1": Case("k1"),
+    "k1_interleaved": Case("k1_interleaved", ("untied",)),
     "k4": Case("k4"),
     "k4_interleaved": Case("k4_interleaved"),
     "k4_equal": Case("k4_equal", ("untied",)),
