@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lhotse import CutSet
 
 from nemo_mtbi.data.corpus import CUTS_FILE, cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
+from nemo_mtbi.data.reference_targets import reference_targets
 from nemo_mtbi.data.synthetic import build_synthetic
 from nemo_mtbi.data.synthetic_digits import build_synthetic_digits
 from nemo_mtbi.data.targets import TargetPlan, generate_targets
@@ -26,6 +27,7 @@ from nemo_mtbi.parallel import groups
 from nemo_mtbi.schema import read_section
 
 KINDS = ("synthetic", "digits")
+TARGETS = ("behavior", "reference")
 LEAST = {
     "train_utterances": 1,
     "validation_utterances": 1,
@@ -58,6 +60,8 @@ class DataConfig:
         train_utterances, validation_utterances, test_utterances: sizes.
         synthetic_utterances: digits by espeak-ng that are trained on as well, for ``kind: digits``.
         tasks_per_cut: trained tasks answered about each training utterance; ``null``: all.
+        train_tasks: names of the trained tasks that are really trained on; ``null``: all.
+        targets: ``behavior``, the LLM's own answers, or ``reference``, the right ones, for comparison.
         always_tasks: names of tasks that every training utterance is asked, among its ``tasks_per_cut``.
         digits_dir: the clone, for ``kind: digits``.
         heldout_speakers: speakers of the test utterances; all others are trained on.
@@ -74,6 +78,8 @@ class DataConfig:
     synthetic_utterances: int = 0
     tasks_per_cut: int | None = 8
     always_tasks: list[str] = field(default_factory=list)
+    train_tasks: list[str] | None = None
+    targets: str = "behavior"
     prompts_per_task: int = 1
     digits_dir: str | None = None
     heldout_speakers: list[str] = field(default_factory=list)
@@ -100,6 +106,8 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
     config = read_section(DataConfig, cfg, "data")
     if config.kind not in KINDS:
         raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
+    if config.targets not in TARGETS:
+        raise ValueError(f"data.targets is {config.targets!r}; it must be one of {', '.join(TARGETS)}")
     for name, least in LEAST.items():
         value = attrgetter(name)(config)
         if value is not None and value < least:
@@ -133,6 +141,7 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
         model: the ``model:`` section, for its LLM, encoder and decoding parameters.
     """
     pool = load_pool(config.tasks)
+    trained_pool(pool, config.train_tasks)  # before any work
     with groups.first(groups.is_global_first()):  # the others find all of it in the cache
         corpora = {split: _build(config, split) for split in ("train", "validation", "test")}
         asr = _adapt(config, model["pretrained_asr"], corpora["train"])
@@ -144,39 +153,73 @@ def prepare(config: DataConfig, model: Mapping) -> Prepared:
 def _answer(
     config: DataConfig, model: Mapping, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
 ) -> dict[str, Path]:
-    """The text LLM's answers about the train and validation utterances: manifests by split."""
-    limit = model["generation"]["max_new_tokens"]
-    plans = {
-        "train": TargetPlan(
-            config.tasks_per_cut,
-            tuple(config.always_tasks),
-            config.prompts_per_task,
-            max_new_tokens=limit,
-            seed=config.seed,
-        ),
-        "validation": TargetPlan(max_new_tokens=limit, seed=config.seed),
-    }
-    targets = {}
+    """The answers about the train and validation utterances: manifests by split."""
     with text_responder(model) as (responder, fingerprint):
         if not groups.is_reader():  # the reader of this replica writes
             follow(responder)
+            targets = None
         else:
             with Leader(responder) as leader:
-                for split, plan in plans.items():
-                    names = [folder.name for folder in corpora[split]]
-                    name = digest_of([*names, fingerprint, repr(plan), pool.fingerprint()])
-                    cuts = CutSet.from_cuts(cut for folder in corpora[split] for cut in load_corpus(folder))
-                    (targets[split],) = generate_targets(
-                        cuts,
-                        Path(config.cache_dir).expanduser() / f"targets-{name[:16]}",
-                        pool=pool,
-                        chat=responder.chat,
-                        respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
-                        provenance={"llm": fingerprint},
-                        plan=plan,
-                        shard_size=len(cuts),
-                    )
+                targets = {
+                    split: _targets(config, split, corpora[split], pool, responder, leader, fingerprint)
+                    for split in ("train", "validation")
+                }
     return groups.broadcast_object(targets)
+
+
+def _targets(
+    config: DataConfig,
+    split: str,
+    folders: Sequence[Path],
+    pool: TaskPool,
+    responder: Responder,
+    leader: Leader,
+    llm: str,
+) -> Path:
+    """The manifest of one split. Validation is on the LLM's own answers to all trained tasks, whatever is trained."""
+    plan = TargetPlan(max_new_tokens=responder.config.max_new_tokens, seed=config.seed)
+    reference = split == "train" and config.targets == "reference"
+    if split == "train":
+        plan = replace(
+            plan,
+            tasks_per_cut=config.tasks_per_cut,
+            always_tasks=tuple(config.always_tasks),
+            prompts_per_task=config.prompts_per_task,
+        )
+        pool = trained_pool(pool, config.train_tasks)
+    name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), reference])
+    out_dir = Path(config.cache_dir).expanduser() / f"targets-{name[:16]}"
+    cuts = CutSet.from_cuts(cut for folder in folders for cut in load_corpus(folder))
+    if reference:
+        return reference_targets(cuts, out_dir, pool=pool, chat=responder.chat, llm=llm, plan=plan)
+    (path,) = generate_targets(
+        cuts,
+        out_dir,
+        pool=pool,
+        chat=responder.chat,
+        respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
+        provenance={"llm": llm},
+        plan=plan,
+        shard_size=len(cuts),
+    )
+    return path
+
+
+def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:
+    """The pool with these tasks only.
+
+    Raises:
+        ValueError: if one of them is unknown or held out.
+    """
+    if names is None:
+        return pool
+    chosen = pool.subset(names)
+    if chosen.heldout:
+        raise ValueError(
+            f"data.train_tasks names {', '.join(task.name for task in chosen.heldout)}, which the task pool holds "
+            f"out; choose among {', '.join(task.name for task in pool.train)}"
+        )
+    return chosen
 
 
 @contextlib.contextmanager
@@ -190,7 +233,8 @@ def text_responder(model: Mapping) -> Iterator[tuple[Responder, str]]:
 def _build(config: DataConfig, split: str) -> list[Path]:
     """The corpus folders of one split."""
     size = getattr(config, f"{split}_utterances")
-    common = dict(num_utterances=size, seed=config.seed, split=split, with_references=split == "test")
+    right = split == "test" or (split == "train" and config.targets == "reference")
+    common = dict(num_utterances=size, seed=config.seed, split=split, with_references=right)
     if config.kind == "synthetic":
         return [build_synthetic(config.cache_dir, **common)]
     speakers = list_speakers(config.digits_dir)

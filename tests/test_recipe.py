@@ -77,6 +77,7 @@ def test_an_empty_section_is_the_synthetic_corpus():
     [
         ({"train_uterances": 5}, "unknown key data.train_uterances: did you mean 'train_utterances'"),
         ({"adapt": {"step": 5}}, "unknown key data.adapt.step: did you mean 'steps'"),
+        ({"targets": "gold"}, "data.targets is 'gold'; it must be one of behavior, reference"),
         ({"kind": "tts"}, "data.kind is 'tts'; it must be one of synthetic, digits"),
         ({"train_utterances": "many"}, "data.train_utterances: Value 'many'"),
         ({"train_utterances": 0}, "data.train_utterances is 0; it must be at least 1"),
@@ -143,6 +144,41 @@ def test_a_synthetic_corpus_gets_targets_once(small, model_section, asked):
     assert prepare(small(), model) == first
     assert asked == []
     assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_some_tasks_are_trained_on_right_answers(small, model_section, asked):
+    """What MTBI is compared with: the validation stays on the LLM's own answers to all trained tasks."""
+    pytest.importorskip("espeakng_loader")
+    found = prepare(small(train_tasks=["transcribe"], targets="reference"), section(model_section))
+    for cut in CutSet.from_file(found.train):
+        (behavior,) = read_behaviors(cut)
+        assert (behavior.task, behavior.response) == ("transcribe", cut.custom["references"]["transcribe"])
+        assert behavior.response == cut.supervisions[0].text and behavior.prompt in ("say it", "repeat it")
+    for cut in CutSet.from_file(found.validation):
+        assert {behavior.task for behavior in read_behaviors(cut)} == {"transcribe", "who"}
+    assert sum(asked) == 2 * 2
+
+
+@pytest.mark.parametrize(
+    "names, message", [(["first"], "names first, which the task pool holds out"), (["frst"], "no task frst in")]
+)
+def test_tasks_that_can_not_be_trained_on(small, names, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(small(train_tasks=names), {})
+
+
+def test_a_cut_without_a_right_answer(tmp_path, small):
+    from lhotse import MonoCut, SupervisionSegment
+
+    from nemo_mtbi.data.reference_targets import reference_targets
+    from nemo_mtbi.data.target_plan import TargetPlan
+    from nemo_mtbi.testing import tiny_chat, tiny_tokenizer
+
+    cut = MonoCut("c", 0, 1, 0, supervisions=[SupervisionSegment("c", "r", 0, 1, text="a")])
+    cut.custom = {"references": {"transcribe": "a"}}
+    pool, chat = TaskPool.from_dict(POOL, "tasks"), tiny_chat(tiny_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match="cut c has no right answer to task 'who'.*data.train_tasks"):
+        reference_targets([cut], tmp_path / "out", pool=pool, chat=chat, llm="x", plan=TargetPlan())
 
 
 @pytest.mark.parametrize("change", ["decoding", "tasks", "seed", "llm"])
