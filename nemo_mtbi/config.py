@@ -19,7 +19,7 @@ from nemo_mtbi.schema import read_section
 FORMAT_VERSION = 2  # of the .nemo
 FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
-RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout")  # of a run: a .nemo fits any other
+RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout", "encoder_cache")  # of a run: a .nemo fits any other
 
 
 @dataclass
@@ -51,6 +51,8 @@ class ModelConfig:
             attention; ``null`` keeps all activations.
         frozen_dtype: of encoder and LLM weights; follows from ``trainer.precision`` in training. The front end, the
             connector and its optimizer stay float32.
+        encoder_cache: folder where the encoder's frames are kept by the content of the audio, for many runs over the
+            same speech; ``null``: nothing is kept.
         dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.
         on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it.
         on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch).
@@ -75,6 +77,7 @@ class ModelConfig:
     sequence_parallel: bool = False
     activations_checkpoint_granularity: str | None = None
     frozen_dtype: str = "float32"
+    encoder_cache: str | None = None
     dist_timeout: float | None = None
     on_nonfinite: str = "raise"
     on_bad_audio: str = "raise"

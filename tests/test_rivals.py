@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MTBI is compared with are configurations: they differ from the demo in what the rival is, and in nothing else."""
+"""What MTBI is compared with are configurations: they differ from the demo in what the rival is and nothing else."""
 
 from pathlib import Path
 

@@ -27,6 +27,7 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import TRAINED, FrozenParts, check_connector, refusal
 from nemo_mtbi.models.warm_start import warm_start
+from nemo_mtbi.modules.encoder_cache import EncoderCache
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.checkpoint.content import RANDOM_STATES
@@ -68,6 +69,10 @@ class MTBIModel(ModelPT):
         self.config, self.frozen = config, frozen
         self.speech_llm, llm = frozen.load()
         self.speech_llm.loss = config.loss
+        if config.encoder_cache and self.speech_llm.encoder is not None:
+            self.speech_llm.encoder_cache = EncoderCache(
+                config.encoder_cache, frozen.fingerprints["asr"], getattr(torch, config.frozen_dtype)
+            )
         self.chat = llm.chat
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()

@@ -8,6 +8,7 @@ the head and the loss on the last one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import tee
 
 import torch
@@ -19,6 +20,7 @@ from nemo_mtbi.data.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.losses import LossConfig, hidden_distance, response_cross_entropy, response_divergence
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.modules.encoder_cache import EncoderCache
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
@@ -84,6 +86,7 @@ class SpeechLLM(LayoutDecoder):
         shape: of the encoder, where there is none.
 
     Attributes:
+        encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
         loss: what is minimized.
         parts: of the loss of the last step, by the names of ``loss.parts``: neither weighted nor, in training, summed
             over replicas, but divided like the loss. Equal on every stage.
@@ -101,6 +104,7 @@ class SpeechLLM(LayoutDecoder):
         self.frame_counter = FrameCounter(
             shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
         )
+        self.encoder_cache: EncoderCache | None = None
         self.loss = LossConfig()
         self.parts: dict[str, Tensor] = {}
         self.encoder = encoder
@@ -128,7 +132,8 @@ class SpeechLLM(LayoutDecoder):
         if not len(audio):
             return self.no_frames()
         # the frozen encoder's work is shared by the tensor-parallel processes; each then has all of it
-        encoded, encoded_lengths = encode_shared(self.encoder, audio, lengths)  # [U, E, D]
+        encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
+        encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
         frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
         found = frame_lengths.tolist()
         for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps what the frozen encoder makes of an utterance, so that many runs over the same speech encode it once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+
+FRAMES = "frames"
+
+
+class EncoderCache:
+    """Frames by the content of the audio, in memory and in a folder that several runs may share.
+
+    An utterance that is missing is encoded alone, without padding: what is kept depends on its samples only, and not
+    on the utterances that happened to stand beside it. Augmented audio is other audio: it fills the cache and gains
+    nothing.
+
+    Args:
+        folder: made if it is missing; about 4 bytes x frames x width for each utterance.
+        fingerprint: of the encoder.
+        dtype: of the encoder.
+        memory_bytes: of frames that this process holds beside the folder; the oldest go first.
+
+    Attributes:
+        hits, misses: utterances so far that were found, and that were encoded.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str, dtype: torch.dtype, memory_bytes: int = 2**30):
+        name = f"{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
+        self.folder = Path(folder).expanduser() / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.memory_bytes = memory_bytes
+        self.hits = self.misses = 0
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+
+    @torch.no_grad()
+    def encode(self, encoder: SpeechEncoder, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``encoder`` gives for each utterance alone.
+
+        Args:
+            encoder: the one with the fingerprint.
+            audio: ``[U, N]`` samples.
+            lengths: ``[U]`` valid samples.
+
+        Returns:
+            ``[U, E, D]`` frames, zero behind their ``[U]`` valid lengths. ``E`` is what ``N`` samples give, so that
+            it is equal in processes that encode different utterances of a batch.
+        """
+        frames = []
+        for samples, length in zip(audio, lengths.tolist(), strict=True):
+            samples = samples[:length]
+            key = hashlib.blake2b(samples.float().cpu().numpy().tobytes(), digest_size=20).hexdigest()
+            found = self._find(key)
+            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+            if found is None:
+                encoded, valid = encoder(samples[None], lengths.new_tensor([length]))  # [1, E, D]
+                found = encoded[0, : int(valid)].contiguous()
+                self._store(key, found)
+            frames.append(found.to(audio.device))
+        counts = torch.tensor([len(one) for one in frames], device=audio.device)
+        longest = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)(audio.shape[1])
+        return torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in frames]), counts
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _find(self, key: str) -> Tensor | None:
+        if key in self._held:
+            return self._held[key]
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            frames = load_file(path)[FRAMES]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise RuntimeError(f"{path} can't be read ({error}): remove it, and it is made again") from error
+        self._hold(key, frames)
+        return frames
+
+    def _store(self, key: str, frames: Tensor) -> None:
+        path = self._path(key)
+        path.parent.mkdir(exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")  # other runs may write the same
+        frames = frames.cpu()
+        save_file({FRAMES: frames}, scratch)
+        scratch.replace(path)
+        self._hold(key, frames)
+
+    def _hold(self, key: str, frames: Tensor) -> None:
+        self._held[key] = frames
+        self._held_bytes += frames.nbytes
+        while self._held_bytes > self.memory_bytes:
+            oldest = next(iter(self._held))
+            self._held_bytes -= self._held.pop(oldest).nbytes
