@@ -336,6 +336,7 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
         responses=math.ceil(positions * step.share),
         cached=cached,
         longest=min(asked, cached),
+        compared=math.ceil((step.positions or positions) * step.share) if config.loss.uses_teacher else 0,
     )
     optim = config.optim or {}
     name = str(optim.get("name", "adamw"))

@@ -25,8 +25,8 @@ from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.encoding import encode_shared
+from nemo_mtbi.parallel.memory import COMPARED_AT_ONCE
 
-PIECE = 2**26  # logits that teacher and student are compared on at once: a quarter of a gigabyte in float32, each
 # What the last stage makes of a microbatch and its hidden states: what backward starts from, and what is kept.
 Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
@@ -204,7 +204,7 @@ class SpeechLLM(LayoutDecoder):
         config, group = self.loss, groups.tensor_parallel_group()
         if len(microbatch.paired) < len(logits):
             logits = logits[microbatch.paired]
-        size = max(PIECE // logits.shape[-1], 1)
+        size = max(COMPARED_AT_ONCE // logits.shape[-1], 1)
         total = 0
         for own, index in zip(logits.split(size), microbatch.twin_index.split(size), strict=True):
             with torch.no_grad():

@@ -145,6 +145,7 @@ class Load:
         responses: positions of the largest microbatch that predict a response token.
         cached: rows x positions of a batch of generation.
         longest: positions of the longest row, answer included.
+        compared: response tokens of a step whose distributions are compared with the text twin's.
     """
 
     positions: int
@@ -152,6 +153,7 @@ class Load:
     responses: int
     cached: int
     longest: int
+    compared: int = 0
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,9 @@ def activation_terms(
     return terms
 
 
+COMPARED_AT_ONCE = 2**26  # logits; what the loss of modules.speech_llm works on at a time
+
+
 def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
     """The loss works on copies in float32: probabilities and gradient, and two more if the vocabulary is split."""
     tensor, wide = layout.tensor_model_parallel_size, max(number, FLOAT32)
@@ -321,6 +326,14 @@ def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, numbe
     terms = [Term("loss", ((2 if tensor == 1 else 4, "copies"), rows, columns, (wide, "B")))]
     if number < wide:
         terms.append(Term("logits before they are cast", (rows, columns, (number, "B"))))
+    if load.compared:
+        share = _vocabulary_share(config, layout)
+        piece = min(load.responses * share, COMPARED_AT_ONCE)
+        terms += [
+            Term("text twins", ((load.compared, "responses"), (config.hidden_size, "channels"), (number, "B"))),
+            Term("gradient of the divergence", (rows, columns, (wide, "B"))),
+            Term("both distributions at work", ((8, "copies"), (piece, "logits"), (wide, "B"))),
+        ]
     return terms
 
 

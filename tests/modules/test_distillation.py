@@ -149,7 +149,7 @@ def test_comparing_piece_by_piece_changes_nothing(speech_llm, monkeypatch, piece
     loss = speech_llm.train_step(batch, 10)
     expected = gradients(speech_llm)
     speech_llm.zero_grad(set_to_none=True)
-    monkeypatch.setattr(module, "PIECE", piece)  # a position of 128 logits, or two of them
+    monkeypatch.setattr(module, "COMPARED_AT_ONCE", piece)  # a position of 128 logits, or two of them
     assert relative(speech_llm.train_step(batch, 10), loss) < 1e-12
     assert relative(gradients(speech_llm), expected) < 1e-12
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_mtbi.data.layout import collate, make_row, speech
+from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
 from nemo_mtbi.parallel import groups, memory
 from nemo_mtbi.parallel.cpu import megatron_device
@@ -235,6 +236,7 @@ def text_only_model(chunks):
 
     model = SpeechLLM.__new__(SpeechLLM)
     LayoutDecoder.__init__(model, chunks)
+    model.loss = LossConfig()
     model.encode = lambda batch: torch.ones(batch.num_frames, 32, requires_grad=True) * 1
     return model.train()
 
@@ -271,19 +273,21 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("granularity", RECOMPUTE)
-def test_a_step_needs_at_most_what_is_estimated_and_not_much_less(granularity):
+@pytest.mark.parametrize("granularity, kl_weight", [*((one, 0.0) for one in RECOMPUTE), (None, 1.0), ("full", 1.0)])
+def test_a_step_needs_at_most_what_is_estimated_and_not_much_less(granularity, kl_weight):
     groups.initialize()
     config = DecoderConfig(6, 128, 8, 4, 320, 2000, 512)
     model = text_only_model([GPTDecoder(config, **RECOMPUTE[granularity])])
     model.encode = lambda batch: torch.ones(batch.num_frames, 128, requires_grad=True) * 1
-    rows = [make_row([1] * 60 + speech(0, 20), [3] * 80, 0) for _ in range(4)]
+    model.loss = LossConfig(kl_weight=kl_weight)
+    twin = make_row([1] * 80, [3] * 80)
+    rows = [replace(make_row([1] * 60 + speech(0, 20), [3] * 80, 0), twin=twin if kl_weight else None)] * 4
     batch = collate([torch.zeros(1)], [20], rows, 320)
     with PeakMemory() as measured:
         model.train_step(batch, 100)
     positions = max(part.layout.numel() for part in batch.microbatches)
     responses = max(len(part.response_index) for part in batch.microbatches)
-    load = Load(positions, len(batch.microbatches), responses, 1, 1)
+    load = Load(positions, len(batch.microbatches), responses, 1, 1, compared=batch.num_targets if kl_weight else 0)
     counted = memory.stage_memory(config, ParallelConfig(), 0, load=load, speech=NO_SPEECH, granularity=granularity)
     estimate = memory.total(counted.activations) + memory.total(counted.logits)
     assert measured.peak <= estimate <= 1.4 * measured.peak
