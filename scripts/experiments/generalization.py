@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Trains MTBI and its rivals with several seeds and amounts of speech, then compares them: see generalization.md.
+
+python scripts/experiments/generalization.py --out FOLDER [--at-once 2] [--only WORD] [--dry-run] [KEY=VALUE …]
+
+Run it again to go on: a finished training is not repeated, and one that was interrupted goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+UTTERANCES = 3000  # all of the speech
+# What is trained: share of the speech in percent, systems, seeds.
+ALL = ("mtbi", "mtbi_kl", "mtbi_ce_kl", "imitation", "multitask_sft", "transcription_sft", "continuation")
+ALL += ("no_instruction",)
+PLAN = (
+    (100, ALL, range(5)),
+    (10, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
+    (30, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
+    (50, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    rival: str
+    percent: int
+    seed: int
+
+    @property
+    def system(self) -> str:
+        """The name of its row: runs that differ in nothing but the seed share it."""
+        return f"{self.rival}-{self.percent}"
+
+    @property
+    def name(self) -> str:
+        return f"seed{self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        return out / "runs" / self.system / self.name
+
+    def nemo(self, out: Path) -> Path:
+        return self.folder(out) / f"{self.name}.nemo"
+
+    def finished(self, out: Path) -> bool:
+        """The results are the last that a training writes."""
+        return (self.folder(out) / "results.json").exists()
+
+    def command(self, out: Path, extra: Sequence[str]) -> list[str]:
+        return [
+            sys.executable,
+            str(ROOT / "examples" / "mtbi_train.py"),
+            f"+rival={self.rival}",
+            f"name={self.name}",
+            f"seed={self.seed}",
+            f"data.train_utterances={UTTERANCES * self.percent // 100}",
+            f"data.cache_dir={out / 'cache'}",
+            f"model.encoder_cache={out / 'encoder'}",
+            f"exp_manager.exp_dir={out / 'runs' / self.system}",
+            "exp_manager.resume_if_exists=true",
+            *extra,
+        ]
+
+
+def runs(only: str = "") -> list[Run]:
+    """All trainings, the first seed of each before the second of any: what is interrupted can be looked at."""
+    found = [Run(rival, percent, seed) for percent, rivals, seeds in PLAN for rival in rivals for seed in seeds]
+    return sorted((run for run in found if only in run.system), key=lambda run: run.seed)
+
+
+def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
+    """The configuration of ``examples/mtbi_eval.py``: a system for each rival and amount, a .nemo for each seed."""
+    systems: dict[str, dict] = {}
+    for run in sorted(made, key=lambda run: (-run.percent, ALL.index(run.rival), run.seed)):
+        system = systems.setdefault(run.system, {"kind": "speech", "nemo": [], "line": run.rival, "logs": []})
+        system["hours"] = round(hours * run.percent / 100, 3)
+        system["nemo"].append(str(run.nemo(out)))
+        if run.percent == 100 and run.seed == 0:
+            system["logs"].append(str(run.folder(out)))
+    first = next(iter(systems))
+    systems["cascade"] = {"kind": "cascade", "of": first}
+    systems["text"] = {"kind": "text", "of": first}
+    (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
+    return {
+        "defaults": ["mtbi_eval", "_self_"],
+        "output_dir": str(out / "evaluation"),
+        "title": "Generalization of speech LLMs: MTBI and its rivals",
+        "systems": systems,
+        "sets": {"test": {"cuts": str(cuts), "wordings": 2}},
+        "compare_with": first,
+    }
+
+
+def hours_of_speech(out: Path) -> float:
+    """Of the whole training corpus."""
+    from lhotse import CutSet
+
+    corpora = [list(CutSet.from_file(path)) for path in (out / "cache").glob("synthetic-train-*/cuts.jsonl.gz")]
+    return sum(cut.duration for cut in max(corpora, key=len)) / 3600
+
+
+def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[str]) -> list[Run]:
+    """Runs what is not finished, several at once on one thread each; returns those that failed."""
+    waiting, active, failed = [run for run in wanted if not run.finished(out)], {}, []
+    total, started = len(waiting), time.monotonic()
+    print(f"{len(wanted) - total} of {len(wanted)} trainings are finished", flush=True)
+    while waiting or active:
+        while waiting and len(active) < at_once:
+            run = waiting.pop(0)
+            run.folder(out).mkdir(parents=True, exist_ok=True)
+            with open(run.folder(out) / "log.txt", "ab") as log:
+                command = run.command(out, extra)
+                active[run] = subprocess.Popen(
+                    command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                )
+        for run, process in list(active.items()):
+            if process.poll() is None:
+                continue
+            del active[run]
+            if not run.finished(out):
+                failed.append(run)
+            done = total - len(waiting) - len(active)
+            left = (time.monotonic() - started) / done * (total - done)
+            state = "finished" if run.finished(out) else f"FAILED, see {run.folder(out) / 'log.txt'}"
+            print(f"{done}/{total} · {run.system} {run.name} {state} · {left / 60:.0f} min left", flush=True)
+        time.sleep(0.5)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1)), help="trainings side by side")
+    parser.add_argument("--only", default="", metavar="WORD", help="systems whose name holds it")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("keys", nargs="*", help="further keys for examples/mtbi_train.py")
+    args = parser.parse_args()
+    out, wanted = args.out.resolve(), runs(args.only)
+    if args.dry_run:
+        print("\n".join(shlex.join(run.command(out, args.keys)) for run in wanted))
+        return 0
+    failed = train_all(wanted, out, args.at_once, args.keys)
+    if failed:
+        print(f"{len(failed)} trainings failed: run the same command again to go on", flush=True)
+        return 1
+    config = out / "evaluation.yaml"
+    settings = evaluation(out, wanted, hours_of_speech(out))
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    command = [sys.executable, str(ROOT / "examples" / "mtbi_eval.py"), f"--config-dir={out}"]
+    return subprocess.run([*command, "--config-name=evaluation"]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

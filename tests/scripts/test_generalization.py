@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+import gzip
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[2] / "scripts" / "experiments" / "generalization.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    module = runpy.run_path(str(PATH))
+    return module
+
+
+def test_the_plan(script):
+    found = script["runs"]()
+    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3
+    assert [run.seed for run in found] == sorted(run.seed for run in found)
+    assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {run.rival for run in found}
+    assert {run.system for run in script["runs"]("mtbi_kl")} == {"mtbi_kl-100"}
+
+
+def test_commands_can_be_read_by_the_example(script, tmp_path):
+    shown = subprocess.run(
+        [sys.executable, str(PATH), "--out", str(tmp_path), "--only", "continuation-10", "--dry-run", "seed=9"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(shown) == 8 and shown[0].endswith("seed=9")  # 10% and 100%
+    assert "data.train_utterances=3000" in shown[0] and "+rival=continuation name=seed0 seed=0" in shown[0]
+
+
+def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_path, monkeypatch, capsys):
+    first, second, third = script["runs"]("mtbi_kl")[:3]
+    (first.folder(tmp_path)).mkdir(parents=True)
+    (first.folder(tmp_path) / "results.json").write_text("{}")
+    writes = f"import pathlib; pathlib.Path(r'{second.folder(tmp_path)}', 'results.json').write_text('1')"
+    commands = {
+        second: [sys.executable, "-c", writes],
+        third: [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
+    }
+    monkeypatch.setattr(type(first), "command", lambda run, out, extra: commands[run])
+    assert script["train_all"]([first, second, third], tmp_path, 2, []) == [third]
+    assert (third.folder(tmp_path) / "log.txt").read_text() == "why\n"
+    said = capsys.readouterr().out
+    assert "1 of 3 trainings are finished" in said and "seed2 FAILED, see" in said
+
+
+def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
+    cuts = tmp_path / "cache" / "synthetic-test-1" / "cuts.jsonl.gz"
+    cuts.parent.mkdir(parents=True)
+    cuts.write_bytes(gzip.compress(b""))
+    found = script["evaluation"](tmp_path, script["runs"](), 4.0)
+    assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
+    assert len(found["systems"]) == 8 + 3 * 4 + 2
+    system = found["systems"]["continuation-30"]
+    assert (system["hours"], system["line"], len(system["nemo"])) == (1.2, "continuation", 3)
+    assert system["nemo"][1] == str(tmp_path / "runs" / "continuation-30" / "seed1" / "seed1.nemo")
