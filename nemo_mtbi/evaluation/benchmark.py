@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lhotse.cut import Cut
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.data.dataset import load_samples
-from nemo_mtbi.data.tasks import Task, TaskPool, draw_prompt
+from nemo_mtbi.data.tasks import Task, TaskPool, draw_prompt, stable_rng
 from nemo_mtbi.evaluation.report import Answer
-from nemo_mtbi.inference.respond import Responder
+
+if TYPE_CHECKING:
+    from nemo_mtbi.inference.respond import Responder
 
 SEEN, NEW_WORDINGS, NEW_TASKS = "seen", "heldout_wordings", "heldout_tasks"
+_DRAWS = {SEEN: "seen", NEW_WORDINGS: "heldout", NEW_TASKS: "task"}  # part of the key that a wording is drawn by
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,43 @@ def questions(cuts: Sequence[Cut], pool: TaskPool, seed: int) -> list[Question]:
 
     A pure function of its arguments; the wordings are drawn for each cut and task.
     """
+    return [
+        Question(index, task, draw_prompt(prompts, _DRAWS[group], seed, cut.id, task.name), group)
+        for index, cut in enumerate(cuts)
+        for task, group, prompts in _asked(pool)
+    ]
+
+
+def crossed_questions(cuts: Sequence[Cut], pool: TaskPool, wordings: int | None, seed: int) -> list[Question]:
+    """As :func:`questions`, but all cuts are asked the same ``wordings`` wordings of a task: these can be compared.
+
+    Args:
+        cuts: utterances.
+        pool: tasks.
+        wordings: how many of each task and group, drawn by ``seed``; ``None``: all.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if ``wordings`` is below 1.
+    """
+    if wordings is not None and wordings < 1:
+        raise ValueError(f"wordings is {wordings}; ask at least 1 of each task, or null for all")
+    chosen = []
+    for task, group, prompts in _asked(pool):
+        rng = stable_rng("wordings", seed, group, task.name)
+        kept = set(prompts if wordings is None else rng.sample(prompts, min(wordings, len(prompts))))
+        chosen += [(task, group, prompt) for prompt in prompts if prompt in kept]
+    return [Question(index, task, prompt, group) for index in range(len(cuts)) for task, group, prompt in chosen]
+
+
+def _asked(pool: TaskPool) -> list[tuple[Task, str, tuple[str, ...]]]:
+    """Each task with the groups that it is asked in, and the wordings of each."""
     rows = []
-    for index, cut in enumerate(cuts):
-        for task in pool.train:
-            rows.append(Question(index, task, draw_prompt(task.prompts, "seen", seed, cut.id, task.name), SEEN))
-            if task.heldout_prompts:
-                prompt = draw_prompt(task.heldout_prompts, "heldout", seed, cut.id, task.name)
-                rows.append(Question(index, task, prompt, NEW_WORDINGS))
-        for task in pool.heldout:
-            prompt = draw_prompt(task.prompts, "task", seed, cut.id, task.name)
-            rows.append(Question(index, task, prompt, NEW_TASKS))
-    return rows
+    for task in pool.train:
+        rows.append((task, SEEN, task.prompts))
+        if task.heldout_prompts:
+            rows.append((task, NEW_WORDINGS, task.heldout_prompts))
+    return rows + [(task, NEW_TASKS, task.prompts) for task in pool.heldout]
 
 
 def run_benchmark(

@@ -6,7 +6,6 @@ often it was asked. The figures of each single task stand beside.
 """
 
 import hashlib
-import json
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_mtbi.evaluation.behavior import agreement, behavior_gap, text_f1
+from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.metrics import SCORERS, exact, normalize, right, task_scores, wer
 
 GROUPS = {
@@ -141,16 +141,7 @@ def write_results(
         "tasks": summary["tasks"],
         "nemo": None if nemo_path is None else os.fspath(nemo_path),
     }
-    try:
-        text = json.dumps(_rounded(results), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"the results for {path} hold NaN or infinity: leave that figure out or pass None") from error
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return write_json(path, results)
 
 
 def render(
@@ -200,7 +191,7 @@ def examples_markdown(answers: Sequence[Answer], k: int = 6) -> str:
     """Return k examples (see :func:`pick_examples`) as a Markdown table, as TensorBoard's text tab shows it."""
     lines = ["| transcript | prompt | answer to text | answer to speech | same |", "|---|---|---|---|---|"]
     for a in pick_examples(answers, k):
-        cells = [_markdown(_shown(text)) for text in (a.transcript, a.prompt, a.text, a.speech)]
+        cells = [_markdown(shown(text)) for text in (a.transcript, a.prompt, a.text, a.speech)]
         lines.append(f"| {' | '.join(cells)} | {'yes' if a.agrees else '**no**'} |")
     return "\n".join(lines) + "\n"
 
@@ -249,14 +240,6 @@ def _task_figures(task: str, rows: Sequence[Answer]) -> dict[str, Any]:
         **_figures(rows),
         "groups": {group: _figures([a for a in rows if a.group == group]) for group in GROUPS if group in groups},
     }
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return round(value, 6) if isinstance(value, float) else value
 
 
 def _random_key(answer: Answer) -> str:
@@ -364,17 +347,17 @@ def _example_table(picked: Sequence[Answer], answers: Sequence[Answer]) -> Table
     for a in picked:
         question = Text.assemble(
             ("said:  ", "dim"),
-            (_shown(a.transcript), "italic"),
+            (shown(a.transcript), "italic"),
             ("\nasked: ", "dim"),
-            (_shown(a.prompt), "bold"),
+            (shown(a.prompt), "bold"),
             (f"\n({a.task}, {GROUPS[a.group]})", "dim"),
         )
         mark = ("= ", "green") if a.agrees else ("≠ ", "bold red")
-        table.add_row(question, Text(_shown(a.text)), Text.assemble(mark, _shown(a.speech)))
+        table.add_row(question, Text(shown(a.text)), Text.assemble(mark, shown(a.speech)))
     return table
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return the text as an example shows it: no control characters (a model may write any), cut where it is long."""
     text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c for c in text)
     text = "\n".join(line.strip() for line in text.strip().splitlines())

@@ -11,7 +11,7 @@ from lhotse import CutSet
 from nemo_mtbi.data.corpus import write_flac
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
 from nemo_mtbi.data.tasks import TaskPool
-from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN, questions, run_benchmark
+from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN, crossed_questions, questions, run_benchmark
 from nemo_mtbi.evaluation.report import summarize
 from nemo_mtbi.testing import tiny_cuts
 
@@ -150,3 +150,24 @@ def test_a_benchmark_leaves_nothing_out(cuts):
     write_flac(Path(cuts[2].recording.sources[0].source), np.zeros(cuts[2].num_samples))
     with pytest.raises(ValueError, match="tiny-0-0002 is silent"):
         run_benchmark(FakeResponder(cuts), cuts, POOL, progress=False)
+
+
+def test_wordings_that_are_compared_are_asked_about_the_same_utterances(cuts):
+    asked = {}
+    for row in crossed_questions(cuts, POOL, 2, seed=3):
+        asked.setdefault((row.task.name, row.group), {}).setdefault(row.prompt, []).append(row.utterance)
+    counts = {key: len(wordings) for key, wordings in asked.items()}
+    assert counts == {
+        ("say", SEEN): 2,
+        ("say", NEW_WORDINGS): 2,
+        ("first", SEEN): 2,
+        ("first", NEW_WORDINGS): 1,
+        ("bare", SEEN): 1,
+        ("last", NEW_TASKS): 2,
+    }
+    assert all(utterances == [0, 1, 2, 3] for wordings in asked.values() for utterances in wordings.values())
+    chosen = {tuple(row.prompt for row in crossed_questions(cuts[:1], POOL, 2, seed)) for seed in range(10)}
+    assert len(chosen) == 3  # two of three wordings of one task
+    assert len(crossed_questions(cuts, POOL, None, 0)) == 4 * 11
+    with pytest.raises(ValueError, match="wordings is 0"):
+        crossed_questions(cuts, POOL, 0, 0)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares systems on held-out wordings, held-out tasks and public benchmarks; writes tables and report.html.
+
+    python examples/mtbi_eval.py output_dir=eval systems.mtbi.nemo=m.nemo sets.test.cuts=test/cuts.jsonl.gz
+    python examples/mtbi_eval.py --config-path DIR --config-name my_eval       # systems and sets of your own
+
+Started again after a kill it goes on where it stopped, and ends with the same bytes. The last line names the report.
+"""
+
+from pathlib import Path
+
+from nemo_mtbi.cli import hydra_main
+
+
+@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf")
+def main(cfg):
+    from nemo_mtbi.evaluation.settings import parse_eval_config
+
+    # All of the configuration is checked before a model is loaded.
+    config = parse_eval_config(cfg)
+
+    from nemo_mtbi.evaluation.run import Backends, run
+    from nemo_mtbi.models.ctc import transcribe_ctc
+    from nemo_mtbi.models.frozen import file_digest
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+
+    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest))
+    if report is not None:
+        print(f"report: {report}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers on disk: one file for each (system, seed, set, group, task), whole or not there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.evaluation.files import write_text
+from nemo_mtbi.evaluation.items import Reply
+
+_KINDS = {"answer": str, "tokens": int, "truncated": bool, "unheard": (str, type(None))}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task of one set, answered by one seed of one system: what a run that was killed need not do again.
+
+    Attributes:
+        system: Name of the system.
+        seed: Index of its seed.
+        dataset: Name of the set.
+        group: Of the questions.
+        task: Of the questions.
+        fingerprint: Hash of who is asked what; answers under another one are other answers.
+        size: How many questions.
+    """
+
+    system: str
+    seed: int
+    dataset: str
+    group: str
+    task: str
+    fingerprint: str
+    size: int
+
+
+def unit_path(folder: str | Path, unit: Unit) -> Path:
+    """Where the answers of a unit are, below the folder of all answers."""
+    parts = (f"{unit.system}.{unit.seed}", unit.dataset, f"{unit.group}.{unit.task}")
+    return Path(folder).joinpath(*map(_slug, parts[:-1]), _slug(parts[-1]) + ".jsonl")
+
+
+def save_answers(folder: str | Path, unit: Unit, replies: Sequence[Reply]) -> None:
+    """Write the answers of a unit in one step."""
+    header = {"fingerprint": unit.fingerprint, "answers": len(replies)}
+    lines = [header, *(asdict(reply) for reply in replies)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    # a model may write half a character
+    write_text(unit_path(folder, unit), text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def load_answers(folder: str | Path, unit: Unit, overwrite: bool = False) -> list[Reply] | None:
+    """Read the answers of a unit, None if they are not there.
+
+    Args:
+        folder: Of all answers.
+        unit: What was asked.
+        overwrite: Answers of another system or to other questions are as good as none.
+
+    Raises:
+        ValueError: the file is malformed or has another number of answers, or it is of another system or other
+            questions and may not be replaced.
+    """
+    path = unit_path(folder, unit)
+    if not path.exists():
+        return None
+    remedy = "delete it and run again: it will be made anew"
+    try:
+        # not splitlines: an answer may hold any character that ends a line elsewhere
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path} is malformed ({error}); {remedy}") from error
+    if not lines or not isinstance(lines[0], dict) or "fingerprint" not in lines[0]:
+        raise ValueError(f"{path} has no header; {remedy}")
+    if lines[0]["fingerprint"] != unit.fingerprint:
+        if overwrite:
+            return None
+        raise ValueError(
+            f"{path} holds answers of another model, or to other questions: use another output_dir, or overwrite=true"
+        )
+    replies = [_reply(line, f"line {number} of {path}", remedy) for number, line in enumerate(lines[1:], 2)]
+    if len(replies) != unit.size:
+        raise ValueError(f"{path} has {len(replies)} answers to {unit.size} questions; {remedy}")
+    return replies
+
+
+def _reply(line: object, place: str, remedy: str) -> Reply:
+    if not isinstance(line, dict) or set(line) != set(_KINDS):
+        raise ValueError(f"{place} must hold {', '.join(_KINDS)}; {remedy}")
+    for key, kind in _KINDS.items():
+        if not isinstance(line[key], kind):
+            raise ValueError(f"{place}: {key} is {line[key]!r}; {remedy}")
+    return Reply(**line)
+
+
+def _slug(name: str) -> str:
+    """A name that any file system takes; names that differ stay different."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60]
+    return safe if safe == name and not name.startswith(".") else f"{safe.lstrip('.')}-{digest_of(name)[:8]}"

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning curves from the TensorBoard logs of trainings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+WANTED = ("val_agreement", "val_wer", "val_loss", "train_loss")
+_MOST = 400  # points of a curve that are drawn
+
+
+def read_curves(folders: Sequence[str]) -> dict[str, list[list[tuple[float, float]]]]:
+    """Return the curves of several runs by tag: for each run its (step, value) pairs.
+
+    Args:
+        folders: Folders with TensorBoard logs, one for each run; the logs may be below them.
+
+    Raises:
+        ValueError: a folder is missing or holds no log with a scalar that we draw.
+    """
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for folder in folders:
+        curves = _read_run(Path(folder).expanduser())
+        if not curves:
+            raise ValueError(f"logs={folder} holds no TensorBoard log with one of {', '.join(WANTED)}")
+        for tag, points in curves.items():
+            found.setdefault(tag, []).append(points)
+    return {tag: found[tag] for tag in WANTED if tag in found}
+
+
+def _read_run(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    merged: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in set(WANTED) & set(events.Tags()["scalars"]):
+            # a run that went on after a stop has logged some steps again
+            merged.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag) if math.isfinite(e.value)})
+    return {tag: _thinned(sorted(points.items())) for tag, points in merged.items() if points}
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about ``_MOST`` points: each is the mean of a run of neighbors."""
+    width = -(-len(points) // _MOST)
+    runs = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(run[-1][0], math.fsum(value for _, value in run) / len(run)) for run in runs]

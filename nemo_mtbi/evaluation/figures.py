@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of an evaluation: what each system scores on each set, how far it is from the text, what differs surely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nemo_mtbi.evaluation.behavior import (
+    agreement,
+    anchor_bias,
+    behavior_gap,
+    forgetting_rate,
+    prompt_spread,
+    prompt_worst,
+    text_f1,
+    uncrossed_tasks,
+)
+from nemo_mtbi.evaluation.items import EvalSet, Item, Reply, find_metric
+from nemo_mtbi.evaluation.statistics import bootstrap, compare, holm, seed_spread
+from nemo_mtbi.evaluation.tally import Tally, mean, mean_tally, pooled
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The answers of a system to some questions.
+
+    Attributes:
+        items: The questions.
+        seeds: For each seed of the system its answers, in the order of ``items``.
+    """
+
+    items: Sequence[Item]
+    seeds: Sequence[Sequence[Reply]]
+
+    def where(self, keep: Callable[[Item], bool]) -> Asked:
+        """The questions that pass."""
+        kept = [index for index, item in enumerate(self.items) if keep(item)]
+        return Asked([self.items[i] for i in kept], [[replies[i] for i in kept] for replies in self.seeds])
+
+    def answers(self, seed: int) -> list[str]:
+        """Texts of the answers of one seed; a system with fewer seeds than another answers alike for each."""
+        return [reply.answer for reply in self.seeds[seed % len(self.seeds)]]
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Parameters of bootstrap and permutation tests."""
+
+    resamples: int = 2000
+    seed: int = 0
+
+
+def score(items: Sequence[Item], answers: Sequence[str], name: str | None = None) -> Tally:
+    """Score answers, each by the first metric of its item or by the one named.
+
+    Raises:
+        ValueError: there is nothing to score, or metrics that are no means of points are mixed.
+    """
+    names = [name or item.metrics[0] for item in items]
+    if len(set(names)) == 1:
+        return find_metric(names[0]).tally([item.reference for item in items], answers)
+    rows, abstained = np.zeros((len(items), 2)), np.zeros(len(items), dtype=bool)
+    for kind in sorted(set(names)):
+        where = [index for index, other in enumerate(names) if other == kind]
+        found = find_metric(kind).tally([items[i].reference for i in where], [answers[i] for i in where])
+        if not is_share(kind):
+            raise ValueError(f"{kind} can't be averaged with {', '.join(sorted(set(names) - {kind}))}")
+        rows[where], abstained[where] = found.rows, found.abstained
+    return Tally("score", rows, mean, abstained=abstained)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a mean of points from 0 to 1, of which more is better."""
+    chosen = find_metric(name)
+    return chosen.combine is mean and chosen.higher_is_better and chosen.scale == 1.0
+
+
+def right(scores: Tally) -> Tally:
+    """Return the share of items that have all of their points."""
+    points = scores.rows[:, 0] == scores.rows[:, 1]
+    return mean_tally("right", points, abstained=scores.abstained)
+
+
+def figure(tallies: Sequence[Tally], utterances: Sequence[str], resampling: Resampling) -> dict[str, Any]:
+    """One figure over all seeds: value, bootstrap interval over utterances, spread over seeds.
+
+    Args:
+        tallies: One for each seed, over the same items.
+        utterances: Of each item.
+        resampling: Of the bootstrap.
+
+    Returns:
+        ``value, low, high, flat, n, left_out`` and ``seeds``: value of each, mean, deviation, low, high.
+    """
+    whole = pooled(tallies)
+    interval = bootstrap(whole, list(utterances) * len(tallies), resamples=resampling.resamples, seed=resampling.seed)
+    found = {"value": interval.value, "low": interval.low, "high": interval.high, "flat": interval.flat}
+    return {**found, "n": len(whole), "left_out": whole.left_out, "seeds": spread(tallies)}
+
+
+def spread(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The spread of a figure over seeds; None where it is undefined for one of them."""
+    values = [tally.value for tally in tallies]
+    if any(value is None for value in values):
+        return {"values": values, "mean": None, "deviation": None, "low": None, "high": None}
+    found = seed_spread(values)
+    return {
+        "values": values,
+        "mean": found.mean,
+        "deviation": found.deviation,
+        "low": found.low,
+        "high": found.high,
+    }
+
+
+def over_seeds(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """A figure whose bootstrap interval would lean to one side: the mean over seeds and their spread alone."""
+    found = spread(tallies)
+    return {
+        "value": found["mean"],
+        "low": found["low"],
+        "high": found["high"],
+        "flat": False,
+        "n": len(tallies[0]),
+        "left_out": 0,
+        "seeds": found,
+    }
+
+
+def describe(
+    chosen: EvalSet,
+    asked: Asked,
+    text: Asked | None,
+    bare: Sequence[str] | None,
+    resampling: Resampling,
+    in_tasks: bool = True,
+) -> dict[str, Any]:
+    """All figures of a system on the questions of one group or task.
+
+    Args:
+        chosen: The set.
+        asked: The answers.
+        text: The answers of the text system to the same questions; None where there is none.
+        bare: Its answers to the bare transcript of each question; None likewise.
+        resampling: Of intervals.
+        in_tasks: Whether to add the figures of each task.
+    """
+    utterances = [chosen.clips[item.clip].id for item in asked.items]
+    found: dict[str, Any] = {"n": len(asked.items), "utterances": len(set(utterances)), "seeds": len(asked.seeds)}
+    replies = [reply for seed in asked.seeds for reply in seed]
+    found["truncated"] = sum(reply.truncated for reply in replies)
+    found["unheard"] = sum(reply.unheard is not None for reply in replies)
+    found["tokens"] = sum(reply.tokens for reply in replies)
+    found["empty"] = sum(not reply.answer.strip() for reply in replies)
+    found |= _scores(chosen, asked, text, resampling)
+    if text is not None:
+        found |= _behavior(utterances, asked, text, bare, resampling)
+    if in_tasks:
+        found["tasks"] = {}
+        for task in sorted({item.task for item in asked.items}):
+            mine, twin = (part and part.where(lambda item, t=task: item.task == t) for part in (asked, text))
+            found["tasks"][task] = describe(chosen, mine, twin, None, resampling, in_tasks=False)
+    return found
+
+
+def _scores(chosen: EvalSet, asked: Asked, text: Asked | None, resampling: Resampling) -> dict[str, Any]:
+    """Figures that need right answers."""
+    scored = asked.where(lambda item: item.reference is not None and bool(item.metrics))
+    found: dict[str, Any] = {"n_scored": len(scored.items), "metrics": {}}
+    if not scored.items:
+        return found
+    utterances = [chosen.clips[item.clip].id for item in scored.items]
+    count = range(len(scored.seeds))
+    if all(is_share(item.metrics[0]) for item in scored.items):
+        scores = [score(scored.items, scored.answers(seed)) for seed in count]
+        rights = [right(tally) for tally in scores]
+        found["abstained"] = sum(tally.abstentions for tally in scores)
+        found["score"] = figure(scores, utterances, resampling)
+        found["right"] = figure(rights, utterances, resampling)
+        tasks, wordings = [item.task for item in scored.items], [item.prompt for item in scored.items]
+        if any(len({i.prompt for i in scored.items if i.task == task}) > 1 for task in set(tasks)):
+            found["prompt_worst"] = over_seeds([prompt_worst(tally, tasks, wordings) for tally in rights])
+            found["prompt_spread"] = over_seeds([prompt_spread(tally, tasks, wordings) for tally in rights])
+            found["uncrossed"] = sorted(uncrossed_tasks(tasks, wordings, utterances))
+            found["wordings"] = wording_scores(scored, rights)
+        if text is not None:
+            same = text.where(lambda item: item.reference is not None and bool(item.metrics))
+            base = [right(score(scored.items, same.answers(seed))) for seed in count]
+            for measure in (behavior_gap, forgetting_rate):
+                tallies = [measure(a, b) for a, b in zip(base, rights, strict=True)]
+                found[measure.__name__] = figure(tallies, utterances, resampling)
+    for name in sorted({name for item in scored.items for name in item.metrics}):
+        part = scored.where(lambda item, n=name: n in item.metrics)
+        where = [chosen.clips[item.clip].id for item in part.items]
+        tallies = [score(part.items, part.answers(seed), name) for seed in range(len(part.seeds))]
+        found["metrics"][name] = figure(tallies, where, resampling)
+        found["metrics"][name]["abstained"] = sum(tally.abstentions for tally in tallies)
+    return found
+
+
+def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]]:
+    """The share of right answers under each wording of each task, over all seeds."""
+    points: dict[tuple[str, str], list[float]] = {}
+    for tally in rights:
+        for item, value in zip(asked.items, tally.rows[:, 0], strict=True):
+            points.setdefault((item.task, item.prompt), []).append(value)
+    return [
+        {"task": task, "prompt": prompt, "right": math.fsum(values) / len(values)}
+        for (task, prompt), values in sorted(points.items())
+    ]
+
+
+def _behavior(
+    utterances: Sequence[str], asked: Asked, text: Asked, bare: Sequence[str] | None, resampling: Resampling
+) -> dict[str, Any]:
+    """Figures against what the LLM answers to the text; they need no right answers."""
+    pairs = [(text.answers(seed), asked.answers(seed)) for seed in range(len(asked.seeds))]
+    found = {
+        "agreement": figure([agreement(*pair) for pair in pairs], utterances, resampling),
+        "token_f1": figure([text_f1(*pair) for pair in pairs], utterances, resampling),
+    }
+    if bare is not None and any(item.prompt for item in asked.items):
+        told = [index for index, item in enumerate(asked.items) if item.prompt]
+        tallies = [anchor_bias([a[i] for i in told], [bare[i] for i in told], [b[i] for i in told]) for a, b in pairs]
+        found["anchor_bias"] = figure(tallies, [utterances[i] for i in told], resampling)
+    return found
+
+
+def comparisons(
+    chosen: EvalSet, systems: Mapping[str, Asked], against: str | None, resampling: Resampling
+) -> list[dict[str, Any]]:
+    """Every system minus the one named, group by group, on shares of right answers; p-values by Holm over the set."""
+    if against not in systems:
+        return []
+    rows, p_values = [], {}
+    groups = sorted({item.group for item in chosen.items})
+    for name in systems:
+        for group in groups if name != against else ():
+            pair = [_rights(systems[n].where(lambda item, g=group: item.group == g)) for n in (name, against)]
+            if None in pair:
+                continue
+            # paired tests need both asked equally often
+            times = math.lcm(*(len(tallies) for _, tallies in pair))
+            a, b = (pooled(tallies * (times // len(tallies))) for _, tallies in pair)
+            utterances = [chosen.clips[item.clip].id for item in pair[0][0]] * times
+            found = compare(a, b, utterances, resamples=resampling.resamples, seed=resampling.seed)
+            interval = found.difference
+            row = {"group": group, "system": name, "against": against, "difference": interval.value}
+            row |= {"low": interval.low, "high": interval.high, "flat": interval.flat}
+            rows.append({**row, "p": found.p_value, "exact": found.exact, "p_holm": None})
+            if found.p_value is not None:
+                p_values[f"{name}\0{group}"] = found.p_value
+    adjusted = holm(p_values)
+    for row in rows:
+        row["p_holm"] = adjusted.get(f"{row['system']}\0{row['group']}")
+    return rows
+
+
+def _rights(asked: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
+    scored = asked.where(lambda item: item.reference is not None and bool(item.metrics))
+    if not scored.items or not all(is_share(item.metrics[0]) for item in scored.items):
+        return None
+    return scored.items, [right(score(scored.items, scored.answers(seed))) for seed in range(len(scored.seeds))]

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation asks: utterances, questions about them, and how the answers are scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import CutSet
+from lhotse.cut import Cut
+from torch import Tensor
+
+from nemo_mtbi.data.behaviors import custom_value, transcript
+from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.dataset import BadAudioError, load_samples
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.evaluation.abstention import is_empty, is_refusal
+from nemo_mtbi.evaluation.benchmark import crossed_questions
+from nemo_mtbi.evaluation.metrics import Metric, metric, task_metric
+from nemo_mtbi.evaluation.tally import mean
+from nemo_mtbi.inference.audio import load_audio
+
+BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
+
+
+def _refusals(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
+    return np.array([[float(is_refusal(a) and not is_empty(a)), 1.0] for a in answers])
+
+
+# The share of answers that refuse. Silence is no refusal: it counts for nothing.
+REFUSAL = Metric("refusal", _refusals, mean, lambda reference: None)
+
+
+def find_metric(name: str) -> Metric:
+    """Return a metric of ``metrics.METRICS`` or ``refusal``.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return REFUSAL if name == REFUSAL.name else metric(name)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One utterance.
+
+    Attributes:
+        id: Unique in its set.
+        audio: A cut, or the path of an audio file.
+        transcript: What is said, for text systems; None where nobody wrote it down.
+    """
+
+    id: str
+    audio: Cut | Path
+    transcript: str | None
+
+    @property
+    def identity(self) -> list[Any]:
+        """JSON value that changes with the utterance, and not with the folder that it lies in."""
+        if isinstance(self.audio, Path):
+            return [self.id, self.transcript, self.audio.name]
+        return [self.id, self.transcript, self.audio.num_samples, self.audio.sampling_rate, self.audio.start]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one utterance.
+
+    Attributes:
+        clip: Index of the utterance in its set.
+        task: Name of the task.
+        group: Questions that are reported together, such as "seen" or "heldout_tasks".
+        prompt: What is asked; may be empty.
+        metrics: Names of metrics; the first is the one that stands in tables. None: the answer is not scored.
+        reference: What the metrics compare with; None where it is unknown.
+    """
+
+    clip: int
+    task: str
+    group: str
+    prompt: str
+    metrics: tuple[str, ...] = ()
+    reference: Any = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        answer: Its text; empty where the audio was unusable.
+        tokens: Generated tokens, the end token included.
+        truncated: Whether the length limit cut it.
+        unheard: Why the audio was unusable; None where it was heard.
+    """
+
+    answer: str
+    tokens: int
+    truncated: bool
+    unheard: str | None = None
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Utterances and questions.
+
+    Attributes:
+        name: As the configuration calls it.
+        clips: Utterances.
+        items: Questions; those of a task and group stand together or not, their order means nothing.
+        left_out: Items of the source that can't be scored here, by reason.
+        notes: What a reader of the figures must know.
+
+    Raises:
+        ValueError: the source holds nothing, or two utterances have the same id.
+    """
+
+    name: str
+    clips: Sequence[Clip]
+    items: Sequence[Item]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.items and not self.left_out:
+            raise ValueError(f"set {self.name!r} is empty: check its file")
+        twice = [name for name, count in Counter(clip.id for clip in self.clips).items() if count > 1]
+        if twice:
+            raise ValueError(f"set {self.name!r} has several utterances with the id {twice[0]!r}: give each its own")
+
+    def parts(self) -> dict[tuple[str, str], list[Item]]:
+        """Questions by (group, task), each in an order of its own: the unit of resume."""
+        found: dict[tuple[str, str], list[Item]] = {}
+        for item in sorted(self.items, key=self._order):
+            found.setdefault((item.group, item.task), []).append(item)
+        return found
+
+    def _order(self, item: Item) -> tuple[str, ...]:
+        return item.group, item.task, self.clips[item.clip].id, item.prompt
+
+    def bare(self) -> list[Item]:
+        """The bare transcript of each utterance that is asked about under some prompt."""
+        asked = sorted({item.clip for item in self.items if item.prompt}, key=lambda index: self.clips[index].id)
+        return [Item(index, BARE, BARE, "") for index in asked]
+
+    @property
+    def untranscribed(self) -> int:
+        """How many utterances no text system can be asked about."""
+        return sum(clip.transcript is None for clip in self.clips)
+
+    def digest(self, items: Sequence[Item]) -> str:
+        """Hash of questions and their utterances, without what only scoring reads."""
+        return digest_of([[self.clips[item.clip].identity, item.prompt] for item in items])
+
+
+def from_cuts(
+    name: str,
+    path: str | Path,
+    pool: TaskPool,
+    wordings: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> EvalSet:
+    """A set of cuts under a task pool: every task, under the same wordings for all cuts.
+
+    References come from the cuts' custom field ``references`` (task to right answer).
+
+    Args:
+        name: Name of the set.
+        path: Lhotse cut manifest.
+        pool: Tasks.
+        wordings: How many wordings of each task and group; None: all.
+        seed: Of the wordings.
+        limit: Only the first cuts by id; None: all.
+
+    Raises:
+        ValueError: the manifest is missing or empty, or a reference is not one of its task's.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"sets.{name}.cuts={path} does not exist: give a Lhotse cut manifest")
+    cuts = sorted(CutSet.from_file(path), key=lambda cut: cut.id)[:limit]
+    clips = [Clip(cut.id, cut, transcript(cut) or None) for cut in cuts]
+    references = [custom_value(cut, "references") or {} for cut in cuts]
+    items = []
+    for row in crossed_questions(cuts, pool, wordings, seed):
+        names = (task_metric(row.task.scoring).name,)
+        names += ("wer",) if row.task.scoring == "wer" else ()
+        reference = references[row.utterance].get(row.task.name)
+        items.append(Item(row.utterance, row.task.name, row.group, row.prompt, names, reference))
+    notes = []
+    missing = sum(item.reference is None for item in items)
+    if missing:
+        notes.append(
+            f"{missing} of {len(items)} questions have no right answer to compare with: no score, only behavior"
+        )
+    return EvalSet(name, clips, items, notes=notes)
+
+
+def check_references(chosen: EvalSet) -> None:
+    """Raise ValueError if a reference is not what its metric needs; before a model is asked anything."""
+    for item in chosen.items:
+        if item.reference is None:
+            continue
+        for name in item.metrics:
+            try:
+                find_metric(name).check(item.reference)
+            except ValueError as error:
+                clip = chosen.clips[item.clip].id
+                raise ValueError(f"set {chosen.name!r}, utterance {clip!r}, task {item.task!r}: {error}") from error
+
+
+def load_clip(clip: Clip, frames: FrameCounter) -> Tensor | BadAudioError:
+    """Mono ``[n]`` samples at the encoder's rate, whatever rate the audio has; or why there are none."""
+    try:
+        return load_audio(clip.audio, frames) if isinstance(clip.audio, Path) else load_samples(clip.audio, frames)
+    except BadAudioError as error:
+        return error

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems of a configuration: who each is, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.evaluation.settings import EvalConfig
+from nemo_mtbi.evaluation.systems import CascadeSystem, SpeechSystem, TextSystem, with_limits
+from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.inference.transcribe import pick_device
+from nemo_mtbi.modules.pretrained import llm_fingerprint, load_asr_model, load_text_llm, resolve
+from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.parallel import groups
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What this package does not import: the models stand above it.
+
+    Attributes:
+        restore: ``MTBIModel.restore_from``.
+        transcribe: ``models.ctc.transcribe_ctc``.
+        digest: Hash of a file, ``models.frozen.file_digest``.
+    """
+
+    restore: Callable[..., Any]
+    transcribe: Callable[..., list[str]]
+    digest: Callable[[Path], str]
+
+
+class Loader:
+    """Knows the systems of a configuration; keeps the last ``.nemo`` that it has restored.
+
+    Args:
+        config: What was asked for.
+        backends: See :class:`Backends`.
+    """
+
+    def __init__(self, config: EvalConfig, backends: Backends):
+        self._config, self._backends = config, backends
+        self._device = pick_device(config.cuda)
+        self._restored: tuple[str, Any] | None = None
+        self._digest = lru_cache(maxsize=None)(lambda path: backends.digest(Path(path).expanduser()))
+
+    def seeds(self, name: str) -> int:
+        """How many seeds a system has; the cascade and the text have one, that of the first model."""
+        return max(1, len(self._config.systems[name].nemos))
+
+    def identity(self, name: str, seed: int) -> str:
+        """Hash of all that decides the answers of a system."""
+        system = self._config.systems[name]
+        parts: list[Any] = [system.kind, self._config.max_new_tokens]
+        if system.llm:
+            parts.append(llm_fingerprint(resolve(system.llm, f"systems.{name}.llm", "llm")))
+        if system.asr:
+            parts.append(self._digest(str(resolve(system.asr, f"systems.{name}.asr", "encoder.nemo"))))
+        nemo = self._nemo(name, seed)
+        return digest_of([*parts, nemo and self._digest(nemo)])
+
+    def load(self, name: str, seed: int) -> TextSystem:
+        """The system, ready to be asked.
+
+        Raises:
+            ValueError: a part is missing, damaged or of the wrong kind.
+        """
+        system = self._config.systems[name]
+        nemo = self._nemo(name, seed)
+        model = self._restore(nemo) if nemo else None
+        responder = model.responder() if system.llm is None else self._text_llm(name, system.llm)
+        responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
+        if groups.data_parallel_size() > 1:
+            raise ValueError(
+                "an evaluation runs on one model replica: start as many processes as tensor x pipeline parallelism "
+                "needs, and give other systems to other runs"
+            )
+        if system.kind == "text":
+            return TextSystem(responder)
+        return SpeechSystem(responder) if system.kind == "speech" else self._cascade(name, responder, model)
+
+    def _nemo(self, name: str, seed: int) -> str | None:
+        system = self._config.systems[name]
+        if system.kind == "speech":
+            return system.nemos[seed]
+        return self._config.systems[system.of].nemos[0] if system.of else None
+
+    def _restore(self, path: str) -> Any:
+        if self._restored is None or self._restored[0] != path:
+            self._restored = None  # before the next one takes memory
+            self._restored = path, self._backends.restore(path, map_location=self._device).eval()
+        return self._restored[1]
+
+    def _text_llm(self, name: str, llm: str) -> Responder:
+        groups.initialize()
+        found = load_text_llm(resolve(llm, f"systems.{name}.llm", "llm"))
+        for chunk in found.chunks:
+            chunk.to(self._device)
+        limits = {"max_new_tokens": self._config.max_new_tokens, "batch_tokens": self._config.batch_tokens}
+        given = GenerationConfig(**{key: value for key, value in limits.items() if value is not None})
+        return Responder(LayoutDecoder(found.chunks), found.chat, given)
+
+    def _cascade(self, name: str, responder: Responder, model: Any) -> CascadeSystem:
+        asr = self._config.systems[name].asr
+        try:
+            ctc = load_asr_model(asr or model.config.pretrained_asr).to(self._device)
+        except ValueError as error:
+            raise ValueError(f"systems.{name}: {error}; set systems.{name}.asr to the encoder's NeMo file") from error
+        if not hasattr(getattr(ctc, "decoding", None), "ctc_decoder_predictions_tensor"):
+            raise ValueError(f"systems.{name}: {type(ctc).__name__} is no CTC model: set systems.{name}.asr to one")
+        shape = SpeechEncoder(ctc).shape
+        return CascadeSystem(responder, ctc, FrameCounter(shape.stages, shape.sample_rate), self._backends.transcribe)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results of an evaluation: figures, every answer, a Markdown table, a report for the browser."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nemo_mtbi.evaluation.curves import read_curves
+from nemo_mtbi.evaluation.figures import Asked, Resampling, comparisons, describe, score
+from nemo_mtbi.evaluation.files import rounded, write_json, write_text
+from nemo_mtbi.evaluation.items import EvalSet, Item, find_metric
+from nemo_mtbi.evaluation.page import render_page
+from nemo_mtbi.evaluation.settings import EvalConfig
+from nemo_mtbi.evaluation.tables import group_order, markdown
+
+PREDICTIONS, RESULTS, TABLE, REPORT = "predictions.jsonl", "results.json", "results.md", "report.html"
+NOT_MEASURED = (
+    "What only an outside judge could score (the quality of free-form answers, chain of thought) is left out.",
+    "The KL divergence on teacher tokens is not computed here: a training with model.loss.kl_weight above 0 logs it.",
+    "Intervals: bootstrap over utterances, 95%. `=` marks one of no width: all utterances are alike, which is no "
+    "certainty. Worst wording and spread over wordings have the interval of their mean over seeds instead.",
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A set with all answers to it.
+
+    Attributes:
+        chosen: The set.
+        systems: Answers by system; one that can't be asked, for lack of transcripts, is not there.
+        bare: For each text system its answer to the bare transcript, by utterance.
+    """
+
+    chosen: EvalSet
+    systems: Mapping[str, Asked]
+    bare: Mapping[str, Mapping[int, str]]
+
+
+def write_results(
+    config: EvalConfig, answered: Sequence[Answered], folder: Path, resampling: Resampling, console: Console
+) -> Path:
+    """Write ``predictions.jsonl``, ``results.json``, ``results.md`` and ``report.html``; print the table.
+
+    Returns:
+        The path of ``report.html``.
+    """
+    results = rounded(summarize(config, answered, resampling))
+    write_text(folder / PREDICTIONS, "".join(_prediction_lines(config, answered)))
+    write_json(folder / RESULTS, results)
+    write_text(folder / TABLE, markdown(results))
+    console.print(markdown(results, details=False), markup=False, highlight=False, soft_wrap=True)
+    curves = {name: read_curves(system.logs) for name, system in config.systems.items() if system.logs}
+    return write_text(folder / REPORT, render_page(results, curves, answered, config))
+
+
+def summarize(config: EvalConfig, answered: Sequence[Answered], resampling: Resampling) -> dict[str, Any]:
+    """Return all figures as one JSON value.
+
+    Raises:
+        ValueError: nothing at all can be measured: a set without references and without a text system to compare with.
+    """
+    systems = {}
+    for name, system in config.systems.items():
+        found = {"kind": system.kind, "of": system.of, "against": config.text_of(name), "hours": system.hours}
+        systems[name] = {**found, "line": system.line, "seeds": max(1, len(system.nemos))}
+    sets = {part.chosen.name: _set_figures(config, part, resampling) for part in answered}
+    return {"title": config.title, "systems": systems, "sets": sets, "not_measured": list(NOT_MEASURED)}
+
+
+def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> dict[str, Any]:
+    chosen, notes = part.chosen, list(part.chosen.notes)
+    silent = [name for name in config.systems if name not in part.systems and chosen.items]
+    if silent:
+        notes.append(f"not asked, since {chosen.untranscribed} utterances have no transcript: {', '.join(silent)}")
+    judged = any(item.reference is not None for item in chosen.items)
+    if chosen.items and not judged and not any(config.text_of(name) in part.systems for name in part.systems):
+        raise ValueError(
+            f"set {chosen.name!r} has no right answers, and there is no text system to compare with: add references, "
+            "or a system of kind text"
+        )
+    groups = group_order(item.group for item in chosen.items)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, asked in part.systems.items():
+        other = config.text_of(name)
+        text = part.systems.get(other) if other else None
+        bare = part.bare.get(other) if other else None
+        figures[name] = {}
+        for group in groups:
+            mine, twin = (x and x.where(lambda item, g=group: item.group == g) for x in (asked, text))
+            told = [bare.get(item.clip, "") for item in mine.items] if bare else None
+            figures[name][group] = describe(chosen, mine, twin, told, resampling)
+    against = config.compare_with if config.compare_with in part.systems else None
+    return {
+        "groups": groups,
+        "utterances": len(chosen.clips),
+        "questions": len(chosen.items),
+        "left_out": dict(sorted(chosen.left_out.items())),
+        "notes": notes,
+        "systems": figures,
+        "comparisons": comparisons(chosen, part.systems, against, resampling),
+    }
+
+
+def points_of(item: Item, answer: str) -> float | None:
+    """The score of one answer by the first metric of its item; None where it has none of its own."""
+    if item.reference is None or not item.metrics or not find_metric(item.metrics[0]).per_item:
+        return None
+    return score([item], [answer]).items[0]
+
+
+def _prediction_lines(config: EvalConfig, answered: Sequence[Answered]):
+    for part in answered:
+        for name in config.systems:
+            asked = part.systems.get(name)
+            for seed, replies in enumerate(asked.seeds if asked else ()):
+                for item, reply in zip(asked.items, replies, strict=True):
+                    clip = part.chosen.clips[item.clip]
+                    line = {"set": part.chosen.name, "system": name, "seed": seed, "group": item.group}
+                    line |= {"task": item.task, "utterance": clip.id, "prompt": item.prompt}
+                    line |= {"transcript": clip.transcript, "reference": item.reference, "answer": reply.answer}
+                    line |= {"score": points_of(item, reply.answer), "metric": (item.metrics or (None,))[0]}
+                    line |= {"tokens": reply.tokens, "truncated": reply.truncated, "unheard": reply.unheard}
+                    yield json.dumps(rounded(line), ensure_ascii=False) + "\n"

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema of ``conf/mtbi_eval.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.evaluation.formats import FORMATS
+from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
+from nemo_mtbi.schema import read_section
+
+KINDS = ("speech", "cascade", "text")
+
+
+@dataclass
+class SystemConfig:
+    """One row of the tables.
+
+    Attributes:
+        kind: ``speech``: an MTBI model. ``cascade``: CTC of an encoder, then the LLM on its text. ``text``: the LLM on
+            reference transcripts.
+        nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
+        of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
+        llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
+        asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
+        against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
+        hours: hours of speech that it was trained on, for the plot of behavior gap against hours.
+        line: systems with the same value are one line of that plot.
+        logs: folders with TensorBoard logs of its training, for learning curves.
+    """
+
+    kind: str = "speech"
+    nemo: Any = None
+    of: str | None = None
+    llm: str | None = None
+    asr: str | None = None
+    against: str | None = None
+    hours: float | None = None
+    line: str | None = None
+    logs: list[str] = field(default_factory=list)
+
+    @property
+    def nemos(self) -> list[str]:
+        """The ``.nemo`` files, one for each seed."""
+        return [] if self.nemo is None else [self.nemo] if isinstance(self.nemo, str) else list(self.nemo)
+
+
+@dataclass
+class SetConfig:
+    """One set of questions: ``cuts`` under a task pool, or the file of a public benchmark.
+
+    Attributes:
+        cuts: Lhotse cut manifest; references come from its custom field ``references``.
+        tasks: task pool YAML, or ``demo``.
+        only: names of tasks; ``null``: all of the pool.
+        wordings: how many wordings of each task; ``null``: all.
+        seed: of the draw of wordings.
+        limit: only the first cuts by id.
+        format: ``llaso_eval``, ``speech_ifeval`` or ``voicebench``.
+        path: JSON or JSONL of that benchmark.
+        audio_dir: folder of its audio; ``null``: the folder of ``path``.
+        part: VoiceBench's subset, or a name for LLaSO-Eval's task; ``null``: by the name of the file.
+        metric: what LLaSO-Eval's file is scored by; ``null``: by its name.
+    """
+
+    cuts: str | None = None
+    tasks: str = "demo"
+    only: list[str] | None = None
+    wordings: int | None = 2
+    seed: int = 0
+    limit: int | None = None
+    format: str | None = None
+    path: str | None = None
+    audio_dir: str | None = None
+    part: str | None = None
+    metric: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    """Everything that ``conf/mtbi_eval.yaml`` may hold.
+
+    Attributes:
+        output_dir: folder of answers and results; a run that was killed goes on in it.
+        title: of the report.
+        systems: rows of the tables, by name.
+        sets: what is asked, by name.
+        compare_with: system that all others are compared with; ``null``: the first speech system.
+        batch_size: utterances that are loaded and encoded at once.
+        batch_tokens: rows x positions that the LLM takes at once; ``null``: as the model says.
+        max_new_tokens: longest answer; ``null``: as the model says.
+        cache_gib: memory for encoded utterances, which are then not encoded again for each task.
+        on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing.
+        resamples: of bootstrap and permutation tests.
+        seed: of their draws.
+        examples: answers side by side in the report, for each set.
+        overwrite: ask again where the folder holds answers of other systems or to other questions.
+        cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
+    """
+
+    output_dir: str = MISSING
+    title: str = "What speech LLMs do with speech"
+    systems: dict[str, SystemConfig] = MISSING
+    sets: dict[str, SetConfig] = MISSING
+    compare_with: str | None = None
+    batch_size: int = 32
+    batch_tokens: int | None = None
+    max_new_tokens: int | None = None
+    cache_gib: float = 2.0
+    on_bad_audio: str = "raise"
+    resamples: int = 2000
+    seed: int = 0
+    examples: int = 6
+    overwrite: bool = False
+    cuda: int | None = None
+
+    def text_of(self, name: str) -> str | None:
+        """The text system that a system's behavior is measured against; None for text systems, or without any."""
+        system = self.systems[name]
+        texts = [other for other, found in self.systems.items() if found.kind == "text"]
+        if system.kind == "text" or not texts:
+            return None
+        owner = system.of or name
+        return system.against or next((t for t in texts if self.systems[t].of == owner), texts[0])
+
+
+def parse_eval_config(cfg: Mapping) -> EvalConfig:
+    """Checks a configuration, and that the files it names are there.
+
+    Raises:
+        ValueError: unknown, missing or contradictory key, or a missing system; names the remedy.
+    """
+    config = read_section(EvalConfig, cfg)
+    if not config.systems or not config.sets:
+        raise ValueError("systems and sets must each name at least one: see conf/mtbi_eval.yaml")
+    for name, system in config.systems.items():
+        _check_system(config, name, system)
+    if config.on_bad_audio not in ("raise", "abstain"):
+        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or abstain")
+    for key in ("batch_size", "resamples"):
+        if getattr(config, key) < 1:
+            raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
+    if config.compare_with is None:
+        speech = [name for name, system in config.systems.items() if system.kind == "speech"]
+        config.compare_with = speech[0] if speech else None
+    elif config.compare_with not in config.systems:
+        raise ValueError(f"compare_with={config.compare_with} is no system: use one of {', '.join(config.systems)}")
+    return config
+
+
+def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
+    where, known = f"systems.{name}", ", ".join(config.systems)
+    if system.kind not in KINDS:
+        raise ValueError(f"{where}.kind is {system.kind!r}; it must be one of {', '.join(KINDS)}")
+    if not all(isinstance(path, str) for path in system.nemos):
+        raise ValueError(f"{where}.nemo must be a path or a list of paths, got {system.nemo!r}")
+    for path in system.nemos:
+        if not Path(path).expanduser().is_file():
+            raise ValueError(f"{where}.nemo={path} does not exist: train it first, or remove the system")
+    for key in ("of", "against"):
+        other = getattr(system, key)
+        wanted = "speech" if key == "of" else "text"
+        if other is not None and (other not in config.systems or config.systems[other].kind != wanted):
+            raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
+    if system.kind == "speech":
+        if not system.nemos or system.of or system.llm or system.asr:
+            raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm nor asr")
+        return
+    if system.nemos:
+        raise ValueError(f"{where}.nemo belongs to a speech system: name that with of, or give llm")
+    needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr)
+    if not system.of and not all(needed):
+        raise ValueError(f"{where}: set of to a speech system, or {'llm' if system.kind == 'text' else 'llm and asr'}")
+
+
+def read_sets(config: EvalConfig) -> list[EvalSet]:
+    """The sets of a configuration, with checked references.
+
+    Raises:
+        ValueError: a set names both or neither of ``cuts`` and ``format``, or its files are missing or malformed.
+    """
+    return [_read_set(name, settings) for name, settings in config.sets.items()]
+
+
+def _read_set(name: str, settings: SetConfig) -> EvalSet:
+    where = f"sets.{name}"
+    if (settings.cuts is None) == (settings.format is None):
+        raise ValueError(f"{where}: set cuts (with tasks), or format and path")
+    if settings.cuts is not None:
+        from nemo_mtbi.modules.pretrained import DEMO  # with Megatron: a wrong configuration is refused before
+
+        pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
+        pool = pool if settings.only is None else pool.subset(settings.only)
+        found = from_cuts(name, settings.cuts, pool, settings.wordings, settings.seed, settings.limit)
+    else:
+        if settings.format not in FORMATS or settings.path is None:
+            raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, and path its file")
+        read = FORMATS[settings.format]
+        found = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
+    check_references(found)
+    return found

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Systems that answer: an MTBI model on speech, the cascade, the LLM on reference transcripts.
+
+All three put something into the audio slot of the same chat format and ask the same LLM: frames, the tokens of a CTC
+transcript, the tokens of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from nemo_mtbi.data.dataset import BadAudioError
+from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.layout import speech
+from nemo_mtbi.evaluation.items import Clip, Reply, load_clip
+from nemo_mtbi.inference.respond import Responder
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What some utterances put into the audio slot of a prompt.
+
+    Attributes:
+        values: Layout values of each utterance, or why it can't be used.
+        frames: ``[F, H]`` connector frames that negative values point to; None for text.
+        seconds: Of speech that was loaded.
+    """
+
+    values: Sequence[Sequence[int] | BadAudioError]
+    frames: Tensor | None = None
+    seconds: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the frames."""
+        return 0 if self.frames is None else self.frames.numel() * self.frames.element_size()
+
+
+class TextSystem:
+    """The LLM on reference transcripts.
+
+    Args:
+        responder: An LLM with its chat format and decoding.
+    """
+
+    def __init__(self, responder: Responder):
+        self.responder = responder
+
+    def slots(self, clips: Sequence[Clip]) -> Slots:
+        """What the utterances put into the audio slot."""
+        return Slots([self.responder.chat.encode(clip.transcript or "") for clip in clips])
+
+    def ask(
+        self, slots: Slots, requests: Sequence[tuple[str, int]], on_bad_audio: str, progress: Progress
+    ) -> list[Reply]:
+        """Answers to (prompt, index of an utterance) pairs, in order.
+
+        Args:
+            slots: Of the utterances.
+            requests: What is asked about which.
+            on_bad_audio: ``raise``, or ``abstain``: an empty answer.
+            progress: Called with the number of questions answered.
+
+        Raises:
+            BadAudioError: an utterance can't be used, or is too long for the LLM beside the prompt.
+        """
+        replies: list[Reply | None] = [None] * len(requests)
+        layouts, heard = [], []
+        for index, (prompt, clip) in enumerate(requests):
+            found = self._layout(prompt, slots.values[clip])
+            if isinstance(found, BadAudioError):
+                if on_bad_audio == "raise":
+                    raise found
+                replies[index] = Reply("", 0, False, found.reason)
+                progress(1)
+            else:
+                layouts.append(found)
+                heard.append(index)
+        if layouts:
+            answers = self.responder.layouts(layouts, slots.frames, progress)
+            for index, answer in zip(heard, answers, strict=True):
+                text = self.responder.chat.decode(answer.ids)
+                replies[index] = Reply(text, len(answer.ids) + (not answer.truncated), answer.truncated)
+        return replies
+
+    def _layout(self, prompt: str, slot: Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
+        if isinstance(slot, BadAudioError):
+            return slot
+        chat, config = self.responder.chat, self.responder.config
+        layout = chat.prompt(prompt, slot)
+        limit = self.responder.model.decoder.max_sequence_length - config.max_new_tokens
+        if len(layout) <= limit:
+            return layout
+        if len(layout) - len(slot) > limit:
+            raise ValueError(f"the prompt {prompt[:60]!r} alone is longer than the {limit} positions of the LLM")
+        return BadAudioError("too_long", f"an utterance takes {len(slot)} positions, too many beside {prompt[:60]!r}")
+
+
+class SpeechSystem(TextSystem):
+    """An MTBI model on speech."""
+
+    def slots(self, clips: Sequence[Clip]) -> Slots:
+        counter = self.responder.model.frame_counter
+        loaded = [load_clip(clip, counter) for clip in clips]
+        samples = [x for x in loaded if not isinstance(x, BadAudioError)]
+        offsets = iter([0, *accumulate(counter(len(x)) for x in samples)])
+        values = [x if isinstance(x, BadAudioError) else speech(next(offsets), counter(len(x))) for x in loaded]
+        return Slots(values, self.responder.encode(samples), sum(map(len, samples)) / counter.sample_rate)
+
+
+class CascadeSystem(TextSystem):
+    """CTC of an encoder, then the LLM on its text.
+
+    Args:
+        responder: As for :class:`TextSystem`.
+        asr: NeMo CTC model.
+        frames: Counter of the encoder, for its sample rate and the shortest audio.
+        transcribe: ``models.ctc.transcribe_ctc``.
+    """
+
+    def __init__(self, responder: Responder, asr: Any, frames: FrameCounter, transcribe: Callable):
+        super().__init__(responder)
+        self._asr, self._frames, self._transcribe = asr, frames, transcribe
+
+    def slots(self, clips: Sequence[Clip]) -> Slots:
+        loaded = [load_clip(clip, self._frames) for clip in clips]
+        good = [x for x in loaded if not isinstance(x, BadAudioError)]
+        # resampled and mono already, whatever the file is
+        arrays = [SimpleNamespace(load_audio=lambda x=x: x[None].numpy()) for x in good]
+        texts = iter(self._transcribe(self._asr, arrays, batch_size=max(1, len(arrays))))
+        encode = self.responder.chat.encode
+        values = [x if isinstance(x, BadAudioError) else encode(next(texts)) for x in loaded]
+        return Slots(values, None, sum(map(len, good)) / self._frames.sample_rate)
+
+
+def with_limits(responder: Responder, max_new_tokens: int | None, batch_tokens: int | None) -> Responder:
+    """The responder with other decoding limits, where they are given."""
+    given: Mapping[str, int | None] = {"max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
+    config = replace(responder.config, **{key: value for key, value in given.items() if value is not None})
+    return replace(responder, config=config)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of made-up answers, computed by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from nemo_mtbi.evaluation.figures import Asked, Resampling, comparisons, describe, right, score
+from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply, check_references
+
+FEW = Resampling(200, 0)
+CLIPS = [Clip(f"u{index}", Path(f"{index}.wav"), "a b") for index in range(4)]
+
+
+def items(reference="yes", prompts=("p", "q")):
+    return [Item(clip, "t", "seen", prompt, ("exact",), reference) for clip in range(4) for prompt in prompts]
+
+
+def asked(questions, *seeds):
+    return Asked(questions, [[Reply(answer, 2, False) for answer in answers] for answers in seeds])
+
+
+QUESTIONS = items()
+CHOSEN = EvalSet("s", CLIPS, QUESTIONS)
+TEXT = asked(QUESTIONS, ["yes"] * 8)
+# clip by clip under p and q: under p all are right, under q two of four
+SPEECH = asked(QUESTIONS, ["yes", "yes", "yes", "yes", "yes", "no", "yes", ""])
+
+
+def test_figures_of_a_group_by_hand():
+    found = describe(CHOSEN, SPEECH, TEXT, None, FEW)
+    assert found["right"]["value"] == found["agreement"]["value"] == found["behavior_gap"]["value"] == 0.75
+    assert found["forgetting_rate"]["value"] == -0.25
+    assert found["right"]["low"] <= 0.75 <= found["right"]["high"] and not found["right"]["flat"]
+    assert found["prompt_worst"]["value"] == 0.5
+    assert found["prompt_spread"]["value"] == pytest.approx(0.5 / 2**0.5)
+    assert found["wordings"] == [
+        {"task": "t", "prompt": "p", "right": 1.0},
+        {"task": "t", "prompt": "q", "right": 0.5},
+    ]
+    assert (found["n"], found["n_scored"], found["utterances"], found["abstained"], found["empty"]) == (8, 8, 4, 1, 1)
+    assert found["tasks"]["t"]["metrics"]["exact"]["value"] == 0.75 and "anchor_bias" not in found
+    assert describe(CHOSEN, TEXT, None, None, FEW)["right"]["flat"]
+
+
+def test_anchor_bias_needs_the_bare_transcript():
+    bare = ["no"] * 8  # what the speech alone asks for
+    found = describe(CHOSEN, SPEECH, TEXT, bare, FEW)["anchor_bias"]
+    assert found["value"] == pytest.approx(1 / 7) and found["left_out"] == 1  # the empty answer tells nothing
+
+
+def test_several_seeds_are_pooled_and_spread():
+    two = asked(QUESTIONS, ["yes"] * 8, ["no"] * 8)
+    found = describe(CHOSEN, two, TEXT, None, FEW)["right"]
+    assert found["value"] == 0.5 and found["seeds"]["values"] == [1.0, 0.0] and found["n"] == 16
+    assert found["flat"]  # every utterance is half right: an interval over utterances alone would look certain
+    assert found["seeds"]["low"] < 0 < 1 < found["seeds"]["high"]
+
+
+def test_systems_of_different_numbers_of_seeds_are_compared():
+    two = asked(QUESTIONS, ["yes"] * 8, ["yes", "no"] * 4)
+    rows = comparisons(CHOSEN, {"a": two, "text": TEXT}, "text", FEW)
+    assert [(row["system"], row["group"], row["difference"]) for row in rows] == [("a", "seen", -0.25)]
+    assert rows[0]["exact"] and rows[0]["p"] == rows[0]["p_holm"] == 2 / 16
+    assert comparisons(CHOSEN, {"text": TEXT}, "a", FEW) == []
+
+
+@pytest.mark.parametrize("answer", ["", " \u200b", "I'm sorry, but I can't hear that.", "yes, yes"])
+def test_an_answer_that_is_none_never_scores(answer):
+    found = describe(CHOSEN, asked(QUESTIONS, [answer] * 8), TEXT, None, FEW)
+    assert found["right"]["value"] == found["score"]["value"] == 0.0
+    assert found["abstained"] == (0 if "yes" in answer else 8)
+
+
+def test_a_set_without_references_has_behavior_and_no_score():
+    questions = items(reference=None)
+    given = asked(questions, ["x"] * 8)
+    found = describe(EvalSet("s", CLIPS, questions), given, given, None, FEW)
+    assert found["agreement"]["value"] == 1.0 and found["n_scored"] == 0 and "right" not in found
+
+
+def test_order_of_the_items_changes_no_figure():
+    order = [5, 0, 7, 2, 1, 6, 3, 4]
+    turned = [Asked([a.items[i] for i in order], [[a.seeds[0][i] for i in order]]) for a in (SPEECH, TEXT)]
+    assert describe(CHOSEN, *turned, None, FEW) == describe(CHOSEN, SPEECH, TEXT, None, FEW)
+
+
+def test_instructions_count_one_by_one_and_shares_mix():
+    rules = [{"rule": "upper"}, {"rule": "no_comma"}]
+    mixed = [Item(0, "t", "g", "", ("follow_strict",), rules), Item(0, "u", "g", "", ("exact",), "x")]
+    found = score(mixed, ["A, B", "x"])
+    assert found.value == pytest.approx(2 / 3) and right(found).value == 0.5
+    with pytest.raises(ValueError, match="wer can't be averaged with exact"):
+        score([mixed[1], Item(0, "v", "g", "", ("wer",), "x")], ["x", "x"])
+
+
+def test_references_are_checked_before_anything_is_asked():
+    wrong = [Item(0, "t", "g", "", ("choice_accuracy",), {"label": "E", "choices": ["A", "B"]})]
+    with pytest.raises(ValueError, match="set 's', utterance 'u0', task 't': the label 'E' is none"):
+        check_references(EvalSet("s", CLIPS, wrong))
