@@ -5,10 +5,14 @@
 """
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +106,31 @@ def _answer(task: Callable[[DictConfig], Any], config_path: str, config_name: st
     hydra.main(version_base=None, config_path=config_path, config_name=config_name)(task)()
 
 
+def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Ends a run that fails with its message as the last line, where Hydra would put a hint of its own.
+
+    torchrun gets the message too: when all have ended, it prints that of the process that failed first.
+    """
+
+    @functools.wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except Exception as error:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it once another process has failed
+            with contextlib.suppress(OSError):  # the disk may be full, and the message is what counts
+                sys.stdout.flush()
+                if "TORCHELASTIC_ERROR_FILE" in os.environ:
+                    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                    get_error_handler().record_exception(error)
+            traceback.print_exception(error)
+            raise SystemExit(1) from None
+
+    return run
+
+
 def _run(task: Callable[[DictConfig], Any], config_path: str, config_name: str) -> None:
     """Runs ``task`` through NeMo's ``hydra_runner``, which makes no ``outputs/`` folder and stays in this one."""
     from hydra import version
@@ -114,7 +143,7 @@ def _run(task: Callable[[DictConfig], Any], config_path: str, config_name: str) 
         quiet()
     # hydra_runner leaves the compatibility level open, and Hydra then falls back to that of 1.1 and warns.
     version.setbase(None)
-    hydra_runner(config_path=config_path, config_name=config_name)(task)()
+    hydra_runner(config_path=config_path, config_name=config_name)(_reported(task))()
 
 
 def hydra_main(

@@ -206,11 +206,22 @@ def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkCo
         raise ValueError(
             "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
         )
+    _check_processes(cfg.trainer)
     benchmark = read_section(BenchmarkConfig, cfg.get("benchmark"), "benchmark")
     model = parse_model_config(cfg.model)
     for name in ("train_ds", "validation_ds"):
         check_config(cfg.model[name], cfg.model[name].get("sample_rate") or 16000)  # the model checks the rate
     return model, parse_data_config(cfg.data) if cfg.get("data") else None, benchmark
+
+
+def _check_processes(trainer: Mapping) -> None:
+    """Compares ``trainer.devices`` with what torchrun has started; Lightning would say it in terms of its own."""
+    started, devices = os.environ.get("LOCAL_WORLD_SIZE"), trainer.get("devices", "auto")
+    if started is not None and isinstance(devices, int) and devices > 0 and devices != int(started):
+        raise ValueError(
+            f"torchrun has started {started} processes on this machine, but trainer.devices is {devices}: set it to "
+            f"{started}, or start {devices} with --nproc-per-node"
+        )
 
 
 def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:

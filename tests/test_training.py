@@ -184,6 +184,14 @@ def test_all_sections_are_checked_before_any_work(config, monkeypatch, changes, 
     assert "\n" not in str(error.value)
 
 
+def test_devices_must_be_what_torchrun_has_started(config, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun has started 2 processes.*trainer.devices is 1: set it to 2, or"):
+        train(config())
+    training._check(config(trainer={"devices": 2}))
+    training._check(config(trainer={"devices": "auto"}))
+
+
 def test_a_config_that_hydra_has_closed_works_too(config, monkeypatch):
     """Hydra's configurations refuse keys that they do not have, also to those who only ask."""
     monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{data.kind}, {model['generation']}"))

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,24 +63,25 @@ class ReplicaLoader:
         stop_requested: some process was asked to stop when the last step was read; equal on all processes.
 
     Raises:
-        ValueError: if a process that reads has no loader, or one that does not read has one.
+        ValueError: on every process, if one that reads has no loader, or one that does not read has one.
     """
 
     def __init__(
         self, loader: Iterable[StepBatch] | None, stop: Callable[[], bool] | None = None, limit: int | None = None
     ):
-        if groups.is_reader() != (loader is not None):
-            raise ValueError("ReplicaLoader needs a loader where groups.is_reader() is true, and None elsewhere")
         self._loader = loader
         self._stop = stop
         self._limit = float("inf") if limit is None else limit
         self._alone = dist.get_world_size() == 1
-        everyone = [(loader is not None, _length(loader), _stream_workers(loader), stop is not None)]
+        reads = groups.is_reader()
+        everyone = [(reads, reads == (loader is not None), _length(loader), _stream_workers(loader), stop is not None)]
         if not self._alone:
             everyone = groups.gather_objects(everyone[0])
-        lengths = [length for reads, length, _, _ in everyone if reads]
+        if not all(fits for _, fits, *_ in everyone):
+            raise ValueError("ReplicaLoader needs a loader where groups.is_reader() is true, and None elsewhere")
+        lengths = [length for reads, _, length, *_ in everyone if reads]
         self._length = None if None in lengths else min(max(lengths), self._limit)
-        self._workers = max(workers for _, _, workers, _ in everyone)
+        self._workers = max(workers for *_, workers, _ in everyone)
         self._may_stop = any(stops for *_, stops in everyone)
         self.stop_requested = False
         self._epoch = self._handed = self._trained = 0
@@ -138,7 +141,9 @@ class ReplicaLoader:
         position = passes(self._loader)
         position.set_epoch(epoch)
         position.resume(skip)
-        yield from self._loader
+        with _garbage_stays_here():
+            steps = iter(self._loader)  # workers are forked here
+        yield from steps
 
     def _step(self, source: Iterator[StepBatch] | None) -> StepBatch | None:
         """The next step, or ``None`` when the data of all replicas have ended."""
@@ -282,6 +287,19 @@ def _cause(error: Exception) -> str:
     if frames and "in DataLoader worker process" in lines[0]:
         return "\n".join(lines[frames[-1] + 1 :])
     return f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _garbage_stays_here() -> Iterator[None]:
+    """Processes that are forked in the body never collect the garbage of this one.
+
+    It may hold process groups, whose threads a forked process does not have: it would hang or crash.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _length(loader: Any) -> int | None:

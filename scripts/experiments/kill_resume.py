@@ -9,45 +9,28 @@ being written. Prints one line for each kill, and ends with status 1 if a single
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = {
-    "single": (1, []),
-    "dp2": (2, []),
-    "tp2": (2, ["model.tensor_model_parallel_size=2"]),
-    "pp2": (2, ["model.pipeline_model_parallel_size=2"]),
-}
-STARTED = "training ·"  # what a run prints before its first step
-LONGEST_RUN = 900  # seconds, of one attempt
+from small_runs import (
+    LAUNCHERS,
+    LAYOUTS,
+    LONGEST_RUN,
+    STARTED,
+    Tail,
+    arguments,
+    checkpoints_of,
+    has_saved,
+    saved,
+    wait_for,
+)
 
-
-def command(layout: str, folder: Path, steps: int, every: int, extra: list[str]) -> list[str]:
-    """The training run, small enough to be started many times."""
-    processes, sizes = LAYOUTS[layout]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [
-        *(launcher if processes > 1 else [sys.executable]),
-        str(ROOT / "examples" / "mtbi_train.py"),
-        f"trainer.devices={processes}",
-        *sizes,
-        "data.train_utterances=300",
-        "data.validation_utterances=4",
-        "data.test_utterances=1",
-        f"trainer.max_steps={steps}",
-        f"trainer.val_check_interval={every}",  # which is also when checkpoints are written
-        f"exp_manager.exp_dir={folder}",
-        "exp_manager.resume_if_exists=true",
-        *extra,
-    ]
+# What a kill waits for before its random moment; the first one shows that there is something to resume from.
+KINDS = ("checkpoint", "start", "save")
 
 
 def weights(folder: Path) -> bytes:
@@ -57,84 +40,98 @@ def weights(folder: Path) -> bytes:
         return archive.extractfile(member).read()
 
 
-def wait_for(condition, process: subprocess.Popen, deadline: float) -> bool:
-    """Whether the condition came true before the process ended."""
-    while process.poll() is None:
-        if condition():
-            return True
-        if time.monotonic() > deadline:
-            end(process)
-            raise SystemExit(f"a run took longer than {LONGEST_RUN} s: see its log")
-        time.sleep(0.02)
-    return False
+class Attempts:
+    """Starts and resumes one run.
 
-
-def end(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def attempt(
-    run: list[str], folder: Path, log: Path, rng: random.Random, kill: str | None, longest: float
-) -> str | None:
-    """Starts or resumes the run; returns how it was killed, or ``None`` if it came to its end.
-
-    ``longest`` is the latest moment of a random kill, in seconds after training began.
+    Args:
+        launcher: one of :data:`small_runs.LAUNCHERS`.
+        layout: one of :data:`small_runs.LAYOUTS`.
+        folder: of the experiment.
+        keys: its command line.
+        rng: decides the moments.
     """
-    deadline = time.monotonic() + LONGEST_RUN
-    with open(log, "ab") as output:
-        position = output.tell()
-        process = subprocess.Popen(run, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        if kill and wait_for(lambda: STARTED in log.read_text()[position:], process, deadline):
-            saves = len(list(folder.rglob("*unfinished*")))
-            if kill == "save":
-                after = rng.uniform(0.0, 0.3)
-                hit = wait_for(lambda: len(list(folder.rglob("*unfinished*"))) > saves, process, deadline)
-                told = f"{after:.2f} s into a save"
-            else:
-                after, hit = rng.uniform(0.0, longest), True
-                told = f"{after:.2f} s after the start"
-            until = time.monotonic() + after
-            if hit and wait_for(lambda: time.monotonic() >= until, process, deadline):
-                end(process)
-                return told
-        wait_for(lambda: False, process, deadline)
-        if process.returncode:
-            raise SystemExit(f"the run failed with status {process.returncode}: see {log}")
-        return None
-    finally:
-        if process.poll() is None:
-            end(process)
+
+    def __init__(self, launcher: str, layout: str, folder: Path, keys: Sequence[str], rng: random.Random):
+        self._launch, self._processes = LAUNCHERS[launcher], LAYOUTS[layout][0]
+        self._folder, self._keys, self._rng = folder, keys, rng
+        self.log = folder.with_suffix(".log")
+        self.began = 0.0  # when training began last
+
+    def go(self, kind: str | None = None, longest: float = 0.0) -> str | None:
+        """One attempt.
+
+        Args:
+            kind: what the kill waits for, one of :data:`KINDS`; ``None``: there is none.
+            longest: seconds from then to the latest random moment; a save is hit within 0.3 s.
+
+        Returns:
+            How the run was killed; ``None`` if it came to its end.
+        """
+        self.log.touch()
+        tail, before, deadline = Tail(self.log), saved(self._folder), time.monotonic() + LONGEST_RUN
+        run = self._launch(self._keys, self._processes, self.log)
+        marks = {
+            "start": lambda: True,
+            "checkpoint": lambda: has_saved(self._folder, before),
+            "save": lambda: any((checkpoints_of(self._folder) / ".saving").glob("*")),
+        }
+        try:
+            wait_for(lambda: tail.has(STARTED), run, deadline)
+            self.began = time.time()
+            if kind and wait_for(marks[kind], run, deadline):
+                after = self._rng.uniform(0.0, 0.3 if kind == "save" else longest)
+                until = time.monotonic() + after
+                if wait_for(lambda: time.monotonic() >= until, run, deadline):
+                    return f"{after:.2f} s after a {kind}"
+            wait_for(lambda: False, run, deadline)
+            if run.status:
+                raise SystemExit(f"the run failed with status {run.status}: see {self.log}")
+            return None
+        finally:
+            if run.status is None:
+                run.kill()
+
+    def seconds(self) -> float:
+        """How long the last attempt, which came to its end, has trained."""
+        return max(saved(self._folder).values()) / 1e9 - self.began
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="dp2")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="torchrun", help="fork: quick, from one process")
     parser.add_argument("--out", type=Path, required=True, help="new folder for both runs and their logs")
     parser.add_argument("overrides", nargs="*", help="further keys for examples/mtbi_train.py")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True)
     rng, kills = random.Random(args.seed), 0
-    whole, broken = args.out / "undisturbed", args.out / "killed"
-    straight = command(args.layout, whole, args.steps, args.every, args.overrides)
-    attempt(straight, whole, args.out / "whole.log", rng, None, 0.0)
-    seconds = json.loads((whole / "mtbi_demo" / "results.json").read_text())["train"]["seconds"]
-    longest = 2.2 * seconds / args.kills  # so that the last kill still finds the run at work
-    run = command(args.layout, broken, args.steps, args.every, args.overrides)
-    while True:
-        kind = None if kills == args.kills else ("save" if kills % 3 == 2 else "random")
-        told = attempt(run, broken, args.out / "killed.log", rng, kind, longest)
-        if told is None:
-            break
+    whole, killed = (
+        Attempts(
+            args.launcher,
+            args.layout,
+            args.out / name,
+            arguments(args.layout, args.out / name, args.steps, args.every, args.overrides),
+            rng,
+        )
+        for name in ("undisturbed", "killed")
+    )
+    whole.go()
+    share = 0.1 if args.kills == 1 else 2.2 / max(args.kills, 3)  # so that the last kill still finds the run at work
+    longest = share * whole.seconds()
+    while (told := killed.go(None if kills == args.kills else KINDS[kills % 3], longest)) is not None:
         kills += 1
         print(f"{args.layout}: kill {kills}, {told}", flush=True)
-    same = weights(whole) == weights(broken)
-    print(f"{args.layout}: {kills} kills, last weights {'bitwise equal' if same else 'DIFFERENT'}", flush=True)
+    same = weights(args.out / "undisturbed") == weights(args.out / "killed")
+    resumed = killed.log.read_text(errors="replace").count("resuming ·")
+    print(
+        f"{args.layout}: {kills} kills, resumed {resumed} times from a checkpoint, "
+        f"last weights {'bitwise equal' if same else 'DIFFERENT'}",
+        flush=True,
+    )
     return 0 if same and kills == args.kills else 1
 
 

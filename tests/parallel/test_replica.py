@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One reader for each replica: what all its processes get and agree on."""
 
+import gc
 import runpy
 import time
 from collections import Counter
@@ -61,6 +62,39 @@ def test_readers_may_have_workers(processes):
     run(processes, same_steps, "tp2_dp2", 2)
 
 
+class Collecting(torch.utils.data.Dataset):
+    """Its workers collect garbage, as they may at any time."""
+
+    def __getitem__(self, key):
+        gc.collect()
+        return make_step(key)
+
+
+def groups_in_garbage():
+    """Worker: process groups are garbage when the processes of the data loader are forked."""
+    rank, _ = start("dp2")
+    cycle = [dist.new_group(backend="gloo") for _ in range(4)]
+    for group in cycle:
+        dist.barrier(group=group)
+    gc.collect()
+    gc.disable()
+    try:
+        for group in cycle:
+            dist.destroy_process_group(group)
+        cycle.append(cycle)
+        del cycle, group
+        inner = torch.utils.data.DataLoader(Collecting(), sampler=Keys(rank, 2), batch_size=None, num_workers=1)
+        assert len(list(ReplicaLoader.build(lambda: inner))) == 2
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_workers_leave_the_garbage_of_their_reader_alone(processes):
+    """A forked process that collects a process group waits for threads that it does not have, or crashes."""
+    processes(groups_in_garbage, timeout=120)
+
+
 def lengths(name):
     """Worker: a length is that of the longest replica, and is known where all readers know theirs."""
     rank, replicas = start(name)
@@ -71,7 +105,7 @@ def lengths(name):
     else:
         with pytest.raises(TypeError, match="no known length"):
             len(mixed)
-    wrong = None if groups.is_reader() else plain()
+    wrong = plain() if groups.is_reader() and dist.get_rank() else None  # only the first process is wrong
     with pytest.raises(ValueError, match="where groups.is_reader"):
         ReplicaLoader(wrong)
 

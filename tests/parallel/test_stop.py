@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import signal
 import time
@@ -43,6 +44,71 @@ def test_other_errors_pass_unchanged():
     with pytest.raises(RuntimeError) as caught, explained():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_outside_of_training_ends_the_process_with_a_reason(number, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught, explained():
+        os.kill(os.getpid(), number)
+    assert caught.value.code == 128 + number
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{signal.Signals(number).name} has ended process 1 of 2 outside of training.")
+    assert "its own last lines say why" in last and "resume_if_exists=true" in last
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_does_not_hide_the_failure_that_a_process_has_itself(capfd):
+    with pytest.raises(ValueError, match="^mine$"), explained():
+        try:
+            raise ValueError("mine")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not capfd.readouterr().err
+
+
+def test_a_signal_while_training_is_told_once(capfd):
+    callback = StopOnSignal(lambda: False)
+    callback.on_train_start(None, None)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    callback.on_train_end(None, None)
+    assert capfd.readouterr().err.count("SIGTERM: process 0 of 1 saves and stops after this step") == 1
+
+
+def test_a_full_disk_is_told_with_a_remedy():
+    with pytest.raises(
+        RuntimeError, match=r"^process 0 of 1 could not go on: no space left.*\(/x/events\): free"
+    ) as e:
+        with explained():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/events")
+    assert "resume_if_exists=true" in str(e.value) and isinstance(e.value.__cause__, OSError)
+    with pytest.raises(FileNotFoundError), explained():
+        open("/nowhere/at/all")
+
+
+def test_a_process_that_never_came_is_a_lost_one(monkeypatch):
+    """The groups do not stand yet when the others have not arrived."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    error = dist.DistStoreError("Timed out after 21 seconds waiting for clients. 1/2 clients joined.")
+    with pytest.raises(RuntimeError, match=r"lost another one.*\(Timed out after 21 seconds waiting for clients\)"):
+        with explained():
+            raise error
+
+
+def test_where_the_transport_failed_in_its_source_is_left_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    text = "[/a/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:9113: Connection reset by peer. This is typical"
+    with pytest.raises(
+        RuntimeError, match=r"dist_timeout \(Read error \[127.0.0.1\]:9113: Connection reset by peer\)"
+    ):
+        with explained():
+            raise RuntimeError(text)
 
 
 def late_process():

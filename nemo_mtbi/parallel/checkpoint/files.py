@@ -33,13 +33,14 @@ _REPLACED, _REMOVED = ".replaced", ".removed"  # what becomes of a checkpoint, i
 _CONTENT = (MARKER, "metadata.json", ".metadata", "common.pt")
 _LAST = re.compile(r".*-last(-v\d+)?")  # how NeMo and Lightning name the newest checkpoint
 
-_CAUSES = {  # error number: cause and remedy
+CAUSES = {  # error number: cause and remedy
     errno.ENOSPC: ("no space left on the device", "free space there"),
     errno.EDQUOT: ("the disk quota is used up", "free space there or have the quota raised"),
     errno.EFBIG: ("a file would be larger than the limit", "raise it with `ulimit -f`"),
     errno.EROFS: ("the file system is read-only", "have it mounted for writing"),
-    errno.EACCES: ("no permission", "give this user the right to write there"),
-    errno.EPERM: ("no permission", "give this user the right to write there"),
+    errno.EACCES: ("no permission", "give this user the right to read and write there"),
+    errno.EPERM: ("no permission", "give this user the right to read and write there"),
+    errno.ENOTDIR: ("a part of the path is a file", "correct the path"),
     errno.EIO: ("the device reports an input/output error", "check the disk or the network file system"),
 }
 
@@ -110,9 +111,9 @@ def explain(error: BaseException) -> str:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     if system is None:
         return str(error) or type(error).__name__
-    cause, remedy = _CAUSES.get(system.errno, (os.strerror(system.errno), "see that it can be read and written"))
+    cause, remedy = CAUSES.get(system.errno, (os.strerror(system.errno), "see that it can be read and written"))
     where = f" ({system.filename})" if system.filename else ""
-    return f"{cause}{where}: {remedy}, or use another folder (exp_manager.checkpoint_callback_params.dirpath)"
+    return f"{cause}{where}: {remedy}, or use another folder (exp_manager.exp_dir)"
 
 
 # ------------------------------------------------------------------------------------------------------------ marker
@@ -359,8 +360,8 @@ def recover(folder: str | Path) -> Path | None:
         if path != last and _LAST.fullmatch(path.name) and _LAST.fullmatch(last.name):
             logger.info(f"{path} is removed: {last.name} is newer")
             remove(path)
-        else:
-            unfinished_mark(path).unlink(missing_ok=True)
+        elif unfinished_mark(path).exists():  # else nothing is to be changed, nor has the folder to be writable
+            unfinished_mark(path).unlink()
     return last
 
 

@@ -149,6 +149,18 @@ def test_nemos_marks_beside_whole_checkpoints_are_removed(tmp_path):
     assert (tmp_path / ".broken/b").is_dir()
 
 
+def test_a_folder_that_needs_no_change_may_be_read_only(tmp_path, monkeypatch):
+    whole = write(tmp_path / "a", 1)
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("unlink", "rename", "replace", "mkdir", "rmdir"):
+        monkeypatch.setattr(os, name, refused)
+    monkeypatch.setattr(files.Path, "unlink", refused)
+    assert files.recover(tmp_path) == whole
+
+
 @pytest.mark.parametrize("path", ["x/a=0.12-last.ckpt", "x/a=0.12-last"])
 def test_the_folder_has_no_extension(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -254,11 +266,10 @@ def test_a_save_that_fails_leaves_what_stood_there(number, tmp_path, monkeypatch
 
 def test_reasons_are_told_with_a_remedy():
     assert files.explain(OSError(errno.ENOSPC, "x", "/a/b")) == (
-        "no space left on the device (/a/b): free space there, or use another folder "
-        "(exp_manager.checkpoint_callback_params.dirpath)"
+        "no space left on the device (/a/b): free space there, or use another folder (exp_manager.exp_dir)"
     )
     assert files.explain(OSError(errno.EROFS, "x")).startswith("the file system is read-only: have it mounted")
-    assert files.explain(OSError(errno.ENOTDIR, "x", "/a")).startswith("Not a directory (/a): see that")
+    assert files.explain(OSError(errno.ENXIO, "x", "/a")).startswith("No such device or address (/a): see that")
     assert files.explain(ValueError("told")) == "told"
     assert files.explain(KeyError()) == "KeyError"
 
