@@ -125,7 +125,8 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                     get_error_handler().record_exception(error)
-            traceback.print_exception(error)
+            text = "".join(traceback.format_exception(error))
+            print(text, end="", file=sys.stderr, flush=True)  # in one piece: threads may print their own failures
             raise SystemExit(1) from None
 
     return run

@@ -210,10 +210,10 @@ FAULTS = [
     ),
     Fault(
         "heads by TP",
-        "tp4",
-        r"6 attention heads, which 4 tensor-parallel.*choose a model.tensor_model_parallel_size",
-        keys=("trainer.devices=4", "model.tensor_model_parallel_size=4"),
-        processes=4,
+        "tp3",
+        r"2 query groups, which 3 tensor-parallel.*choose a model.tensor_model_parallel_size",
+        keys=("trainer.devices=3", "model.tensor_model_parallel_size=3"),
+        processes=3,
     ),
     Fault(
         "layers by PP",

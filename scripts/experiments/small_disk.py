@@ -23,7 +23,9 @@ class SmallDisk:
         folder.mkdir(parents=True, exist_ok=True)
         mount = f"mount -t tmpfs -o size={megabytes}m tmpfs '{folder}' && echo ready && exec sleep infinity"
         command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
-        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._holder = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         if self._holder.stdout.readline() != "ready\n":
             raise RuntimeError(f"no user namespace can be had here: {self._holder.communicate()[1].strip()}")
         target = f"--target={self._holder.pid}"

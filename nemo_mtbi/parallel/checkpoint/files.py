@@ -112,7 +112,8 @@ def explain(error: BaseException) -> str:
     if system is None:
         return str(error) or type(error).__name__
     cause, remedy = CAUSES.get(system.errno, (os.strerror(system.errno), "see that it can be read and written"))
-    where = f" ({system.filename})" if system.filename else ""
+    name = os.fsdecode(system.filename) if isinstance(system.filename, bytes) else system.filename
+    where = f" ({name})" if name else ""
     return f"{cause}{where}: {remedy}, or use another folder (exp_manager.exp_dir)"
 
 

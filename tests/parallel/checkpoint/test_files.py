@@ -268,6 +268,7 @@ def test_reasons_are_told_with_a_remedy():
     assert files.explain(OSError(errno.ENOSPC, "x", "/a/b")) == (
         "no space left on the device (/a/b): free space there, or use another folder (exp_manager.exp_dir)"
     )
+    assert files.explain(OSError(errno.EROFS, "x", b"/a")).startswith("the file system is read-only (/a): have it")
     assert files.explain(OSError(errno.EROFS, "x")).startswith("the file system is read-only: have it mounted")
     assert files.explain(OSError(errno.ENXIO, "x", "/a")).startswith("No such device or address (/a): see that")
     assert files.explain(ValueError("told")) == "told"
