@@ -126,7 +126,9 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
                     get_error_handler().record_exception(error)
             text = "".join(traceback.format_exception(error))
-            print(text, end="", file=sys.stderr, flush=True)  # in one piece: threads may print their own failures
+            print(text, end="", file=sys.stderr, flush=True)
+            # a thread may still be printing its part of the same failure, which would hide the message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             raise SystemExit(1) from None
 
     return run

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """\
+import atexit
+import sys
 from pathlib import Path
 
 from nemo_mtbi.cli import hydra_main
@@ -17,6 +19,7 @@ from nemo_mtbi.cli import hydra_main
 
 @hydra_main(config_name="thing", config_path=Path(__file__).resolve().parent)
 def main(cfg):
+    atexit.register(lambda: print("what a thread says later", file=sys.stderr))
     raise ValueError("size is 3: set it to 4")
 
 
