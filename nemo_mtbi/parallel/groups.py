@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,12 @@ def shut_down() -> None:
         dist.destroy_process_group()
     _control.clear()
     _layout = None
+    if "nemo.utils" in sys.modules:  # what the strategy has told NeMo, which would not save models that are whole now
+        from nemo.utils import AppState
+
+        state = AppState()
+        state.model_parallel_size = None
+        state.tensor_model_parallel_group = state.pipeline_model_parallel_group = state.data_parallel_group = None
     gc.collect()  # a group that a cycle still holds keeps its threads, which poll a hundred times a second
 
 
