@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+COMPARED_AT_ONCE = 2**26  # logits that teacher and student are compared on: a quarter of a gigabyte in float32, each
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
 
 

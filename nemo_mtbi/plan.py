@@ -155,7 +155,7 @@ def check_world(plan: Plan, trainer: Mapping, environ: Mapping[str, str]) -> int
         )
         plan.world = started
     if plan.layout:
-        plan.attempt(memory.data_parallel_size, plan.layout, plan.world)
+        plan.attempt(plan.layout.replicas, plan.world)
     return int(environ.get("LOCAL_WORLD_SIZE", devices))
 
 

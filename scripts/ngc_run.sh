@@ -30,7 +30,8 @@ command -v docker >/dev/null || {
 
 extra="lhotse>=1.33"
 case $IMAGE in *nemo-speech*) extra+=" megatron-core>=0.16,<0.18" ;; esac
-mounts=(-v "$REPO:$REPO" -v "${HOME}/.cache:/root/.cache")
+# Caches outlive the container: corpora, targets and what Hugging Face downloads.
+mounts=(-v "$REPO:$REPO" -v "$HOME/.cache:/cache" -e XDG_CACHE_HOME=/cache -e NEMO_MTBI_CACHE=/cache/nemo_mtbi)
 for folder in ${MOUNTS:-}; do mounts+=(-v "$folder:$folder"); done
 
 # shellcheck disable=SC2016  # expanded in the container
@@ -40,5 +41,5 @@ exec docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stac
         pip install --quiet --no-deps -e .
         # one word for each requirement
         pip install --quiet --no-deps $EXTRA
-        pip install --quiet safetensors sentencepiece jiwer sacrebleu espeakng-loader psutil
+        pip install --quiet safetensors sentencepiece jiwer sacrebleu whisper_normalizer espeakng-loader psutil
         exec "$@"' _ "$@"

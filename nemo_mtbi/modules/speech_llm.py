@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.layout import IGNORE, MicroBatch, StepBatch
-from nemo_mtbi.losses import LossConfig, hidden_distance, response_cross_entropy, response_divergence
+from nemo_mtbi.losses import COMPARED_AT_ONCE, LossConfig, hidden_distance, response_cross_entropy, response_divergence
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.encoder_cache import EncoderCache
@@ -25,7 +25,6 @@ from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.encoding import encode_shared
-from nemo_mtbi.parallel.memory import COMPARED_AT_ONCE
 
 # What the last stage makes of a microbatch and its hidden states: what backward starts from, and what is kept.
 Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]

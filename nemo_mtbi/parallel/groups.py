@@ -59,6 +59,19 @@ class ParallelConfig:
         """Runs of layers on each process."""
         return self.virtual_pipeline_model_parallel_size or 1
 
+    def replicas(self, world: int) -> int:
+        """Model replicas among ``world`` processes.
+
+        Raises:
+            ValueError: if they do not divide.
+        """
+        if world < 1 or world % self.model_parallel_size:
+            raise ValueError(
+                f"{world} processes do not divide by tensor x pipeline = {self.tensor_model_parallel_size} x "
+                f"{self.pipeline_model_parallel_size}: start a multiple of {self.model_parallel_size} processes"
+            )
+        return world // self.model_parallel_size
+
     def check_architecture(self, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn: int) -> None:
         """Checks that an LLM can be split this way.
 
@@ -118,12 +131,7 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
     limit = None if timeout is None else timedelta(seconds=timeout)
     if not dist.is_initialized():
         _start(limit)
-    if dist.get_world_size() % layout.model_parallel_size:
-        raise ValueError(
-            f"{dist.get_world_size()} processes do not divide by tensor x pipeline = "
-            f"{layout.tensor_model_parallel_size} x {layout.pipeline_model_parallel_size}: start a multiple of "
-            f"{layout.model_parallel_size} processes"
-        )
+    layout.replicas(dist.get_world_size())  # raises if they do not divide
     with megatron_device("cuda" if dist.get_backend() == "nccl" else "cpu"):
         parallel_state.initialize_model_parallel(
             layout.tensor_model_parallel_size,

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from nemo_mtbi.losses import COMPARED_AT_ONCE
 from nemo_mtbi.parallel.groups import ParallelConfig
 
 if TYPE_CHECKING:
@@ -40,20 +41,6 @@ class Place:
     runs: tuple[tuple[int, ...], ...]
 
 
-def data_parallel_size(layout: ParallelConfig, world: int) -> int:
-    """Model replicas among ``world`` processes.
-
-    Raises:
-        ValueError: if they do not divide.
-    """
-    if world < 1 or world % layout.model_parallel_size:
-        raise ValueError(
-            f"{world} processes do not divide by tensor x pipeline = {layout.tensor_model_parallel_size} x "
-            f"{layout.pipeline_model_parallel_size}: start a multiple of {layout.model_parallel_size} processes"
-        )
-    return world // layout.model_parallel_size
-
-
 def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tuple[int, ...], ...]:
     """Layers of each run of a stage: with virtual stages the runs of all stages take turns."""
     stages = layout.pipeline_model_parallel_size
@@ -64,7 +51,7 @@ def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tup
 
 def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
     """All processes, in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
-    data = data_parallel_size(layout, world)
+    data = layout.replicas(world)
     found = []
     for rank in range(world):
         rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
@@ -314,9 +301,6 @@ def activation_terms(
         factors = ((load.positions, "positions"), (hidden + 1, "channels"), (max(number, FLOAT32), "B"))
         terms.append(Term("final norm", factors, split))
     return terms
-
-
-COMPARED_AT_ONCE = 2**26  # logits; what the loss of modules.speech_llm works on at a time
 
 
 def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:

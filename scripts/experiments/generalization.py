@@ -97,7 +97,6 @@ def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
     systems["text"] = {"kind": "text", "of": first}
     (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
     return {
-        "defaults": ["mtbi_eval", "_self_"],
         "output_dir": str(out / "evaluation"),
         "title": "Generalization of speech LLMs: MTBI and its rivals",
         "systems": systems,
@@ -161,7 +160,7 @@ def main() -> int:
     config = out / "evaluation.yaml"
     settings = evaluation(out, wanted, hours_of_speech(out))
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    command = [sys.executable, str(ROOT / "examples" / "mtbi_eval.py"), f"--config-dir={out}"]
+    command = [sys.executable, str(ROOT / "examples" / "mtbi_eval.py"), f"--config-path={out}"]
     return subprocess.run([*command, "--config-name=evaluation"]).returncode
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_mtbi.evaluation.settings import parse_eval_config
+
 PATH = Path(__file__).parents[2] / "scripts" / "experiments" / "generalization.py"
 
 
@@ -55,7 +57,11 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     cuts = tmp_path / "cache" / "synthetic-test-1" / "cuts.jsonl.gz"
     cuts.parent.mkdir(parents=True)
     cuts.write_bytes(gzip.compress(b""))
+    for run in script["runs"]():
+        run.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+        run.nemo(tmp_path).touch()
     found = script["evaluation"](tmp_path, script["runs"](), 4.0)
+    assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
     assert len(found["systems"]) == 8 + 3 * 4 + 2
     system = found["systems"]["continuation-30"]
