@@ -46,7 +46,7 @@ setup(
     ],
     extras_require={
         "demo": ["espeakng-loader"],  # brings espeak-ng, which is GPL
-        "test": ["pytest", "hypothesis", "ruff", "import-linter", "build"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "build"],
         "serve": ["grpcio", "nvidia-riva-client"],
         # By URL: PyPI's `apex` is another project.
         "apex": ["apex @ git+https://github.com/NVIDIA/apex"],

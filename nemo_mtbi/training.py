@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -55,11 +56,13 @@ class BenchmarkConfig:
     """What is asked at the end of a run.
 
     Attributes:
+        enabled: ``false`` if ``examples/mtbi_eval.py`` is to judge the model later.
         cuts: test utterances; ``null``: those of ``data:``. Without either there is no benchmark.
         tasks: task pool YAML, or ``demo``.
         seed: of the wordings.
     """
 
+    enabled: bool = True
     cuts: str | None = None
     tasks: str = "demo"
     seed: int = 0
@@ -132,18 +135,17 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
             f"exp_manager.resume_if_exists=true; checkpoint: {last}",
         )
         return None
-    nemo = folder / f"{cfg.name}.nemo"
+    nemo = written = folder / f"{cfg.name}.nemo"
     model.save_to(str(nemo))
-    if not benchmark.cuts:
-        return nemo
-    _say("benchmark", "every task on every test utterance, by text and by speech")
-    answers = run_benchmark(model.responder(), CutSet.from_file(benchmark.cuts), pool, benchmark.seed)
-    figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
-    path = folder / "results.json"
-    if groups.is_global_first():
-        _report(answers, path, trainer, seed=cfg.seed, train=figures, nemo=nemo)
+    if benchmark.enabled and benchmark.cuts:
+        _say("benchmark", "every task on every test utterance, by text and by speech")
+        answers = run_benchmark(model.responder(), CutSet.from_file(benchmark.cuts), pool, benchmark.seed)
+        figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
+        written = folder / "results.json"
+        if groups.is_global_first():
+            _report(answers, written, trainer, seed=cfg.seed, train=figures, nemo=nemo)
     _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
-    return path
+    return written
 
 
 def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]) -> Trainer:
@@ -165,19 +167,16 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
 
 def _experiment(trainer: Trainer, cfg: DictConfig) -> Path:
     """NeMo's folder, loggers and checkpoints of the run: one folder for all processes, and where to go on from."""
-    manager = cfg.exp_manager
-    if not manager.get("resume_if_exists"):  # a new folder, named by the time, which may differ between processes
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        os.environ[NEMO_ENV_VARNAME_VERSION] = os.environ.get(NEMO_ENV_VARNAME_VERSION) or groups.broadcast_object(
-            stamp, "world"
-        )
-        chosen = None
-    else:
+    manager, chosen = cfg.exp_manager, None
+    version = manager.get("version") or os.environ.get(NEMO_ENV_VARNAME_VERSION)
+    if manager.get("resume_if_exists"):
         given = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
-        name = Path(
-            manager.get("explicit_log_dir") or Path(manager.exp_dir or ".") / (manager.get("name") or "default")
-        )
-        chosen = choose_resume(given or name / (manager.get("version") or "") / "checkpoints")
+        folder = manager.get("explicit_log_dir") or _parent(manager) / (version or "")
+        chosen = choose_resume(given or Path(folder) / "checkpoints")
+    elif not manager.get("explicit_log_dir"):
+        # Named here, since NeMo would leave the name in the environment, where the next run of this process finds it.
+        with open_dict(manager):
+            manager.version = version or groups.broadcast_object(_new_version(manager), "world")
     try:
         folder = Path(exp_manager(trainer, manager))
     except OmegaConfBaseException as error:
@@ -186,6 +185,19 @@ def _experiment(trainer: Trainer, cfg: DictConfig) -> Path:
         trainer.ckpt_path = str(chosen)
         _say("resuming", f"from {chosen}")
     return folder
+
+
+def _parent(manager: DictConfig) -> Path:
+    """The folder of an experiment, where NeMo puts that of each of its runs."""
+    return Path(manager.get("exp_dir") or "nemo_experiments") / (manager.get("name") or "default")
+
+
+def _new_version(manager: DictConfig) -> str:
+    """The name of a new run's folder, as NeMo would choose it: it may differ between processes."""
+    if manager.get("use_datetime_version") is False:
+        parent = _parent(manager)
+        return f"version_{TensorBoardLogger(save_dir=parent.parent, name=parent.name).version}"
+    return time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:

@@ -89,7 +89,7 @@ PY
 effective_constraints() {
     local keep='.'
     # Another NeMo wants other versions of nearly everything, so only what does not depend on it stays pinned.
-    [[ -n ${NEMO_VERSION:-} ]] && keep='^(megatron-core|lhotse|espeakng-loader|ruff|import-linter|pytest|hypothesis|build)=='
+    [[ -n ${NEMO_VERSION:-} ]] && keep='^(megatron-core|lhotse|espeakng-loader|ruff|import-linter|pytest|pytest-xdist|hypothesis|build)=='
     grep -v '^torch==' "$CONSTRAINTS" | grep -E "$keep"
     python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))'
 }

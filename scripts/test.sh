@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs this repository with its test tools into the active virtual environment, or else into its own, and runs
-# every check and the whole suite; arguments go to pytest. See lib.sh for the environment variables.
+# every check and the whole suite; arguments go to pytest (-n 0: in one process). TEST_WORKERS is the most processes
+# that share the tests (4; never more than there are CPUs). See lib.sh for the other environment variables.
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPO/scripts/lib.sh"
@@ -22,4 +23,5 @@ ruff format --check .
 say "direction of imports"
 lint-imports
 say "tests"
-exec python -m pytest "$@"
+# Workers that take whole files, so that what a file shares is made once; importing NeMo is most of what each one costs.
+exec python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadfile "$@"

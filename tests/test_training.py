@@ -2,6 +2,7 @@
 """A whole run at a tiny scale, in this process: from the configuration to ``results.json``."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -130,19 +131,49 @@ def test_tensorboard_gets_figures_and_examples(run):
     assert b"answer to speech" in event.tensor_proto.string_val[0]
 
 
-def test_own_cuts_without_a_benchmark_end_with_the_model(config, model_section):
+def own_cuts(model_section):
+    """What a run of one step on cuts of the user's own needs, without a benchmark."""
     cuts = model_section().train_ds.cuts_path
     section = {"train_ds": {"cuts_path": cuts}, "validation_ds": {"cuts_path": cuts}}
-    path = train(config(data=None, model=section, trainer={"max_steps": 1}))
+    return {"data": None, "model": section, "trainer": {"max_steps": 1}}
+
+
+def test_own_cuts_without_a_benchmark_end_with_the_model(config, model_section):
+    path = train(config(**own_cuts(model_section)))
     assert path.name == "tiny.nemo" and path.is_file()
 
 
+@pytest.mark.parametrize(
+    "exp_manager, folder", [({"version": "mine"}, "mine"), ({"use_datetime_version": False}, "version_0")]
+)
+def test_the_folder_of_a_run_is_named_by_its_configuration(config, model_section, monkeypatch, exp_manager, folder):
+    monkeypatch.delenv("NEMO_EXPM_VERSION", raising=False)
+    path = train(config(**own_cuts(model_section), exp_manager=exp_manager))
+    assert path.parent.name == folder
+    assert not os.environ.get("NEMO_EXPM_VERSION")  # where the next run of this process would find it
+
+
+def test_a_resumed_run_looks_where_nemo_saves(config, model_section, monkeypatch, capsys):
+    monkeypatch.setenv("NEMO_EXPM_VERSION", "named")
+    cfg = config(**own_cuts(model_section))
+    manager = {"resume_if_exists": True, "resume_ignore_no_checkpoint": True, "create_checkpoint_callback": True}
+    manager |= {"checkpoint_callback_params": {"monitor": "val_loss"}}
+    cfg = OmegaConf.merge(cfg, {"exp_manager": manager, "trainer": {"val_check_interval": 1}})
+    for times in (0, 1):
+        assert train(cfg.copy()).parent.name == "named"
+        assert capsys.readouterr().out.count("resuming ·") == times
+
+
+def test_the_benchmark_can_be_left_to_others(config, model_section):
+    section = own_cuts(model_section)
+    cuts = section["model"]["train_ds"]["cuts_path"]
+    assert train(config(**section, benchmark={"cuts": cuts, "enabled": False})).name == "tiny.nemo"
+
+
 def test_own_cuts_can_have_a_benchmark(config, model_section):
-    cuts = model_section().train_ds.cuts_path
-    section = {"train_ds": {"cuts_path": cuts}, "validation_ds": {"cuts_path": cuts}}
-    tasks = config().data.tasks
-    changes = {"trainer": {"max_steps": 1}, "exp_manager": {"create_tensorboard_logger": False}}
-    path = train(config(data=None, model=section, benchmark={"cuts": cuts, "tasks": tasks}, **changes))
+    section = own_cuts(model_section)
+    asked = {"cuts": section["model"]["train_ds"]["cuts_path"], "tasks": config().data.tasks}
+    path = train(config(**section, benchmark=asked, exp_manager={"create_tensorboard_logger": False}))
     results = json.loads(path.read_text())
     assert results["behavior"]["seen"]["n"] == 16
     assert results["behavior"]["seen"]["text"] is None  # these cuts hold no right answers
