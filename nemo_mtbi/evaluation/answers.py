@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers on disk: one file for each (system, seed, set, group, task), whole or not there."""
+"""Answers, and what else was measured of them, on disk: a file for each (system, seed, set, group, task), or none."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.files import write_text
-from nemo_mtbi.evaluation.items import Reply
+from nemo_mtbi.evaluation.items import Divergence, Reply
 
-_KINDS = {"answer": str, "tokens": int, "truncated": bool, "unheard": (str, type(None))}
+Record = TypeVar("Record", Reply, Divergence)
+_KINDS = {
+    Reply: {"answer": str, "tokens": int, "truncated": bool, "unheard": (str, type(None))},
+    Divergence: {"kl": (float, type(None)), "tokens": int},
+}
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,25 @@ def unit_path(folder: str | Path, unit: Unit) -> Path:
     return Path(folder).joinpath(*map(_slug, parts[:-1]), _slug(parts[-1]) + ".jsonl")
 
 
-def save_answers(folder: str | Path, unit: Unit, replies: Sequence[Reply]) -> None:
-    """Write the answers of a unit in one step."""
-    header = {"fingerprint": unit.fingerprint, "answers": len(replies)}
-    lines = [header, *(asdict(reply) for reply in replies)]
+def save_answers(folder: str | Path, unit: Unit, records: Sequence[Record]) -> None:
+    """Write what was found of a unit, answers or divergences, in one step."""
+    header = {"fingerprint": unit.fingerprint, "answers": len(records)}
+    lines = [header, *({key: getattr(record, key) for key in _KINDS[type(record)]} for record in records)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     # a model may write half a character
     write_text(unit_path(folder, unit), text.encode("utf-8", "replace").decode("utf-8"))
 
 
-def load_answers(folder: str | Path, unit: Unit, overwrite: bool = False) -> list[Reply] | None:
-    """Read the answers of a unit, None if they are not there.
+def load_answers(
+    folder: str | Path, unit: Unit, overwrite: bool = False, kind: type[Record] = Reply
+) -> list[Record] | None:
+    """Read what was found of a unit, None if it is not there.
 
     Args:
         folder: Of all answers.
         unit: What was asked.
         overwrite: Answers of another system or to other questions are as good as none.
+        kind: What the folder holds.
 
     Raises:
         ValueError: the file is malformed or has another number of answers, or it is of another system or other
@@ -83,19 +91,19 @@ def load_answers(folder: str | Path, unit: Unit, overwrite: bool = False) -> lis
         raise ValueError(
             f"{path} holds answers of another model, or to other questions: use another output_dir, or overwrite=true"
         )
-    replies = [_reply(line, f"line {number} of {path}", remedy) for number, line in enumerate(lines[1:], 2)]
-    if len(replies) != unit.size:
-        raise ValueError(f"{path} has {len(replies)} answers to {unit.size} questions; {remedy}")
-    return replies
+    records = [_record(kind, line, f"line {number} of {path}", remedy) for number, line in enumerate(lines[1:], 2)]
+    if len(records) != unit.size:
+        raise ValueError(f"{path} has {len(records)} answers to {unit.size} questions; {remedy}")
+    return records
 
 
-def _reply(line: object, place: str, remedy: str) -> Reply:
-    if not isinstance(line, dict) or set(line) != set(_KINDS):
-        raise ValueError(f"{place} must hold {', '.join(_KINDS)}; {remedy}")
-    for key, kind in _KINDS.items():
-        if not isinstance(line[key], kind):
+def _record(kind: type[Record], line: object, place: str, remedy: str) -> Record:
+    if not isinstance(line, dict) or set(line) != set(_KINDS[kind]):
+        raise ValueError(f"{place} must hold {', '.join(_KINDS[kind])}; {remedy}")
+    for key, allowed in _KINDS[kind].items():
+        if not isinstance(line[key], allowed):
             raise ValueError(f"{place}: {key} is {line[key]!r}; {remedy}")
-    return Reply(**line)
+    return kind(**line)
 
 
 def _slug(name: str) -> str:

@@ -15,6 +15,7 @@ from nemo_mtbi.evaluation.behavior import (
     anchor_bias,
     behavior_gap,
     forgetting_rate,
+    mean_kl,
     prompt_spread,
     prompt_worst,
     text_f1,
@@ -224,6 +225,11 @@ def _behavior(
         "agreement": figure([agreement(*pair) for pair in pairs], utterances, resampling),
         "token_f1": figure([text_f1(*pair) for pair in pairs], utterances, resampling),
     }
+    compared = [i for i in range(len(asked.items)) if all(_kl(replies[i]) is not None for replies in asked.seeds)]
+    if compared:
+        parts = [[replies[i].divergence for i in compared] for replies in asked.seeds]
+        tallies = [mean_kl([part.kl for part in parts_], [part.tokens for part in parts_]) for parts_ in parts]
+        found["mean_kl"] = figure(tallies, [utterances[i] for i in compared], resampling)
     if bare is not None and any(item.prompt for item in asked.items):
         told = [index for index, item in enumerate(asked.items) if item.prompt]
         tallies = [anchor_bias([a[i] for i in told], [bare[i] for i in told], [b[i] for i in told]) for a, b in pairs]
@@ -231,34 +237,78 @@ def _behavior(
     return found
 
 
+def _kl(reply: Reply) -> float | None:
+    return reply.divergence and reply.divergence.kl
+
+
 def comparisons(
-    chosen: EvalSet, systems: Mapping[str, Asked], against: str | None, resampling: Resampling
+    chosen: EvalSet,
+    systems: Mapping[str, Asked],
+    pairs: Sequence[tuple[str, str]],
+    texts: Mapping[str, str | None],
+    resampling: Resampling,
 ) -> list[dict[str, Any]]:
-    """Every system minus the one named, group by group, on shares of right answers; p-values by Holm over the set."""
-    if against not in systems:
-        return []
-    rows, p_values = [], {}
-    groups = sorted({item.group for item in chosen.items})
-    for name in systems:
-        for group in groups if name != against else ():
-            pair = [_rights(systems[n].where(lambda item, g=group: item.group == g)) for n in (name, against)]
-            if None in pair:
-                continue
-            # paired tests need both asked equally often
-            times = math.lcm(*(len(tallies) for _, tallies in pair))
-            a, b = (pooled(tallies * (times // len(tallies))) for _, tallies in pair)
-            utterances = [chosen.clips[item.clip].id for item in pair[0][0]] * times
-            found = compare(a, b, utterances, resamples=resampling.resamples, seed=resampling.seed)
-            interval = found.difference
-            row = {"group": group, "system": name, "against": against, "difference": interval.value}
-            row |= {"low": interval.low, "high": interval.high, "flat": interval.flat}
-            rows.append({**row, "p": found.p_value, "exact": found.exact, "p_holm": None})
-            if found.p_value is not None:
-                p_values[f"{name}\0{group}"] = found.p_value
-    adjusted = holm(p_values)
-    for row in rows:
-        row["p_holm"] = adjusted.get(f"{row['system']}\0{row['group']}")
+    """Differences between systems, group by group: of right answers, and of agreement with the text.
+
+    Args:
+        chosen: The set.
+        systems: Their answers.
+        pairs: Each a system and the one that is subtracted from it.
+        texts: The text system that each agrees with, or None.
+        resampling: Of intervals and tests.
+
+    Returns:
+        A row for each measure, group and pair; p-values corrected by Holm over all rows of a measure.
+    """
+    rows: list[dict[str, Any]] = []
+    for measure in ("agreement", "right"):
+        found = [
+            _compared(chosen, systems, pair, group, measure, texts, resampling)
+            for group in sorted({item.group for item in chosen.items})
+            for pair in pairs
+            if set(pair) <= set(systems)
+        ]
+        found = [row for row in found if row is not None]
+        adjusted = holm({str(index): row["p"] for index, row in enumerate(found) if row["p"] is not None})
+        rows += [{**row, "p_holm": adjusted.get(str(index))} for index, row in enumerate(found)]
     return rows
+
+
+def _compared(
+    chosen: EvalSet,
+    systems: Mapping[str, Asked],
+    pair: tuple[str, str],
+    group: str,
+    measure: str,
+    texts: Mapping[str, str | None],
+    resampling: Resampling,
+) -> dict[str, Any] | None:
+    """One difference; None where the measure is not defined for both."""
+    found = []
+    for name in pair:
+        asked = systems[name].where(lambda item: item.group == group)
+        if measure == "right":
+            found.append(_rights(asked))
+        else:
+            text = systems.get(texts.get(name) or "")
+            found.append(text and _agreements(asked, text.where(lambda item: item.group == group)))
+    if None in found:
+        return None
+    # paired tests need both asked equally often
+    times = math.lcm(*(len(tallies) for _, tallies in found))
+    a, b = (pooled(tallies * (times // len(tallies))) for _, tallies in found)
+    utterances = [chosen.clips[item.clip].id for item in found[0][0]] * times
+    result = compare(a, b, utterances, resamples=resampling.resamples, seed=resampling.seed)
+    interval = result.difference
+    row = {"measure": measure, "group": group, "system": pair[0], "against": pair[1], "difference": interval.value}
+    row |= {"low": interval.low, "high": interval.high, "flat": interval.flat}
+    return {**row, "p": result.p_value, "exact": result.exact}
+
+
+def _agreements(asked: Asked, text: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
+    if not asked.items:
+        return None
+    return asked.items, [agreement(text.answers(seed), asked.answers(seed)) for seed in range(len(asked.seeds))]
 
 
 def _rights(asked: Asked) -> tuple[Sequence[Item], list[Tally]] | None:

@@ -89,6 +89,20 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far a system's predictions are from what the same LLM predicts where it reads the transcript.
+
+    Attributes:
+        kl: KL(text || system), in nats, mean over the tokens of the text system's answer; None where there is
+            nothing to compare: the audio was unusable, or the answer has no token.
+        tokens: How many these are.
+    """
+
+    kl: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Reply:
     """One answer.
 
@@ -97,12 +111,14 @@ class Reply:
         tokens: Generated tokens, the end token included.
         truncated: Whether the length limit cut it.
         unheard: Why the audio was unusable; None where it was heard.
+        divergence: From the text twin; None where that was not measured. Stored apart from the answer.
     """
 
     answer: str
     tokens: int
     truncated: bool
     unheard: str | None = None
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)

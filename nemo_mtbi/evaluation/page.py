@@ -21,7 +21,7 @@ from nemo_mtbi.evaluation.report import pick_examples, shown
 from nemo_mtbi.evaluation.scorers import exact
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.style import SCRIPT, STYLE
-from nemo_mtbi.evaluation.tables import BEHAVIOR, group_title, measured, percent, ratio
+from nemo_mtbi.evaluation.tables import BEHAVIOR, behavior, comparison_rows, group_title, measured, percent
 
 if TYPE_CHECKING:
     from nemo_mtbi.evaluation.results import Answered
@@ -200,7 +200,7 @@ def _curves(curves: Curves, names: Sequence[str]) -> str:
 
 
 def _tables(found: Mapping[str, Any]) -> str:
-    closeness, steadiness = list(BEHAVIOR)[:3], list(BEHAVIOR)[3:]
+    closeness, steadiness = list(BEHAVIOR)[:4], list(BEHAVIOR)[4:]
     counts = ("abstained", "truncated", "unheard", "n")
     right = [["system", "prompts", "right", *(BEHAVIOR[key] for key in closeness)]]
     sure = [["system", "prompts", *(BEHAVIOR[key] for key in steadiness), *counts]]
@@ -208,7 +208,7 @@ def _tables(found: Mapping[str, Any]) -> str:
     for system, groups in found["systems"].items():
         for group, f in groups.items():
             name = [system, group_title(group)]
-            shown_as = {key: (ratio if key == "behavior_gap" else percent)(f.get(key)) for key in BEHAVIOR}
+            shown_as = {key: behavior(f, key) for key in BEHAVIOR}
             right.append([*name, percent(f.get("right")), *(shown_as[key] for key in closeness)])
             sure.append([*name, *(shown_as[key] for key in steadiness), *(str(f.get(key, "-")) for key in counts)])
             tasks += [
@@ -216,14 +216,9 @@ def _tables(found: Mapping[str, Any]) -> str:
                 for task, about in f["tasks"].items()
                 for metric, v in about["metrics"].items()
             ]
-    pairs = [["system", "prompts", "right, minus that of", "difference", "p", "p (Holm)"]]
-    for row in found["comparisons"]:
-        p_values = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("p", "p_holm")]
-        difference = percent({**row, "value": row["difference"]})
-        pairs.append([row["system"], group_title(row["group"]), row["against"], difference, *p_values])
-    caption = "Percent, and behavior gap as a ratio; in parentheses 95% intervals; = marks one of no width."
+    caption = "Percent; behavior gap is a ratio. In parentheses 95% intervals; = marks one of no width."
     parts = [_figure("All figures", caption, _table(right), "<h4>Wordings and counts</h4>", _table(sure))]
-    for title, body in (("Paired comparison", pairs), ("Task by task", tasks)):
+    for title, body in (("Paired comparison", comparison_rows(found)), ("Task by task", tasks)):
         if len(body) > 1:
             parts.append(f"<details><summary>{title}</summary>{_table(body)}</details>")
     return "".join(parts)

@@ -22,7 +22,6 @@ from nemo_mtbi.evaluation.tables import group_order, markdown
 PREDICTIONS, RESULTS, TABLE, REPORT = "predictions.jsonl", "results.json", "results.md", "report.html"
 NOT_MEASURED = (
     "What only an outside judge could score (the quality of free-form answers, chain of thought) is left out.",
-    "The KL divergence on teacher tokens is not computed here: a training with model.loss.kl_weight above 0 logs it.",
     "Intervals: bootstrap over utterances, 95%. `=` marks one of no width: all utterances are alike, which is no "
     "certainty. Worst wording and spread over wordings have the interval of their mean over seeds instead.",
 )
@@ -96,7 +95,7 @@ def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> 
             mine, twin = (x and x.where(lambda item, g=group: item.group == g) for x in (asked, text))
             told = [bare.get(item.clip, "") for item in mine.items] if bare else None
             figures[name][group] = describe(chosen, mine, twin, told, resampling)
-    against = config.compare_with if config.compare_with in part.systems else None
+    texts = {name: config.text_of(name) for name in config.systems}
     return {
         "groups": groups,
         "utterances": len(chosen.clips),
@@ -104,7 +103,7 @@ def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> 
         "left_out": dict(sorted(chosen.left_out.items())),
         "notes": notes,
         "systems": figures,
-        "comparisons": comparisons(chosen, part.systems, against, resampling),
+        "comparisons": comparisons(chosen, part.systems, config.pairs, texts, resampling),
     }
 
 
@@ -127,4 +126,5 @@ def _prediction_lines(config: EvalConfig, answered: Sequence[Answered]):
                     line |= {"transcript": clip.transcript, "reference": item.reference, "answer": reply.answer}
                     line |= {"score": points_of(item, reply.answer), "metric": (item.metrics or (None,))[0]}
                     line |= {"tokens": reply.tokens, "truncated": reply.truncated, "unheard": reply.unheard}
+                    line |= {"kl": reply.divergence and reply.divergence.kl}
                     yield json.dumps(rounded(line), ensure_ascii=False) + "\n"

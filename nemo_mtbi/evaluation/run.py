@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,14 +17,14 @@ from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.answers import Unit, load_answers, save_answers
 from nemo_mtbi.evaluation.figures import Asked, Resampling
 from nemo_mtbi.evaluation.files import write_json
-from nemo_mtbi.evaluation.items import BARE, EvalSet, Item, Reply
+from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.load import Backends, Loader
 from nemo_mtbi.evaluation.results import Answered, write_results
 from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
 from nemo_mtbi.parallel import groups
 
-ANSWERS, THROUGHPUT = "answers", "throughput.json"
+ANSWERS, DIVERGENCES, THROUGHPUT = "answers", "divergences", "throughput.json"
 
 
 @dataclass
@@ -84,11 +85,11 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
     console = console or Console()
     sets = read_sets(config)
     loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
-    speeds = _answer_all(config, sets, loader, folder / ANSWERS, console)
+    speeds = _work(config, sets, loader, folder, console)
     if not groups.is_global_first():
         return None
     answered = [
-        Answered(chosen, _collect(config, chosen, loader, folder / ANSWERS), _bare(config, chosen, loader, folder))
+        Answered(chosen, _collect(config, chosen, loader, folder), _bare(config, chosen, loader, folder))
         for chosen in sets
     ]
     if speeds:
@@ -113,53 +114,137 @@ def units(config: EvalConfig, chosen: EvalSet, loader: Loader, name: str, seed: 
     return found
 
 
-def _answer_all(
+@dataclass(frozen=True)
+class _Task:
+    """What a seed of a system has yet to do in a set.
+
+    Attributes:
+        answers: Questions that are not answered on disk.
+        divergences: Questions whose distance from the text is not on disk, each with the text system's unit.
+    """
+
+    name: str
+    seed: int
+    chosen: EvalSet
+    answers: Sequence[tuple[Unit, list[Item]]]
+    divergences: Sequence[tuple[Unit, list[Item], Unit]]
+
+    @property
+    def size(self) -> int:
+        return sum(unit.size for unit, *_ in (*self.answers, *self.divergences))
+
+
+def twins(
+    config: EvalConfig, chosen: EvalSet, loader: Loader, name: str, seed: int
+) -> list[tuple[Unit, list[Item], Unit]]:
+    """What a seed of a system is compared with the text in: its unit, the questions, the text system's unit."""
+    other = config.text_of(name)
+    if other is None:
+        return []
+    read = {(unit.group, unit.task): unit for unit, _ in units(config, chosen, loader, other, 0)}
+    found = []
+    for unit, items in units(config, chosen, loader, name, seed):
+        twin = read.get((unit.group, unit.task))
+        if twin is not None:
+            found.append((replace(unit, fingerprint=digest_of([unit.fingerprint, twin.fingerprint])), items, twin))
+    return found
+
+
+def _open_tasks(config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path) -> list[_Task]:
+    """All that is not on disk; text systems first, since others are compared with their answers."""
+    names = sorted(config.systems, key=lambda name: config.systems[name].kind != "text")
+    found = []
+    for name in names:
+        for seed in range(loader.seeds(name)):
+            for chosen in sets:
+                parts = units(config, chosen, loader, name, seed)
+                compared = twins(config, chosen, loader, name, seed)
+                answers = [row for row in parts if load_answers(folder / ANSWERS, row[0], config.overwrite) is None]
+                far = [
+                    row
+                    for row in compared
+                    if load_answers(folder / DIVERGENCES, row[0], config.overwrite, Divergence) is None
+                ]
+                found.append(_Task(name, seed, chosen, answers, far))
+    return [task for task in found if task.size]
+
+
+def _work(
     config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path, console: Console
 ) -> dict[str, Speed]:
-    """Answers every unit that is not on disk."""
-    plan = [
-        (name, seed, chosen, [u for u in units(config, chosen, loader, name, seed) if _is_open(folder, u[0], config)])
-        for name in config.systems
-        for seed in range(loader.seeds(name))
-        for chosen in sets
-    ]
-    plan = [row for row in plan if row[3]]
+    """Answers every unit that is not on disk, and compares it with the text."""
+    todo = _open_tasks(config, sets, loader, folder)
     speeds: dict[str, Speed] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
-    shown = groups.is_global_first() and bool(plan)
+    shown = groups.is_global_first() and bool(todo)
     with Progress(*columns, console=console, disable=not shown) as bar:
-        total = sum(unit.size for *_, todo in plan for unit, _ in todo)
-        task = bar.add_task("answers", total=total)
-        current = None
-        for name, seed, chosen, todo in plan:
-            if current is None or current[0] != (name, seed):
-                current = None  # frees the last model first
-                current = (name, seed), loader.load(name, seed)
-            speed = speeds.setdefault(name, Speed())
-            chunks = _Chunks(chosen, config.batch_size, config.cache_gib * 2**30)
-            for unit, items in todo:
-                bar.update(task, description=f"{name}, {chosen.name}: {unit.task}")
-                started = time.monotonic()
-                replies = _ask(current[1], chunks, items, config.on_bad_audio, speed, lambda n: bar.advance(task, n))
-                speed.seconds += time.monotonic() - started
-                speed.questions += len(replies)
-                speed.tokens += sum(reply.tokens for reply in replies)
+        line = bar.add_task("answers", total=sum(task.size for task in todo))
+        loaded: tuple[str, int] | None = None
+        system = None
+        for task in todo:
+            if loaded != (task.name, task.seed):
+                system = None  # frees the last model first
+                loaded, system = (task.name, task.seed), loader.load(task.name, task.seed)
+            chunks = _Chunks(task.chosen, config.batch_size, config.cache_gib * 2**30)
+            speed = speeds.setdefault(task.name, Speed())
+
+            def show(unit: Unit, what: str, task: _Task = task) -> None:
+                bar.update(line, description=f"{task.name}, {task.chosen.name}: {what} {unit.task}")
+
+            for unit, items in task.answers:
+                show(unit, "asked")
+                replies = _ask(system, chunks, items, config.on_bad_audio, speed, lambda n: bar.advance(line, n))
                 if groups.is_global_first():
-                    save_answers(folder, unit, replies)
+                    save_answers(folder / ANSWERS, unit, replies)
+            for unit, items, twin in task.divergences:
+                show(unit, "compared on")
+                read = load_answers(folder / ANSWERS, twin) if groups.is_global_first() else None
+                found = _compare(system, chunks, items, groups.broadcast_object(read, "world"), speed)
+                bar.advance(line, len(found))
+                if groups.is_global_first():
+                    save_answers(folder / DIVERGENCES, unit, found)
     return speeds
-
-
-def _is_open(folder: Path, unit: Unit, config: EvalConfig) -> bool:
-    return load_answers(folder, unit, config.overwrite) is None
 
 
 def _ask(
     system: TextSystem, chunks: _Chunks, items: Sequence[Item], on_bad_audio: str, speed: Speed, progress
 ) -> list[Reply]:
-    """Answers to questions, group of utterances by group of utterances."""
+    """Answers to questions."""
+    started = time.monotonic()
+    replies = _in_chunks(
+        chunks, items, system, speed, lambda slots, asked, _: system.ask(slots, asked, on_bad_audio, progress)
+    )
+    speed.seconds += time.monotonic() - started
+    speed.questions += len(replies)
+    speed.tokens += sum(reply.tokens for reply in replies)
+    return replies
+
+
+def _compare(
+    system: TextSystem, chunks: _Chunks, items: Sequence[Item], answers: Sequence[Reply], speed: Speed
+) -> list[Divergence]:
+    """Divergences from the text at the tokens of its answers to the same questions."""
+
+    def work(slots: Slots, asked: Sequence[tuple[str, int]], wanted: Sequence[int]) -> list[Divergence]:
+        transcripts = [chunks.chosen.clips[items[index].clip].transcript for index in wanted]
+        return system.divergences(slots, asked, transcripts, [answers[index] for index in wanted])
+
+    return _in_chunks(chunks, items, system, speed, work)
+
+
+def _in_chunks(chunks: _Chunks, items: Sequence[Item], system: TextSystem, speed: Speed, work: Callable) -> list[Any]:
+    """One result for each question, group of utterances by group of utterances.
+
+    Args:
+        chunks: The groups.
+        items: The questions.
+        system: Who encodes the utterances.
+        speed: Where it counts them.
+        work: From slots, (prompt, index in the slots) pairs and the indices of their questions to results.
+    """
     order = chunks.order()
-    replies: list[Reply | None] = [None] * len(items)
+    found: list[Any] = [None] * len(items)
     for number, start in enumerate(range(0, len(order), chunks.size)):
         members = order[start : start + chunks.size]
         place = {clip: index for index, clip in enumerate(members)}
@@ -168,9 +253,9 @@ def _ask(
             continue
         slots = chunks.slots(number, members, system, speed)
         requests = [(items[index].prompt, place[items[index].clip]) for index in wanted]
-        for index, reply in zip(wanted, system.ask(slots, requests, on_bad_audio, progress), strict=True):
-            replies[index] = reply
-    return replies
+        for index, value in zip(wanted, work(slots, requests, wanted), strict=True):
+            found[index] = value
+    return found
 
 
 def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) -> dict[str, Asked]:
@@ -179,9 +264,15 @@ def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) 
     for name in config.systems:
         seeds, items = [], []
         for seed in range(loader.seeds(name)):
-            todo = [(u, i) for u, i in units(config, chosen, loader, name, seed) if u.group != BARE]
-            items = [item for _, part in todo for item in part]
-            seeds.append([reply for unit, _ in todo for reply in load_answers(folder, unit)])
+            parts = [(u, i) for u, i in units(config, chosen, loader, name, seed) if u.group != BARE]
+            items = [item for _, part in parts for item in part]
+            far = {(unit.group, unit.task): unit for unit, *_ in twins(config, chosen, loader, name, seed)}
+            replies = []
+            for unit, _ in parts:
+                mine, twin = load_answers(folder / ANSWERS, unit), far.get((unit.group, unit.task))
+                distances = load_answers(folder / DIVERGENCES, twin, kind=Divergence) if twin else [None] * len(mine)
+                replies += [replace(reply, divergence=x) for reply, x in zip(mine, distances, strict=True)]
+            seeds.append(replies)
         if items:
             found[name] = Asked(items, seeds)
     return found

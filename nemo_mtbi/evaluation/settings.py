@@ -92,6 +92,7 @@ class EvalConfig:
         systems: rows of the tables, by name.
         sets: what is asked, by name.
         compare_with: system that all others are compared with; ``null``: the first speech system.
+        compare: further pairs, each a system and the one that is subtracted from it.
         batch_size: utterances that are loaded and encoded at once.
         batch_tokens: rows x positions that the LLM takes at once; ``null``: as the model says.
         max_new_tokens: longest answer; ``null``: as the model says.
@@ -109,6 +110,7 @@ class EvalConfig:
     systems: dict[str, SystemConfig] = MISSING
     sets: dict[str, SetConfig] = MISSING
     compare_with: str | None = None
+    compare: list[list[str]] = field(default_factory=list)
     batch_size: int = 32
     batch_tokens: int | None = None
     max_new_tokens: int | None = None
@@ -119,6 +121,12 @@ class EvalConfig:
     examples: int = 6
     overwrite: bool = False
     cuda: int | None = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is compared: each a system and the one that is subtracted from it."""
+        first = [(name, self.compare_with) for name in self.systems if self.compare_with not in (None, name)]
+        return list(dict.fromkeys([*first, *map(tuple, self.compare)]))
 
     def text_of(self, name: str) -> str | None:
         """The text system that a system's behavior is measured against; None for text systems, or without any."""
@@ -151,6 +159,9 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
         config.compare_with = speech[0] if speech else None
     elif config.compare_with not in config.systems:
         raise ValueError(f"compare_with={config.compare_with} is no system: use one of {', '.join(config.systems)}")
+    for pair in config.compare:
+        if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(config.systems):
+            raise ValueError(f"compare holds {list(pair)}; each pair must name two of {', '.join(config.systems)}")
     return config
 
 

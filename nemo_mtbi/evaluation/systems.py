@@ -17,8 +17,9 @@ from torch import Tensor
 
 from nemo_mtbi.data.dataset import BadAudioError
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.layout import speech
-from nemo_mtbi.evaluation.items import Clip, Reply, load_clip
+from nemo_mtbi.data.layout import make_row, speech
+from nemo_mtbi.evaluation.items import Clip, Divergence, Reply, load_clip
+from nemo_mtbi.inference.divergence import twin_divergences
 from nemo_mtbi.inference.respond import Responder
 
 Progress = Callable[[int], None]
@@ -90,6 +91,34 @@ class TextSystem:
                 text = self.responder.chat.decode(answer.ids)
                 replies[index] = Reply(text, len(answer.ids) + (not answer.truncated), answer.truncated)
         return replies
+
+    def divergences(
+        self, slots: Slots, requests: Sequence[tuple[str, int]], transcripts: Sequence[str], answers: Sequence[Reply]
+    ) -> list[Divergence]:
+        """How far this system is from its own LLM on the transcript, at the tokens of an answer.
+
+        Args:
+            slots: Of the utterances.
+            requests: (prompt, index of an utterance) pairs.
+            transcripts: What is said, for each request.
+            answers: The LLM's answers to the transcripts.
+        """
+        chat, rows, compared = self.responder.chat, [], []
+        found = [Divergence(None, 0)] * len(requests)
+        longest = self.responder.model.decoder.max_sequence_length
+        for index, ((prompt, clip), transcript, answer) in enumerate(zip(requests, transcripts, answers, strict=True)):
+            slot, response = slots.values[clip], chat.response(answer.answer, answer.truncated)
+            if isinstance(slot, BadAudioError) or not response:
+                continue
+            row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, chat.encode(transcript)))
+            if max(len(row.layout), len(twin.layout)) <= longest:
+                rows.append(replace(row, twin=twin))
+                compared.append(index)
+        frames = self.responder.model.no_frames() if slots.frames is None else slots.frames
+        values = twin_divergences(self.responder.model, rows, frames, self.responder.config.batch_tokens)
+        for index, row, value in zip(compared, rows, values, strict=True):
+            found[index] = Divergence(value, len(row.response))
+        return found
 
     def _layout(self, prompt: str, slot: Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
         if isinstance(slot, BadAudioError):

@@ -14,10 +14,12 @@ _MISSING = "-"
 BEHAVIOR = {
     "agreement": "agreement with text",
     "behavior_gap": "behavior gap",
+    "mean_kl": "KL from text, nats per token",
     "anchor_bias": "anchor bias",
     "prompt_worst": "worst wording",
     "prompt_spread": "spread over wordings",
 }
+NO_SHARES = ("behavior_gap", "mean_kl")  # of these; all others are shown in percent
 
 
 def group_order(names: Iterable[str]) -> list[str]:
@@ -61,10 +63,7 @@ def _behavior_table(found: Mapping[str, Any]) -> list[str]:
     rows = [["system", "prompts", *BEHAVIOR.values()]]
     for name, figures in found["systems"].items():
         for group in found["groups"]:
-            cells = [
-                ratio(figures[group].get(key)) if key == "behavior_gap" else percent(figures[group].get(key))
-                for key in BEHAVIOR
-            ]
+            cells = [behavior(figures[group], key) for key in BEHAVIOR]
             if any(cell != _MISSING for cell in cells):
                 rows.append([name, group_title(group), *cells])
     return table(rows) if len(rows) > 1 else []
@@ -84,14 +83,22 @@ def _metric_table(found: Mapping[str, Any]) -> list[str]:
 def _comparison_table(found: Mapping[str, Any]) -> list[str]:
     if not found["comparisons"]:
         return []
-    against = found["comparisons"][0]["against"]
-    rows = [["system", "prompts", f"right, minus that of {against}", "p", "p (Holm)"]]
+    return table(comparison_rows(found))
+
+
+def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Differences between systems, under a head."""
+    rows = [["system", "minus", "prompts", "measure", "difference", "p", "p (Holm)"]]
     for row in found["comparisons"]:
         p_values = [_MISSING if row[key] is None else f"{row[key]:.4f}" for key in ("p", "p_holm")]
-        rows.append(
-            [row["system"], group_title(row["group"]), percent({**row, "value": row["difference"]}), *p_values]
-        )
-    return table(rows)
+        names = [
+            row["system"],
+            row["against"],
+            group_title(row["group"]),
+            BEHAVIOR.get(row["measure"], row["measure"]),
+        ]
+        rows.append([*names, percent({**row, "value": row["difference"]}), *p_values])
+    return rows
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -109,6 +116,11 @@ def percent(figure: Mapping[str, Any] | None) -> str:
 def ratio(figure: Mapping[str, Any] | None) -> str:
     """A ratio with its interval."""
     return _with_interval(figure, lambda value: f"{value:.3f}")
+
+
+def behavior(figures: Mapping[str, Any], key: str) -> str:
+    """One measure of :data:`BEHAVIOR` with its interval."""
+    return (ratio if key in NO_SHARES else percent)(figures.get(key))
 
 
 def measured(metric: str, figure: Mapping[str, Any] | None) -> str:

@@ -12,7 +12,6 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,6 @@ from nemo_mtbi.modules.decoder import whole_sequences
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,36 +79,6 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.train(training)
-
-
-def agreed(work: Callable[[], Result]) -> Result:
-    """Does work that may fail on some processes of a model replica only; then all of them raise, and none waits.
-
-    Args:
-        work: what this process has to do. All processes of the replica must call this function.
-
-    Returns:
-        What ``work`` returns.
-
-    Raises:
-        ValueError: of this process, or with the message of another.
-        RuntimeError: likewise, for any other error.
-    """
-    if groups.layout().model_parallel_size == 1:
-        return work()
-    result, failure, report = None, None, None
-    try:
-        result = work()
-    except (ValueError, RuntimeError, OSError) as error:
-        failure, report = error, (isinstance(error, ValueError), str(error))
-    reports = groups.gather_objects(report, "replica")
-    if failure is not None:
-        raise failure
-    for rank, found in enumerate(reports):
-        if found is not None:
-            kind = ValueError if found[0] else RuntimeError
-            raise kind(f"process {rank} of this model replica failed: {found[1]}")
-    return result
 
 
 def _run_layers(

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import group_by_length, speech
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, agreed, check_prompts, evaluating, generate
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, check_prompts, evaluating, generate
 from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
+from nemo_mtbi.parallel.agreement import agreed
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
-from nemo_mtbi.inference.generate import agreed
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import TRAINED, FrozenParts, check_connector, refusal
@@ -30,6 +29,7 @@ from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.encoder_cache import EncoderCache
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
+from nemo_mtbi.parallel.agreement import agreed
 from nemo_mtbi.parallel.checkpoint.content import RANDOM_STATES
 from nemo_mtbi.parallel.gradients import clip_gradients, gradient_norm, share_parameters, sum_gradients
 from nemo_mtbi.parallel.replica import ReplicaLoader

@@ -71,6 +71,67 @@ class LayoutDecoder(nn.Module):
             tokens = torch.where((layout < 0).unsqueeze(-1), speech, tokens)
         return tokens.transpose(0, 1).contiguous()
 
+    def run_schedule(
+        self, microbatches: list[MicroBatch], frames: Tensor, finish: Finish, forward_only: bool
+    ) -> list[Tensor]:
+        """Sends microbatches through Megatron's schedule, which runs backward too unless ``forward_only``.
+
+        Returns:
+            On the last stage what ``finish`` keeps of each microbatch and of those that :func:`fill_schedule` adds;
+            elsewhere nothing.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
+            return []
+
+        def forward_step(iterator, decoder: GPTDecoder):
+            microbatch = next(iterator)
+            embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
+            hidden = decoder.hidden(embeddings)  # [T, R, H]
+            if not decoder.post_process:
+                return hidden, None
+            output, kept = finish(decoder, microbatch, hidden)
+            tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=output.device)
+            return output, lambda output: (output, tokens, kept)
+
+        microbatches = fill_schedule(microbatches, groups.layout())
+        iterators = list(tee(microbatches, len(self.chunks)))
+        single = len(self.chunks) == 1
+        with megatron_device(self.device):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators[0] if single else iterators,
+                model=self.decoder if single else list(self.chunks),
+                num_microbatches=len(microbatches),
+                seq_length=1,  # not read: lengths vary
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    @torch.no_grad()
+    def response_states(self, microbatches: list[MicroBatch], frames: Tensor) -> list[Tensor]:
+        """What the LLM makes of rows where it predicts their response tokens: a pass of the pipeline, no gradients.
+
+        Kept are hidden states and not logits, which the last stage makes anew where it compares them: for a large
+        vocabulary they are a hundred times larger.
+
+        Args:
+            microbatches: the rows.
+            frames: ``[F, H]`` that their layouts point into.
+
+        Returns:
+            On the last stage ``[n, H]`` for each microbatch, after the final norm, in the order of its
+            ``response_index``; elsewhere nothing.
+        """
+
+        def keep(decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            states = _at(hidden, microbatch.response_index)
+            return states, states
+
+        # the schedule may have added microbatches, at the end
+        return self.run_schedule(microbatches, frames, keep, forward_only=True)[: len(microbatches)]
+
 
 class SpeechLLM(LayoutDecoder):
     """The model of one process. Encoder and decoder are frozen, the connector trains.
@@ -143,13 +204,10 @@ class SpeechLLM(LayoutDecoder):
                 )
         return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
-    @torch.no_grad()
     def teach(self, batch: StepBatch) -> Tensor:
-        """What the LLM itself makes of the text twins of a step: a pass of the pipeline without gradients.
+        """What the LLM itself makes of the text twins of a step.
 
-        Kept are hidden states and not logits, which the last stage makes anew where it compares them: for a large
-        vocabulary they are a hundred times larger. Every pass of the teacher goes through here: adapters in the LLM,
-        once there are any, are to be off in here.
+        Every pass of the teacher goes through here: adapters in the LLM, once there are any, are to be off in here.
 
         Returns:
             On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
@@ -163,12 +221,7 @@ class SpeechLLM(LayoutDecoder):
                 "model.loss compares with text twins, but the rows of this step have none: build the dataset with "
                 "with_twins=True"
             )
-
-        def keep(decoder: GPTDecoder, twin: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            states = _at(hidden, twin.response_index)
-            return states, states
-
-        kept = self._run_schedule(batch.twins, self.no_frames(), keep, forward_only=True)
+        kept = self.response_states(batch.twins, self.no_frames())
         return torch.cat(kept) if kept else self.no_frames().to(self.decoder.config.params_dtype)
 
     def loss_sums(
@@ -258,7 +311,7 @@ class SpeechLLM(LayoutDecoder):
             loss = sums.pop("loss") * scale
             return loss, torch.stack([loss.detach(), *(value * scale for value in sums.values())])
 
-        total, *parts = self._on_every_stage(self._run_schedule(microbatches, frames, finish, forward_only))
+        total, *parts = self._on_every_stage(self.run_schedule(microbatches, frames, finish, forward_only))
         self.parts = dict(zip(self.loss.parts, parts, strict=True))
         return total
 
@@ -268,39 +321,6 @@ class SpeechLLM(LayoutDecoder):
         if kept:
             loss = torch.stack(kept).sum(0)
         return groups.pipeline_sum(loss)
-
-    def _run_schedule(
-        self, microbatches: list[MicroBatch], frames: Tensor, finish: Finish, forward_only: bool
-    ) -> list[Tensor]:
-        """Sends the microbatches through Megatron's schedule; what ``finish`` keeps of each, on the last stage."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
-            return []
-
-        def forward_step(iterator, decoder: GPTDecoder):
-            microbatch = next(iterator)
-            embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
-            hidden = decoder.hidden(embeddings)  # [T, R, H]
-            if not decoder.post_process:
-                return hidden, None
-            output, kept = finish(decoder, microbatch, hidden)
-            tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=output.device)
-            return output, lambda output: (output, tokens, kept)
-
-        microbatches = fill_schedule(microbatches, groups.layout())
-        iterators = list(tee(microbatches, len(self.chunks)))
-        single = len(self.chunks) == 1
-        with megatron_device(self.device):
-            return get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iterators[0] if single else iterators,
-                model=self.decoder if single else list(self.chunks),
-                num_microbatches=len(microbatches),
-                seq_length=1,  # not read: lengths vary
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
 
     @property
     def _loss_dtype(self) -> torch.dtype:

@@ -41,3 +41,33 @@ def together(what: str, action: Callable[[], Value], explain: Callable[[Exceptio
         rank, (of_value, text) = next(iter(failures.items()))
         raise (ValueError if of_value else RuntimeError)(f"{what}: {text} [process {rank}]") from cause
     return [value for value, _ in outcomes]
+
+
+def agreed(work: Callable[[], Value]) -> Value:
+    """Does work that may fail on some processes of a model replica only; then all of them raise, and none waits.
+
+    Args:
+        work: what this process has to do. All processes of the replica must call this function.
+
+    Returns:
+        What ``work`` returns.
+
+    Raises:
+        ValueError: of this process, or with the message of another.
+        RuntimeError: likewise, for any other error.
+    """
+    if groups.layout().model_parallel_size == 1:
+        return work()
+    result, failure, report = None, None, None
+    try:
+        result = work()
+    except (ValueError, RuntimeError, OSError) as error:
+        failure, report = error, (isinstance(error, ValueError), str(error))
+    reports = groups.gather_objects(report, "replica")
+    if failure is not None:
+        raise failure
+    for rank, found in enumerate(reports):
+        if found is not None:
+            kind = ValueError if found[0] else RuntimeError
+            raise kind(f"process {rank} of this model replica failed: {found[1]}")
+    return result

@@ -34,6 +34,13 @@ PLAN = (
 )
 
 
+# What is tested beside all against mtbi-100 (hypotheses H3 and H4).
+PAIRS = [("mtbi-10", f"{rival}-10") for rival in ("transcription_sft", "continuation", "imitation")]
+PAIRS += [("mtbi-50", "imitation-100"), ("mtbi-50", "mtbi-100")]
+# Tasks of a kind that is not trained in any form: their answers are letters. A set of their own in the evaluation.
+NEW_FAMILY = ("spell",)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training."""
@@ -58,8 +65,8 @@ class Run:
         return self.folder(out) / f"{self.name}.nemo"
 
     def finished(self, out: Path) -> bool:
-        """The results are the last that a training writes."""
-        return (self.folder(out) / "results.json").exists()
+        """The model is the last that a training writes, and it is there only when it is whole."""
+        return self.nemo(out).exists()
 
     def command(self, out: Path, extra: Sequence[str]) -> list[str]:
         return [
@@ -73,6 +80,7 @@ class Run:
             f"model.encoder_cache={out / 'encoder'}",
             f"exp_manager.exp_dir={out / 'runs' / self.system}",
             "exp_manager.resume_if_exists=true",
+            "+benchmark.enabled=false",
             *extra,
         ]
 
@@ -96,12 +104,17 @@ def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
     systems["cascade"] = {"kind": "cascade", "of": first}
     systems["text"] = {"kind": "text", "of": first}
     (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
+    pool = yaml.safe_load((ROOT / "nemo_mtbi" / "assets" / "demo" / "tasks.yaml").read_text())
+    names = [task["name"] for task in pool["tasks"]]
+    questions = {"test": [name for name in names if name not in NEW_FAMILY], "letters": list(NEW_FAMILY)}
     return {
         "output_dir": str(out / "evaluation"),
         "title": "Generalization of speech LLMs: MTBI and its rivals",
         "systems": systems,
-        "sets": {"test": {"cuts": str(cuts), "wordings": 2}},
+        "sets": {name: {"cuts": str(cuts), "only": only, "wordings": 2} for name, only in questions.items()},
+        "batch_size": 256,
         "compare_with": first,
+        "compare": [list(pair) for pair in PAIRS if set(pair) <= set(systems)],
     }
 
 

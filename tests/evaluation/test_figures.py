@@ -59,10 +59,22 @@ def test_several_seeds_are_pooled_and_spread():
 
 def test_systems_of_different_numbers_of_seeds_are_compared():
     two = asked(QUESTIONS, ["yes"] * 8, ["yes", "no"] * 4)
-    rows = comparisons(CHOSEN, {"a": two, "text": TEXT}, "text", FEW)
-    assert [(row["system"], row["group"], row["difference"]) for row in rows] == [("a", "seen", -0.25)]
-    assert rows[0]["exact"] and rows[0]["p"] == rows[0]["p_holm"] == 2 / 16
-    assert comparisons(CHOSEN, {"text": TEXT}, "a", FEW) == []
+    (row,) = comparisons(CHOSEN, {"a": two, "text": TEXT}, [("a", "text")], {}, FEW)
+    assert (row["measure"], row["system"], row["against"], row["group"]) == ("right", "a", "text", "seen")
+    assert row["difference"] == -0.25 and row["exact"] and row["p"] == row["p_holm"] == 2 / 16
+    assert comparisons(CHOSEN, {"text": TEXT}, [("text", "a")], {}, FEW) == []
+
+
+def test_agreement_with_the_text_is_compared_too():
+    """The text itself is wrong under q, and so is one system: it agrees, and is less right."""
+    text = asked(QUESTIONS, ["yes", "no"] * 4)
+    systems = {"same": asked(QUESTIONS, ["yes", "no"] * 4), "right": asked(QUESTIONS, ["yes"] * 8), "text": text}
+    texts = {"same": "text", "right": "text", "text": None}
+    rows = comparisons(CHOSEN, systems, [("same", "right"), ("text", "right")], texts, FEW)
+    found = {(row["measure"], row["system"]): row["difference"] for row in rows}
+    assert found == {("agreement", "same"): 0.5, ("right", "same"): -0.5, ("right", "text"): -0.5}
+    assert {row["p_holm"] for row in rows if row["measure"] == "right"} == {4 / 16}  # two tests
+    assert {row["p_holm"] for row in rows if row["measure"] == "agreement"} == {2 / 16}  # one
 
 
 @pytest.mark.parametrize("answer", ["", " \u200b", "I'm sorry, but I can't hear that.", "yes, yes"])

@@ -3,6 +3,7 @@
 
 import json
 import runpy
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -129,12 +130,41 @@ def test_results_say_what_was_measured(whole):
     seen = found["systems"]["mtbi"]["seen"]
     assert (seen["n"], seen["n_scored"], seen["utterances"], seen["seeds"]) == (15, 12, 5, 2)
     assert {"agreement", "behavior_gap", "anchor_bias", "prompt_worst"} <= set(seen) and "wer" in seen["metrics"]
+    assert 0 < seen["mean_kl"]["low"] <= seen["mean_kl"]["value"] and "mean_kl" not in found["systems"]["text"]["seen"]
     assert seen["uncrossed"] == [] and "agreement" not in found["systems"]["text"]["seen"]
     assert "6 of 30 questions have no right answer" in found["notes"][0]
-    assert {row["system"] for row in found["comparisons"]} == {"cascade", "text"}
+    compared = {(row["system"], row["measure"]) for row in found["comparisons"]}
+    assert compared == {("cascade", "right"), ("cascade", "agreement"), ("text", "right")}
     assert "| mtbi |" in (whole / "results.md").read_text()
     speeds = json.loads((whole / "throughput.json").read_text())
     assert all(speeds[name]["tokens_per_second"] > 0 for name in ("mtbi", "cascade", "text"))
+
+
+def test_divergences_are_those_of_validation(whole, models, corpus):
+    """KL on the tokens of the text's answers, as a training with ``model.loss.kl_weight`` measures it."""
+    from nemo_mtbi.data.dataset import load_samples
+    from nemo_mtbi.data.layout import collate, make_row, speech
+    from nemo_mtbi.losses import LossConfig
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+
+    cuts = {cut.id: cut for cut in CutSet.from_file(corpus / "mixed.jsonl.gz")}
+    found = predictions(whole)
+    read = {(row["utterance"], row["prompt"]): row for row in found if row["system"] == "text"}
+    model = MTBIModel.restore_from(models[1], map_location="cpu")
+    chat, speech_llm = model.responder().chat, model.speech_llm
+    speech_llm.loss = LossConfig(kl_weight=1.0)
+    rows = [row for row in found if row["system"] == "mtbi" and row["seed"] == 1]
+    assert all(row["kl"] is None for row in read.values()) and len({row["kl"] for row in rows}) > 10
+    for row in rows[::5]:
+        text = read[row["utterance"], row["prompt"]]
+        samples = load_samples(cuts[row["utterance"]], speech_llm.frame_counter)
+        frames = speech_llm.frame_counter(len(samples))
+        response = chat.response(text["answer"], text["truncated"])
+        slots = speech(0, frames), chat.encode(text["transcript"])
+        heard, twin = (make_row(chat.prompt(row["prompt"], slot), response) for slot in slots)
+        batch = collate([samples], [frames], [replace(heard, utterance=0, twin=twin)], 1000)
+        speech_llm.evaluate_step(batch)
+        assert row["kl"] == pytest.approx(speech_llm.parts["kl"].item() / len(response), rel=1e-3, abs=1e-5)
 
 
 class Page(HTMLParser):
@@ -164,8 +194,11 @@ def test_neither_batches_nor_order_change_a_byte(whole, keys, corpus, tmp_path):
     write_cuts(tmp_path / "turned.jsonl.gz", cuts[::-1])
     tests = {"cuts": str(tmp_path / "turned.jsonl.gz"), "tasks": str(corpus / "pool.yaml"), "wordings": None}
     evaluate(keys(tmp_path / "out", sets={"test": tests}, batch_size=2, batch_tokens=60, cache_gib=0))
-    for name in ("predictions.jsonl", "results.json", "results.md"):
-        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    out = tmp_path / "out"
+    assert (out / "results.md").read_bytes() == (whole / "results.md").read_bytes()
+    for row, same in zip(predictions(out), predictions(whole), strict=True):
+        assert row.pop("kl") == pytest.approx(same.pop("kl"), abs=1e-5)  # a float, not a choice
+        assert row == same
 
 
 @pytest.mark.slow
@@ -185,11 +218,11 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(whole, keys, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         evaluate(keys(tmp_path))
     monkeypatch.setattr(files.os, "replace", replace)
-    done = list(tmp_path.rglob("answers/*/*/*.jsonl"))
+    done = [*tmp_path.rglob("answers/*/*/*.jsonl"), *tmp_path.rglob("divergences/*/*/*.jsonl")]
     times = {path: path.stat().st_mtime_ns for path in done}
     evaluate(keys(tmp_path))
     assert content(tmp_path) == content(whole)
-    assert len(done) == min(moment, 17) and times == {path: path.stat().st_mtime_ns for path in done}
+    assert len(done) == moment and times == {path: path.stat().st_mtime_ns for path in done}
 
 
 def test_a_finished_run_loads_no_model(whole, keys, monkeypatch):
@@ -241,6 +274,8 @@ def test_bad_audio_is_an_error_or_a_counted_abstention(keys, corpus, tmp_path):
         ({"sets": {"s": {"cuts": "nowhere.jsonl"}}}, "sets.s.cuts=nowhere.jsonl does not exist"),
         ({"on_bad_audio": "skip"}, "raise or abstain"),
         ({"compare_with": "x"}, "compare_with=x is no system"),
+        ({"compare": [["mtbi", "x"]]}, r"compare holds \['mtbi', 'x'\]; each pair must name two of mtbi"),
+        ({"compare": [["mtbi", "mtbi"]]}, "each pair must name two of"),
     ],
 )
 def test_wrong_configurations_are_refused_before_a_model_is_loaded(keys, tmp_path, change, message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, agreed, evaluating, generate, left_pad
+from nemo_mtbi.inference.generate import Generated, GenerationConfig, evaluating, generate, left_pad
 
 NEW = 10
 
@@ -122,21 +122,6 @@ def test_a_single_process_talks_to_nobody(speech_llm, frames, end_id, monkeypatc
     for name in [*names.split(), "broadcast_object_list", "all_gather_object"]:
         monkeypatch.setattr(dist, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} was called"))
     assert generate(speech_llm, prompts(), frames, end_id, GenerationConfig(NEW)) == expected
-    assert agreed(lambda: 7) == 7
-
-
-def test_an_error_in_a_single_process_stays_what_it_is():
-    class Own(ValueError):
-        pass
-
-    error = Own("why")
-
-    def work():
-        raise error
-
-    with pytest.raises(Own) as raised:
-        agreed(work)
-    assert raised.value is error
 
 
 def test_each_module_gets_its_own_mode_back():

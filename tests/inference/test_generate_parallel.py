@@ -3,6 +3,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,8 @@ def ask(model, chat, case):
     from nemo_mtbi.inference.generate import GenerationConfig, generate
     from nemo_mtbi.inference.respond import Responder
 
+    if case["kind"] == "divergences":
+        return distances(model, case["batch_tokens"])
     config = GenerationConfig(case["new"], case["batch_tokens"])
     if case["kind"] == "layouts":
         frames = given_frames(model) if case["frames"] else model.no_frames()
@@ -90,6 +93,21 @@ def ask(model, chat, case):
     if case["kind"] == "text":
         return responder.text([(prompt, text) for prompt in PROMPTS for text in ("red cat runs", "one", "")])
     return responder.speech(utterances(), [(prompt, index) for index in range(len(SECONDS)) for prompt in PROMPTS])
+
+
+def distances(model, batch_tokens):
+    """Divergences of interleaved rows from text, to a precision that the order of sums does not touch."""
+    from nemo_mtbi.data.layout import make_row
+    from nemo_mtbi.inference.divergence import twin_divergences
+
+    drawn = draw_prompts(7, 10)
+    heard, read = ([p for p in drawn if (min(p) < 0) == hears] for hears in (True, False))
+    responses = [[4 + n, 60 + n, 2][: 1 + n % 3] for n in range(len(heard))]
+    rows = [
+        replace(make_row(prompt, response), twin=make_row(read[n % len(read)], response))
+        for n, (prompt, response) in enumerate(zip(heard, responses, strict=True))
+    ]
+    return [round(value, 9) for value in twin_divergences(model, rows, given_frames(model), batch_tokens)]
 
 
 def make_cases(model, chat):
@@ -109,6 +127,7 @@ def make_cases(model, chat):
         {**case, "new": 1},
         {**case, "layouts": layouts[:1], "end_id": free[0][0]},  # ends at the first step
         {**case, "layouts": []},
+        {"kind": "divergences", "batch_tokens": 70},
         speech,
         {**speech, "batch_tokens": 120, "encode_seconds": 1.0},
         {**speech, "kind": "text"},

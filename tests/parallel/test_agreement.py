@@ -5,7 +5,7 @@ import pytest
 import torch.distributed as dist
 
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.agreement import together
+from nemo_mtbi.parallel.agreement import agreed, together
 
 
 def raise_in(ranks, error):
@@ -53,3 +53,18 @@ def lost_job():
 
 def test_a_process_that_is_gone_does_not_hide_the_reason(processes):
     processes(lost_job, count=2)
+
+
+def test_an_error_in_a_single_process_stays_what_it_is():
+    class Own(ValueError):
+        pass
+
+    error = Own("why")
+
+    def work():
+        raise error
+
+    assert agreed(lambda: 7) == 7
+    with pytest.raises(Own) as raised:
+        agreed(work)
+    assert raised.value is error

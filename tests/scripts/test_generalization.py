@@ -40,8 +40,8 @@ def test_commands_can_be_read_by_the_example(script, tmp_path):
 def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_path, monkeypatch, capsys):
     first, second, third = script["runs"]("mtbi_kl")[:3]
     (first.folder(tmp_path)).mkdir(parents=True)
-    (first.folder(tmp_path) / "results.json").write_text("{}")
-    writes = f"import pathlib; pathlib.Path(r'{second.folder(tmp_path)}', 'results.json').write_text('1')"
+    first.nemo(tmp_path).touch()
+    writes = f"import pathlib; pathlib.Path(r'{second.nemo(tmp_path)}').touch()"
     commands = {
         second: [sys.executable, "-c", writes],
         third: [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
@@ -64,6 +64,8 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
     assert len(found["systems"]) == 8 + 3 * 4 + 2
+    assert found["sets"]["letters"]["only"] == ["spell"] and len(found["sets"]["test"]["only"]) == 25
+    assert "spell" not in found["sets"]["test"]["only"]
     system = found["systems"]["continuation-30"]
     assert (system["hours"], system["line"], len(system["nemo"])) == (1.2, "continuation", 3)
     assert system["nemo"][1] == str(tmp_path / "runs" / "continuation-30" / "seed1" / "seed1.nemo")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the LLM's predictions where it hears are from those where it reads, token by token of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_mtbi.data.layout import MicroBatch, Row, group_by_length
+from nemo_mtbi.losses import response_divergence
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.cpu import megatron_device
+
+
+@torch.no_grad()
+def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, batch_tokens: int) -> list[float]:
+    """KL(text || speech) of each row from its text twin, the measure that ``model.loss.kl_weight`` minimizes.
+
+    All processes of a model replica call it together, and each gets all values.
+
+    Args:
+        model: the speech LLM; a `LayoutDecoder` alone compares rows of text.
+        rows: each with a twin; their layouts point into ``frames``.
+        frames: ``[F, H]`` connector frames. Read on the first stage.
+        batch_tokens: bound on rows x positions that go through the LLM at once.
+
+    Returns:
+        For each row the mean over its response tokens, in nats.
+
+    Raises:
+        ValueError: if a row has no twin, or one with other response tokens.
+    """
+    for row in rows:
+        if row.twin is None or row.twin.response != row.response:
+            raise ValueError("each row needs a text twin with its own response: make both from the same answer")
+    members = group_by_length([max(len(row.layout), len(row.twin.layout)) for row in rows], batch_tokens)
+    values = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+    heard = _states(model, [[rows[i] for i in group] for group in members], frames)
+    read = _states(model, [[rows[i].twin for i in group] for group in members], model.no_frames())
+    with megatron_device(model.device):
+        for group, *states in zip(members, heard, read, strict=False):  # off the last stage there are no states
+            counts = [len(rows[i].response) for i in group]
+            for i, *pair in zip(group, *(part.split(counts) for part in states), strict=True):
+                index = torch.arange(len(pair[0]), device=model.device)
+                student, teacher = (model.chunks[-1].logits(part, index) for part in pair)  # [n, V / tp]
+                values[i] = response_divergence(student, teacher, group=groups.tensor_parallel_group()) / len(index)
+    return groups.pipeline_broadcast(values, -1).tolist()
+
+
+def _states(model: LayoutDecoder, batches: Sequence[Sequence[Row]], frames: Tensor) -> list[Tensor]:
+    """On the last stage, for each batch ``[n, H]`` at its response tokens, row after row."""
+    microbatches = [MicroBatch.from_rows(batch, []).to(model.device) for batch in batches]
+    found = model.response_states(microbatches, frames)
+    orders = [m.response_index.remainder(len(m.lengths)).argsort(stable=True) for m in microbatches]
+    return [states[order] for states, order in zip(found, orders, strict=False)]
