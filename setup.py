@@ -36,6 +36,7 @@ setup(
         "numpy",
         "scipy",
         "librosa",
+        "filelock",
         "pyyaml",
         "rich",
         "jiwer",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
+from filelock import FileLock
 from lhotse import CutSet
 
 from nemo_mtbi.data.corpus import CUTS_FILE, cached, digest_of, load_corpus
@@ -190,18 +191,20 @@ def _targets(
     name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), reference])
     out_dir = Path(config.cache_dir).expanduser() / f"targets-{name[:16]}"
     cuts = CutSet.from_cuts(cut for folder in folders for cut in load_corpus(folder))
-    if reference:
-        return reference_targets(cuts, out_dir, pool=pool, chat=responder.chat, llm=llm, plan=plan)
-    (path,) = generate_targets(
-        cuts,
-        out_dir,
-        pool=pool,
-        chat=responder.chat,
-        respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
-        provenance={"llm": llm},
-        plan=plan,
-        shard_size=len(cuts),
-    )
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out_dir}.lock"):  # another run may want the same now: it waits, and finds them
+        if reference:
+            return reference_targets(cuts, out_dir, pool=pool, chat=responder.chat, llm=llm, plan=plan)
+        (path,) = generate_targets(
+            cuts,
+            out_dir,
+            pool=pool,
+            chat=responder.chat,
+            respond=lambda layouts: [(a.ids, a.truncated) for a in leader.layouts(layouts)],
+            provenance={"llm": llm},
+            plan=plan,
+            shard_size=len(cuts),
+        )
     return path
 
 

@@ -41,5 +41,5 @@ exec docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stac
         pip install --quiet --no-deps -e .
         # one word for each requirement
         pip install --quiet --no-deps $EXTRA
-        pip install --quiet safetensors sentencepiece jiwer sacrebleu whisper_normalizer espeakng-loader psutil
+        pip install --quiet safetensors sentencepiece jiwer sacrebleu whisper_normalizer espeakng-loader psutil filelock
         exec "$@"' _ "$@"

@@ -202,6 +202,24 @@ def test_targets_are_made_anew_where_it_matters(small, model_section, asked, cha
     assert second.train != first.train and second.validation != first.validation
 
 
+def test_two_runs_that_want_the_same_targets_take_turns(small, model_section, asked, tmp_path):
+    """The second waits until the first lets go of the lock, and then finds what it wanted."""
+    import threading
+
+    from filelock import FileLock
+
+    config, model, held = small(), section(model_section), []
+    first = prepare(config, model)
+    asked.clear()
+    with FileLock(f"{first.train.parent}.lock"):
+        second = threading.Thread(target=lambda: held.append(prepare(config, model)))
+        second.start()
+        second.join(1.0)
+        assert second.is_alive() and not held
+    second.join(60)
+    assert held == [first] and not asked
+
+
 def test_digits_are_split_by_speaker(small, model_section, clone):
     found = prepare(
         small(kind="digits", digits_dir=str(clone), heldout_speakers=["eve"], train_utterances=12),

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.answers import Unit, load_answers, save_answers
 from nemo_mtbi.evaluation.figures import Asked, Resampling
 from nemo_mtbi.evaluation.files import write_json
@@ -22,9 +21,10 @@ from nemo_mtbi.evaluation.load import Backends, Loader
 from nemo_mtbi.evaluation.results import Answered, write_results
 from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
+from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES, Task, open_tasks, twins, units
 from nemo_mtbi.parallel import groups
 
-ANSWERS, DIVERGENCES, THROUGHPUT = "answers", "divergences", "throughput.json"
+THROUGHPUT = "throughput.json"
 
 
 @dataclass
@@ -98,82 +98,11 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
     return write_results(config, answered, folder, Resampling(config.resamples, config.seed), console)
 
 
-def units(config: EvalConfig, chosen: EvalSet, loader: Loader, name: str, seed: int) -> list[tuple[Unit, list[Item]]]:
-    """What a seed of a system is asked in a set; nothing if it reads transcripts and the set lacks some."""
-    is_text = config.systems[name].kind == "text"
-    if is_text and chosen.untranscribed:
-        return []
-    parts = dict(chosen.parts())
-    if is_text and (bare := chosen.bare()):
-        parts[BARE, BARE] = bare
-    identity = loader.identity(name, seed)
-    found = []
-    for (group, task), items in parts.items():
-        fingerprint = digest_of([identity, chosen.digest(items)])
-        found.append((Unit(name, seed, chosen.name, group, task, fingerprint, len(items)), items))
-    return found
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What a seed of a system has yet to do in a set.
-
-    Attributes:
-        answers: Questions that are not answered on disk.
-        divergences: Questions whose distance from the text is not on disk, each with the text system's unit.
-    """
-
-    name: str
-    seed: int
-    chosen: EvalSet
-    answers: Sequence[tuple[Unit, list[Item]]]
-    divergences: Sequence[tuple[Unit, list[Item], Unit]]
-
-    @property
-    def size(self) -> int:
-        return sum(unit.size for unit, *_ in (*self.answers, *self.divergences))
-
-
-def twins(
-    config: EvalConfig, chosen: EvalSet, loader: Loader, name: str, seed: int
-) -> list[tuple[Unit, list[Item], Unit]]:
-    """What a seed of a system is compared with the text in: its unit, the questions, the text system's unit."""
-    other = config.text_of(name)
-    if other is None:
-        return []
-    read = {(unit.group, unit.task): unit for unit, _ in units(config, chosen, loader, other, 0)}
-    found = []
-    for unit, items in units(config, chosen, loader, name, seed):
-        twin = read.get((unit.group, unit.task))
-        if twin is not None:
-            found.append((replace(unit, fingerprint=digest_of([unit.fingerprint, twin.fingerprint])), items, twin))
-    return found
-
-
-def _open_tasks(config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path) -> list[_Task]:
-    """All that is not on disk; text systems first, since others are compared with their answers."""
-    names = sorted(config.systems, key=lambda name: config.systems[name].kind != "text")
-    found = []
-    for name in names:
-        for seed in range(loader.seeds(name)):
-            for chosen in sets:
-                parts = units(config, chosen, loader, name, seed)
-                compared = twins(config, chosen, loader, name, seed)
-                answers = [row for row in parts if load_answers(folder / ANSWERS, row[0], config.overwrite) is None]
-                far = [
-                    row
-                    for row in compared
-                    if load_answers(folder / DIVERGENCES, row[0], config.overwrite, Divergence) is None
-                ]
-                found.append(_Task(name, seed, chosen, answers, far))
-    return [task for task in found if task.size]
-
-
 def _work(
     config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path, console: Console
 ) -> dict[str, Speed]:
     """Answers every unit that is not on disk, and compares it with the text."""
-    todo = _open_tasks(config, sets, loader, folder)
+    todo = open_tasks(config, sets, loader, folder)
     speeds: dict[str, Speed] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
@@ -189,7 +118,7 @@ def _work(
             chunks = _Chunks(task.chosen, config.batch_size, config.cache_gib * 2**30)
             speed = speeds.setdefault(task.name, Speed())
 
-            def show(unit: Unit, what: str, task: _Task = task) -> None:
+            def show(unit: Unit, what: str, task: Task = task) -> None:
                 bar.update(line, description=f"{task.name}, {task.chosen.name}: {what} {unit.task}")
 
             for unit, items in task.answers:
@@ -197,13 +126,14 @@ def _work(
                 replies = _ask(system, chunks, items, config.on_bad_audio, speed, lambda n: bar.advance(line, n))
                 if groups.is_global_first():
                     save_answers(folder / ANSWERS, unit, replies)
-            for unit, items, twin in task.divergences:
-                show(unit, "compared on")
-                read = load_answers(folder / ANSWERS, twin) if groups.is_global_first() else None
-                found = _compare(system, chunks, items, groups.broadcast_object(read, "world"), speed)
+            for twin in task.divergences:
+                show(twin.unit, "compared on")
+                read = load_answers(folder / ANSWERS, twin.text) if groups.is_global_first() else None
+                read = groups.broadcast_object(read, "world")
+                found = _compare(system, chunks, twin.items, [read[place] for place in twin.places], speed)
                 bar.advance(line, len(found))
                 if groups.is_global_first():
-                    save_answers(folder / DIVERGENCES, unit, found)
+                    save_answers(folder / DIVERGENCES, twin.unit, found)
     return speeds
 
 
@@ -266,12 +196,15 @@ def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) 
         for seed in range(loader.seeds(name)):
             parts = [(u, i) for u, i in units(config, chosen, loader, name, seed) if u.group != BARE]
             items = [item for _, part in parts for item in part]
-            far = {(unit.group, unit.task): unit for unit, *_ in twins(config, chosen, loader, name, seed)}
+            far = {(twin.unit.group, twin.unit.task): twin for twin in twins(config, chosen, loader, name, seed)}
             replies = []
             for unit, _ in parts:
                 mine, twin = load_answers(folder / ANSWERS, unit), far.get((unit.group, unit.task))
-                distances = load_answers(folder / DIVERGENCES, twin, kind=Divergence) if twin else [None] * len(mine)
-                replies += [replace(reply, divergence=x) for reply, x in zip(mine, distances, strict=True)]
+                if twin is not None:
+                    distances = load_answers(folder / DIVERGENCES, twin.unit, kind=Divergence)
+                    for place, distance in zip(twin.places, distances, strict=True):
+                        mine[place] = replace(mine[place], divergence=distance)
+                replies += mine
             seeds.append(replies)
         if items:
             found[name] = Asked(items, seeds)

@@ -97,6 +97,8 @@ class EvalConfig:
         batch_tokens: rows x positions that the LLM takes at once; ``null``: as the model says.
         max_new_tokens: longest answer; ``null``: as the model says.
         cache_gib: memory for encoded utterances, which are then not encoded again for each task.
+        kl_utterances: utterances of each set, by id, that the KL divergence from the text is measured on: two forward
+            passes for each answer. ``null``: all; 0: none.
         on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing.
         resamples: of bootstrap and permutation tests.
         seed: of their draws.
@@ -115,6 +117,7 @@ class EvalConfig:
     batch_tokens: int | None = None
     max_new_tokens: int | None = None
     cache_gib: float = 2.0
+    kl_utterances: int | None = None
     on_bad_audio: str = "raise"
     resamples: int = 2000
     seed: int = 0
@@ -154,6 +157,8 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
     for key in ("batch_size", "resamples"):
         if getattr(config, key) < 1:
             raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
+    if (config.kl_utterances or 0) < 0:
+        raise ValueError(f"kl_utterances is {config.kl_utterances}; it must be 0, a positive number or null")
     if config.compare_with is None:
         speech = [name for name, system in config.systems.items() if system.kind == "speech"]
         config.compare_with = speech[0] if speech else None

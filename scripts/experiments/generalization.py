@@ -23,6 +23,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 UTTERANCES = 3000  # all of the speech
+# What differs from the embedded default: shorter, so that 76 trainings take about an hour and a half on two cores.
+PROFILE = ("trainer.max_steps=400", "trainer.val_check_interval=100", "data.validation_utterances=20")
 # What is trained: share of the speech in percent, systems, seeds.
 ALL = ("mtbi", "mtbi_kl", "mtbi_ce_kl", "imitation", "multitask_sft", "transcription_sft", "continuation")
 ALL += ("no_instruction",)
@@ -81,6 +83,7 @@ class Run:
             f"exp_manager.exp_dir={out / 'runs' / self.system}",
             "exp_manager.resume_if_exists=true",
             "+benchmark.enabled=false",
+            *PROFILE,
             *extra,
         ]
 
@@ -101,8 +104,8 @@ def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
         if run.percent == 100 and run.seed == 0:
             system["logs"].append(str(run.folder(out)))
     first = next(iter(systems))
-    systems["cascade"] = {"kind": "cascade", "of": first}
-    systems["text"] = {"kind": "text", "of": first}
+    systems["cascade"] = {"kind": "cascade", "llm": "demo", "asr": "demo"}
+    systems["text"] = {"kind": "text", "llm": "demo"}
     (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
     pool = yaml.safe_load((ROOT / "nemo_mtbi" / "assets" / "demo" / "tasks.yaml").read_text())
     names = [task["name"] for task in pool["tasks"]]
@@ -113,8 +116,25 @@ def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
         "systems": systems,
         "sets": {name: {"cuts": str(cuts), "only": only, "wordings": 2} for name, only in questions.items()},
         "batch_size": 256,
+        "kl_utterances": 30,
+        "max_new_tokens": 40,
         "compare_with": first,
         "compare": [list(pair) for pair in PAIRS if set(pair) <= set(systems)],
+    }
+
+
+def parts_of(settings: dict) -> dict[str, dict]:
+    """The configuration of each system alone, beside the text, so that several can be asked at once.
+
+    Answers are kept by system in one folder, where the whole evaluation finds them; what these write about one system
+    is replaced by it.
+    """
+    systems = settings["systems"]
+    alone = {"resamples": 1, "compare": [], "compare_with": None, "examples": 0}
+    return {
+        name: {**settings, **alone, "systems": {name: systems[name], "text": systems["text"]}}
+        for name in systems
+        if name != "text"
     }
 
 
@@ -126,32 +146,70 @@ def hours_of_speech(out: Path) -> float:
     return sum(cut.duration for cut in max(corpora, key=len)) / 3600
 
 
-def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[str]) -> list[Run]:
-    """Runs what is not finished, several at once on one thread each; returns those that failed."""
-    waiting, active, failed = [run for run in wanted if not run.finished(out)], {}, []
-    total, started = len(waiting), time.monotonic()
-    print(f"{len(wanted) - total} of {len(wanted)} trainings are finished", flush=True)
+@dataclass(frozen=True)
+class Job:
+    """A process on one thread.
+
+    Attributes:
+        name: for messages.
+        command: what is started.
+        log: what it prints is appended here.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+def run_all(jobs: Sequence[Job], at_once: int) -> list[Job]:
+    """Runs several at once; returns those that failed."""
+    waiting, active, failed, started = list(jobs), {}, [], time.monotonic()
     while waiting or active:
         while waiting and len(active) < at_once:
-            run = waiting.pop(0)
-            run.folder(out).mkdir(parents=True, exist_ok=True)
-            with open(run.folder(out) / "log.txt", "ab") as log:
-                command = run.command(out, extra)
-                active[run] = subprocess.Popen(
-                    command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-                )
-        for run, process in list(active.items()):
+            job = waiting.pop(0)
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(job.log, "ab") as log:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                active[job] = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment), time.monotonic()
+        for job, (process, began) in list(active.items()):
             if process.poll() is None:
                 continue
-            del active[run]
-            if not run.finished(out):
-                failed.append(run)
-            done = total - len(waiting) - len(active)
-            left = (time.monotonic() - started) / done * (total - done)
-            state = "finished" if run.finished(out) else f"FAILED, see {run.folder(out) / 'log.txt'}"
-            print(f"{done}/{total} · {run.system} {run.name} {state} · {left / 60:.0f} min left", flush=True)
-        time.sleep(0.5)
+            del active[job]
+            if process.returncode:
+                failed.append(job)
+            done, now = len(jobs) - len(waiting) - len(active), time.monotonic()
+            left = (now - started) / done * (len(jobs) - done)
+            state = f"FAILED, see {job.log}" if process.returncode else f"finished in {now - began:.0f} s"
+            print(f"{done}/{len(jobs)} · {job.name} {state} · {left / 60:.0f} min left", flush=True)
+        time.sleep(0.2)
     return failed
+
+
+def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[str]) -> list[Job]:
+    """Trains what is not finished; returns what failed."""
+    todo = [run for run in wanted if not run.finished(out)]
+    print(f"{len(wanted) - len(todo)} of {len(wanted)} trainings are finished", flush=True)
+    return run_all(
+        [Job(f"{run.system} {run.name}", tuple(run.command(out, extra)), run.folder(out) / "log.txt") for run in todo],
+        at_once,
+    )
+
+
+def evaluate_all(settings: dict, out: Path, at_once: int) -> int:
+    """Asks each system, several at once, then writes the report of all; returns an exit status."""
+
+    def command(name: str, values: dict) -> tuple[str, ...]:
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        script = str(ROOT / "examples" / "mtbi_eval.py")
+        return sys.executable, script, f"--config-path={out}", f"--config-name={name}"
+
+    parts = {f"evaluation-{name}": values for name, values in parts_of(settings).items()}
+    jobs = [Job(name, command(name, values), out / "logs" / f"{name}.txt") for name, values in parts.items()]
+    # one first: it asks the text, with whose answers all are compared
+    if run_all(jobs[:1], 1) or run_all(jobs[1:], at_once):
+        print("evaluations failed: run the same command again to go on", flush=True)
+        return 1
+    return subprocess.run(command("evaluation", settings)).returncode
 
 
 def main() -> int:
@@ -170,11 +228,7 @@ def main() -> int:
     if failed:
         print(f"{len(failed)} trainings failed: run the same command again to go on", flush=True)
         return 1
-    config = out / "evaluation.yaml"
-    settings = evaluation(out, wanted, hours_of_speech(out))
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    command = [sys.executable, str(ROOT / "examples" / "mtbi_eval.py"), f"--config-path={out}"]
-    return subprocess.run([*command, "--config-name=evaluation"]).returncode
+    return evaluate_all(evaluation(out, wanted, hours_of_speech(out)), out, args.at_once)
 
 
 if __name__ == "__main__":

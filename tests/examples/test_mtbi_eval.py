@@ -273,6 +273,7 @@ def test_bad_audio_is_an_error_or_a_counted_abstention(keys, corpus, tmp_path):
         ({"sets": {"s": {"format": "mmlu", "path": "x"}}}, "format must be one of llaso_eval, speech_ifeval"),
         ({"sets": {"s": {"cuts": "nowhere.jsonl"}}}, "sets.s.cuts=nowhere.jsonl does not exist"),
         ({"on_bad_audio": "skip"}, "raise or abstain"),
+        ({"kl_utterances": -1}, "kl_utterances is -1"),
         ({"compare_with": "x"}, "compare_with=x is no system"),
         ({"compare": [["mtbi", "x"]]}, r"compare holds \['mtbi', 'x'\]; each pair must name two of mtbi"),
         ({"compare": [["mtbi", "mtbi"]]}, "each pair must name two of"),
@@ -290,7 +291,9 @@ def test_a_set_without_anything_to_compare_with_is_refused(keys, corpus, models,
     with pytest.raises(ValueError, match="no right answers, and there is no text system"):
         evaluate(keys(tmp_path / "out", systems={"mtbi": {"nemo": models[0]}}, sets={"test": tests}))
     both = {"mtbi": {"nemo": models[0]}, "text": {"kind": "text", "of": "mtbi"}}
-    evaluate(keys(tmp_path / "out", systems=both, sets={"test": tests}))
+    evaluate(keys(tmp_path / "out", systems=both, sets={"test": tests}, kl_utterances=2))
     found = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]["test"]["systems"]
-    assert found["mtbi"]["seen"]["agreement"]["value"] is not None
+    assert found["mtbi"]["seen"]["agreement"]["value"] is not None and found["mtbi"]["seen"]["mean_kl"]["n"] == 2
+    measured = [row["utterance"] for row in predictions(tmp_path / "out") if row["kl"] is not None]
+    assert measured == sorted({cut.id for cut in cuts})[:2]
     assert not any("right" in figures["seen"] for figures in found.values())

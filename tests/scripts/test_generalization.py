@@ -41,13 +41,14 @@ def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_pat
     first, second, third = script["runs"]("mtbi_kl")[:3]
     (first.folder(tmp_path)).mkdir(parents=True)
     first.nemo(tmp_path).touch()
-    writes = f"import pathlib; pathlib.Path(r'{second.nemo(tmp_path)}').touch()"
+    writes = "print('well')"
     commands = {
         second: [sys.executable, "-c", writes],
         third: [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
     }
     monkeypatch.setattr(type(first), "command", lambda run, out, extra: commands[run])
-    assert script["train_all"]([first, second, third], tmp_path, 2, []) == [third]
+    (failed,) = script["train_all"]([first, second, third], tmp_path, 2, [])
+    assert failed.name == "mtbi_kl-100 seed2" and (second.folder(tmp_path) / "log.txt").read_text() == "well\n"
     assert (third.folder(tmp_path) / "log.txt").read_text() == "why\n"
     said = capsys.readouterr().out
     assert "1 of 3 trainings are finished" in said and "seed2 FAILED, see" in said
@@ -64,6 +65,10 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
     assert len(found["systems"]) == 8 + 3 * 4 + 2
+    parts = script["parts_of"](found)
+    assert set(parts) == set(found["systems"]) - {"text"}
+    for name, part in parts.items():
+        assert set(parse_eval_config(part).systems) == {name, "text"} and part["sets"] == found["sets"]
     assert found["sets"]["letters"]["only"] == ["spell"] and len(found["sets"]["test"]["only"]) == 25
     assert "spell" not in found["sets"]["test"]["only"]
     system = found["systems"]["continuation-30"]
