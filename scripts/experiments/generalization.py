@@ -190,7 +190,14 @@ def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[st
     todo = [run for run in wanted if not run.finished(out)]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} trainings are finished", flush=True)
     return run_all(
-        [Job(f"{run.system} {run.name}", tuple(run.command(out, extra)), run.folder(out) / "log.txt") for run in todo],
+        [
+            Job(
+                f"{run.system} {run.name}",
+                tuple(run.command(out, extra)),
+                out / "logs" / f"{run.system}-{run.name}.txt",
+            )
+            for run in todo
+        ],
         at_once,
     )
 

@@ -48,8 +48,8 @@ def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_pat
     }
     monkeypatch.setattr(type(first), "command", lambda run, out, extra: commands[run])
     (failed,) = script["train_all"]([first, second, third], tmp_path, 2, [])
-    assert failed.name == "mtbi_kl-100 seed2" and (second.folder(tmp_path) / "log.txt").read_text() == "well\n"
-    assert (third.folder(tmp_path) / "log.txt").read_text() == "why\n"
+    assert failed.name == "mtbi_kl-100 seed2" and (tmp_path / "logs" / "mtbi_kl-100-seed1.txt").read_text() == "well\n"
+    assert (tmp_path / "logs" / "mtbi_kl-100-seed2.txt").read_text() == "why\n"
     said = capsys.readouterr().out
     assert "1 of 3 trainings are finished" in said and "seed2 FAILED, see" in said
 
