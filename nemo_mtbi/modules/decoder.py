@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,23 @@ except ImportError:
 
 
 @dataclass
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3.1 and later: long wavelengths are stretched, for longer sequences.
+
+    Attributes:
+        factor: by which the longest are stretched.
+        low_freq_factor: wavelengths above the original length divided by it are stretched whole.
+        high_freq_factor: wavelengths below the original length divided by it stay; those between, in part.
+        original_max_position_embeddings: the original length.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass
 class DecoderConfig:
     """Architecture of a Llama-like GPT (RoPE, RMSNorm, SwiGLU, grouped queries). Stored beside its weights."""
 
@@ -51,10 +68,15 @@ class DecoderConfig:
     max_sequence_length: int
     kv_channels: int | None = None
     rotary_base: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
     layernorm_epsilon: float = 1e-5
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):  # as YAML has it
+            self.rope_scaling = Llama3Scaling(**self.rope_scaling)
 
 
 class RMSNorm(nn.Module):
@@ -220,6 +242,9 @@ class GPTDecoder(GPTModel):
                 vp_stage=chunk,
             )
         self.architecture = config
+        if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
+            rotary = self.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
         if self.post_process:
             # ``hidden`` gathers the positions already, since the head reads a few of them only
             self.output_layer.sequence_parallel = False

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's causal LLMs: their ``config.json`` as our architecture, their safetensors under canonical names.
+
+One table says which tensors of theirs make up one of ours; a part of one of ours is read as parts of theirs, so that
+each process reads its own share straight from the files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nemo_mtbi.modules.decoder import DecoderConfig, Llama3Scaling
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
+
+_GLOBAL = {
+    "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
+    "decoder.final_layernorm.weight": ("model.norm.weight",),
+    "output_layer.weight": ("lm_head.weight",),
+}
+# Of one layer: name here to names there. Two are stacked; three are queries, keys and values, which Megatron keeps
+# together for each group of queries.
+_LAYER = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "self_attention.linear_qkv.weight": (
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    ),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+_QKV_BIAS = {
+    "self_attention.linear_qkv.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
+}
+_QK_NORM = {
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+}
+# By ``model_type``: the tensors of a layer.
+FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": _LAYER,
+    "mistral": _LAYER,
+    "qwen2": _LAYER | _QKV_BIAS,
+    "qwen3": _LAYER | _QK_NORM,
+}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a directory.
+
+    Raises:
+        ValueError: if it is missing, malformed, or of a family that is not in the table.
+    """
+    file = Path(path) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read ({error}): give a directory with a Hugging Face causal LLM") from error
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family not in FAMILIES:
+        raise ValueError(f"{file}: model_type is {family!r}; supported are {', '.join(FAMILIES)}")
+    return config
+
+
+def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
+    """Our architecture of a ``config.json``.
+
+    A sliding window shortens the longest sequence to the window: up to there it changes nothing.
+
+    Raises:
+        ValueError: if something in it can't be expressed; names all of it.
+    """
+    family = config["model_type"]
+    rope = _rope(config)
+    problems = [
+        f"{key} is {config[key]!r}, and only {wanted!r} is supported"
+        for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False))
+        if config.get(key, wanted) != wanted
+    ]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        problems.append(f"rope_type is {kind!r}, and only 'default' and 'llama3' are supported")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        problems.append("partial_rotary_factor is set: only whole heads are rotated")
+    missing = [key for key in _SIZES if not isinstance(config.get(key), int)]
+    problems += [f"{key} is missing" for key in missing]
+    if problems:
+        raise ValueError(f"this {family} LLM can't be expressed here: {'; '.join(problems)}")
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return DecoderConfig(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        max_sequence_length=min(config["max_position_embeddings"], _window(config)),
+        kv_channels=config.get("head_dim") or hidden // heads,
+        rotary_base=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        rope_scaling=_llama3(rope) if kind == "llama3" else None,
+        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
+        qk_layernorm=_QK_NORM.keys() <= FAMILIES[family].keys(),
+        add_qkv_bias=_QKV_BIAS.keys() <= FAMILIES[family].keys(),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_SIZES += ("max_position_embeddings",)
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary positions: transformers 5 writes ``rope_parameters``, those before it ``rope_scaling``, or nothing."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:
+    try:
+        return Llama3Scaling(**{name: rope[name] for name in Llama3Scaling.__dataclass_fields__})
+    except KeyError as error:
+        raise ValueError(
+            f"the llama3 rope scaling lacks {error}: it needs {', '.join(Llama3Scaling.__dataclass_fields__)}"
+        ) from None
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    window = config.get("sliding_window")
+    used = config.get("use_sliding_window", config["model_type"] == "mistral")
+    return window if used and window else config["max_position_embeddings"]
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one of their tensors that stand together in one of ours."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segment] | None:
+    """What one of our tensors is made of, in the order of its rows; ``None`` if it is one of theirs as it is.
+
+    Args:
+        name: canonical name.
+        architecture: of the LLM.
+        family: key of :data:`FAMILIES`.
+    """
+    prefix, theirs = _theirs(name, family)
+    if len(theirs) == 1:
+        return None
+    if len(theirs) == 2:
+        return [Segment(prefix + part, 0, architecture.ffn_hidden_size) for part in theirs]
+    query, key, value = (prefix + part for part in theirs)
+    width, groups = architecture.kv_channels, architecture.num_query_groups
+    rows = architecture.num_attention_heads // groups * width  # queries of a group
+    found = []
+    for group in range(groups):
+        found.append(Segment(query, group * rows, (group + 1) * rows))
+        found += [Segment(part, group * width, (group + 1) * width) for part in (key, value)]
+    return found
+
+
+def _theirs(name: str, family: str) -> tuple[str, tuple[str, ...]]:
+    """Prefix and names of the tensors that make up one of ours."""
+    if name in _GLOBAL:
+        return "", _GLOBAL[name]
+    layers, number, rest = name.removeprefix("decoder.").split(".", 2)
+    if layers != "layers" or rest not in FAMILIES[family]:
+        raise KeyError(name)
+    return f"model.layers.{number}.", FAMILIES[family][rest]
+
+
+def canonical_names_of(architecture: DecoderConfig, family: str) -> list[str]:
+    """Our names of all weights."""
+    names = [name for name in _GLOBAL if not (architecture.tie_embeddings and name == "output_layer.weight")]
+    return names + [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in FAMILIES[family]]
+
+
+class HFWeights:
+    """The weights of a Hugging Face directory under canonical names, read part by part.
+
+    A :class:`nemo_mtbi.modules.weights.WeightSource`.
+
+    Args:
+        path: directory with ``config.json`` and safetensors, in one file or in shards.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or tensors are missing, unknown or misshapen; names them.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        config = read_config(path)
+        self.family, self.architecture = config["model_type"], architecture_of(config)
+        self._files = dict(self._open())
+        self._names = canonical_names_of(self.architecture, self.family)
+        self._check()
+
+    def _open(self) -> Iterator[tuple[str, Any]]:
+        """Every tensor's name with the open file that holds it."""
+        index = self.path / INDEX
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
+            for shard in shards:
+                file = safe_open(str(self.path / shard), framework="pt")
+                yield from ((name, file) for name in file.keys() if not name.endswith(_IGNORED))  # noqa: SIM118
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"the weights in {self.path} can't be read ({error}): copy them again") from error
+
+    def _check(self) -> None:
+        wanted = {theirs: shape for name in self._names for theirs, shape in self._wanted(name).items()}
+        extra = set(self._files) - set(wanted)
+        if self.architecture.tie_embeddings:
+            extra -= set(_GLOBAL["output_layer.weight"])  # a copy of the embedding
+        wrong = [f"{name} is missing" for name in sorted(set(wanted) - set(self._files))]
+        wrong += [f"{name} is not expected" for name in sorted(extra)]
+        for name in sorted(set(wanted) & set(self._files)):
+            found = tuple(self._slice(name).get_shape())
+            if found != wanted[name]:
+                wrong.append(f"{name} has the shape {found} in place of {wanted[name]}")
+        if wrong:
+            shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+            raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")
+
+    def _wanted(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of theirs that make up one of ours."""
+        parts = segments(name, self.architecture, self.family)
+        if parts is None:
+            prefix, (theirs,) = _theirs(name, self.family)
+            return {prefix + theirs: _shape(name, self.architecture)}
+        rows: dict[str, int] = {}
+        for part in parts:
+            rows[part.name] = max(rows.get(part.name, 0), part.stop)
+        return {theirs: (count, *_shape(name, self.architecture)[1:]) for theirs, count in rows.items()}
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(name)
+
+    def names(self) -> Iterable[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return _shape(name, self.architecture)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the stored values."""
+        return self.rows(name, 0, 0, 1).dtype
+
+    def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The tensor between two positions of one of its first two axes."""
+        parts = segments(name, self.architecture, self.family)
+        if parts is None:
+            prefix, (theirs,) = _theirs(name, self.family)
+            stored = self._slice(prefix + theirs)
+            return stored[start:stop] if axis == 0 else stored[:, start:stop]
+        if axis != 0:
+            raise ValueError(f"{name} is made of several tensors, and is shared by its rows")
+        found, first = [], 0
+        for part in parts:
+            size = part.stop - part.start
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                found.append(self._slice(part.name)[part.start + low : part.start + high])
+            first += size
+        return torch.cat(found)
+
+
+def _shape(name: str, architecture: DecoderConfig) -> tuple[int, ...]:
+    """Shape of one of our tensors."""
+    a = architecture
+    width = a.kv_channels * a.num_attention_heads
+    qkv = width + 2 * a.kv_channels * a.num_query_groups
+    shapes = {
+        "embedding.word_embeddings.weight": (a.vocab_size, a.hidden_size),
+        "output_layer.weight": (a.vocab_size, a.hidden_size),
+        "linear_qkv.weight": (qkv, a.hidden_size),
+        "linear_qkv.bias": (qkv,),
+        "linear_proj.weight": (a.hidden_size, width),
+        "linear_fc1.weight": (2 * a.ffn_hidden_size, a.hidden_size),
+        "linear_fc2.weight": (a.hidden_size, a.ffn_hidden_size),
+        "q_layernorm.weight": (a.kv_channels,),
+        "k_layernorm.weight": (a.kv_channels,),
+    }
+    return next((shape for end, shape in shapes.items() if name.endswith(end)), (a.hidden_size,))

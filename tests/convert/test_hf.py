@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny Hugging Face LLMs of each family answer here, in every layout, as they do there."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_mtbi.convert.hf import FAMILIES, HFWeights, architecture_of, canonical_names_of, read_config, segments
+from nemo_mtbi.parallel.groups import ParallelConfig
+
+COMMON = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+    initializer_range=0.3,  # answers that vary
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,  # so that tiny sequences have short, middle and long wavelengths
+}
+MODELS = {  # name: model_type, and what it has beside COMMON
+    "llama2": ("llama", {"num_key_value_heads": 4}),
+    "llama3": ("llama", {"rope_theta": 5000.0, "rope_scaling": LLAMA3}),
+    "llama3_tied": ("llama", {"rope_scaling": LLAMA3, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-6}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+LAYOUTS = {"tp2": ParallelConfig(2), "pp2": ParallelConfig(1, 2)}
+PROMPTS, NEW = 200, 64
+
+
+def build(name):
+    """A model of Hugging Face's own class, with weights that are nowhere zero or one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family, own = MODELS[name]
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **copy.deepcopy({**COMMON, **own})))
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() == 1:  # norms and biases
+                value.add_(0.2 * torch.randn_like(value))
+    return model.float().eval()
+
+
+def prompts():
+    """200 random prompts of 1 to 30 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 31, (PROMPTS,), generator=generator).tolist()
+    return [torch.randint(0, COMMON["vocab_size"], (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def expected(model):
+    """Logits at the last position of each prompt, and greedy answers to some."""
+    rows = [torch.tensor([prompt]) for prompt in prompts()]
+    logits = torch.cat([model(row).logits[:, -1] for row in rows])
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    answers = [
+        model.generate(row, attention_mask=torch.ones_like(row), **options)[0, row.shape[1] :] for row in rows[:8]
+    ]
+    return {"logits": logits, "answers": torch.stack(answers)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory for each model, in shards, with what it answers."""
+    folder = tmp_path_factory.mktemp("hf")
+    for name in MODELS:
+        model = build(name)
+        model.save_pretrained(folder / name, max_shard_size="80KB" if name != "llama2" else "1GB")
+        torch.save(expected(model), folder / f"{name}.pt")
+    return folder
+
+
+def compare(folder, layout):
+    """Worker: logits and answers of all models under a layout."""
+    from nemo_mtbi.inference.generate import GenerationConfig, generate
+    from nemo_mtbi.modules.decoder import build_decoder
+    from nemo_mtbi.modules.speech_llm import LayoutDecoder
+    from nemo_mtbi.modules.weights import load_weights
+    from nemo_mtbi.parallel import groups
+
+    groups.initialize(LAYOUTS.get(layout))
+    for name in MODELS:
+        source = HFWeights(f"{folder}/{name}")
+        model = LayoutDecoder(build_decoder(source.architecture))
+        load_weights(model.chunks, source)
+        wanted = torch.load(f"{folder}/{name}.pt", weights_only=True)
+        logits = last_logits(model, prompts())
+        if logits is not None:
+            torch.testing.assert_close(logits, wanted["logits"], rtol=0, atol=1e-4)
+        found = generate(model, prompts()[:8], model.no_frames(), -1, GenerationConfig(NEW))
+        assert [answer.ids for answer in found] == wanted["answers"].tolist(), f"{layout}, {name}"
+
+
+def last_logits(model, rows):
+    """``[rows, V]`` at the last position of each prompt, padded together; ``None`` off the last stage."""
+    from nemo_mtbi.data.layout import MicroBatch, make_row
+    from nemo_mtbi.parallel.cpu import megatron_device
+
+    batch = MicroBatch.from_rows([make_row(row, [1]) for row in rows], [])
+    states = model.response_states([batch], model.no_frames())
+    if not states:
+        return None
+    order = batch.response_index.remainder(len(rows)).argsort()
+    with megatron_device(model.device):
+        logits = model.chunks[-1].logits(states[0][order], torch.arange(len(rows)), gather=True)
+    return logits[:, : COMMON["vocab_size"]]
+
+
+def test_parity_with_hugging_face(folder):
+    compare(folder, "single")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parity_with_hugging_face_in_parallel(folder, layout, processes):
+    processes(compare, folder, layout, count=2)
+
+
+def test_the_answers_are_worth_comparing(folder):
+    for name in MODELS:
+        answers = torch.load(folder / f"{name}.pt", weights_only=True)["answers"].tolist()
+        assert len({tuple(answer) for answer in answers}) == 8 and len({token for a in answers for token in a}) > 20
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_row_of_theirs_is_in_ours_once(folder, name):
+    source = HFWeights(folder / name)
+    files = {}
+    for path in (folder / name).glob("*.safetensors"):
+        files |= load_file(path)
+    found = []
+    for ours in source.names():
+        whole = source.rows(ours, 0, 0, source.shape(ours)[0])
+        assert tuple(whole.shape) == source.shape(ours)
+        found += whole.reshape(len(whole), -1).sum(1).tolist()
+    stored = [row for value in files.values() for row in value.reshape(len(value), -1).sum(1).tolist()]
+    assert sorted(found) == sorted(stored)
+
+
+def test_parts_are_those_of_the_whole(folder):
+    source = HFWeights(folder / "qwen2")
+    for name in ("decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.0.mlp.linear_fc1.weight"):
+        whole = source.rows(name, 0, 0, source.shape(name)[0])
+        for start, stop in ((0, 1), (11, 13), (5, 77), (23, 25), (60, 96)):
+            assert torch.equal(source.rows(name, 0, start, stop), whole[start:stop])
+
+
+def test_groups_of_queries_stand_with_their_key_and_value(folder):
+    architecture = HFWeights(folder / "qwen3").architecture
+    parts = segments("decoder.layers.2.self_attention.linear_qkv.weight", architecture, "qwen3")
+    shown = [(part.name.split(".")[-2][0], part.start, part.stop) for part in parts]
+    assert shown == [("q", 0, 32), ("k", 0, 16), ("v", 0, 16), ("q", 32, 64), ("k", 16, 32), ("v", 16, 32)]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+CONFIG = {"model_type": "llama", **COMMON, "hidden_act": "silu"}
+
+
+def test_published_configs_of_both_styles():
+    """Llama 3.1 as transformers 4 wrote it, rope_theta beside rope_scaling, and as transformers 5 does."""
+    for style in (
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}},
+    ):
+        found = architecture_of({**CONFIG, **style})
+        assert (found.rotary_base, found.rope_scaling.factor, found.kv_channels) == (500000.0, 8.0, 12)
+    assert architecture_of({**CONFIG, "rope_theta": 1e6, "rope_scaling": None}).rotary_base == 1e6
+    assert architecture_of({**CONFIG, "model_type": "mistral", "sliding_window": 40}).max_sequence_length == 40
+    unused = {"sliding_window": 40, "use_sliding_window": False}
+    assert architecture_of({**CONFIG, "model_type": "qwen2", **unused}).max_sequence_length == 96
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu' is supported"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias is True.*; mlp_bias is True"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "only whole heads are rotated"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling lacks 'low_freq_factor'"),
+        ({"intermediate_size": None}, "intermediate_size is missing"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        architecture_of({**CONFIG, **change})
+
+
+def test_other_families_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="config.json can't be read.*give a directory with a Hugging Face causal LLM"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    with pytest.raises(ValueError, match="model_type is 'gemma2'; supported are llama, mistral, qwen2, qwen3"):
+        read_config(tmp_path)
+
+
+def test_wrong_tensors_are_listed(folder, tmp_path):
+    weights = load_file(folder / "llama2" / "model.safetensors")
+    weights["model.layers.0.extra.weight"] = torch.zeros(2)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)  # of no use, and no error
+    weights["model.norm.weight"] = torch.zeros(3)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (tmp_path / "config.json").write_bytes((folder / "llama2" / "config.json").read_bytes())
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as raised:
+        HFWeights(tmp_path)
+    for part in (
+        "layers.1.mlp.up_proj.weight is missing",
+        "layers.0.extra.weight is not expected",
+        "model.norm.weight has the shape (3,) in place of (48,)",
+    ):
+        assert part in str(raised.value)
+    assert "inv_freq" not in str(raised.value)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="can't be read.*copy them again"):
+        HFWeights(tmp_path)
+
+
+def test_the_table_has_every_family():
+    for name, (family, own) in MODELS.items():
+        config = {"model_type": family, "hidden_act": "silu", **COMMON, **own}
+        assert len(canonical_names_of(architecture_of(config), family)) > 20, name
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES)
