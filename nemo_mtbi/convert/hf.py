@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_mtbi.modules.decoder import DecoderConfig, Llama3Scaling
+from nemo_mtbi.modules.tensor_file import misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
@@ -225,15 +226,10 @@ class HFWeights:
 
     def _check(self) -> None:
         wanted = {theirs: shape for name in self._names for theirs, shape in self._wanted(name).items()}
-        extra = set(self._files) - set(wanted)
+        found = {name: tuple(self._slice(name).get_shape()) for name in self._files}
         if self.architecture.tie_embeddings:
-            extra -= set(_GLOBAL["output_layer.weight"])  # a copy of the embedding
-        wrong = [f"{name} is missing" for name in sorted(set(wanted) - set(self._files))]
-        wrong += [f"{name} is not expected" for name in sorted(extra)]
-        for name in sorted(set(wanted) & set(self._files)):
-            found = tuple(self._slice(name).get_shape())
-            if found != wanted[name]:
-                wrong.append(f"{name} has the shape {found} in place of {wanted[name]}")
+            found = {name: shape for name, shape in found.items() if name not in _GLOBAL["output_layer.weight"]}
+        wrong = misfits(wanted, found)
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")
@@ -257,10 +253,6 @@ class HFWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return _shape(name, self.architecture)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of the stored values."""
-        return self.rows(name, 0, 0, 1).dtype
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """The tensor between two positions of one of its first two axes."""

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts as inline SVG, without any library: they take their colors from the page, so that they fit light and dark.
 
-Colors are the CSS variables ``--c0`` to ``--c7`` of the page; the classes ``axis``, ``grid`` and ``tick`` too are its.
+Colors are the CSS variables ``--c0`` to ``--c11`` of the page; so are the classes ``axis``, ``grid`` and ``tick``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLORS = 8
+COLORS = 12
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 780, 56, 16, 14, 46
 
 
@@ -30,22 +30,22 @@ def color(index: int) -> str:
     return f"var(--c{index % COLORS})"
 
 
-def legend(names: Sequence[str]) -> str:
-    """Names beside their colors, as HTML."""
+def legend(names: Mapping[str, int]) -> str:
+    """Names beside their colors, by index, as HTML."""
     marks = (
         f'<span class="key"><i style="background:{color(index)}"></i>{escape(name)}</span>'
-        for index, name in enumerate(names)
+        for name, index in names.items()
     )
     return f'<div class="legend">{"".join(marks)}</div>'
 
 
-def bars(label: str, groups: Sequence[str], series: Sequence[tuple[str, Sequence[Point | None]]]) -> str:
+def bars(label: str, groups: Sequence[str], series: Sequence[tuple[str, int, Sequence[Point | None]]]) -> str:
     """Shares from 0 to 1 in groups of bars, with intervals.
 
     Args:
         label: What the chart shows, for readers who can't see it.
         groups: Titles below the groups.
-        series: Name and one value for each group; the x of a point is not read.
+        series: Name, index of the color and one value for each group; the x of a point is not read.
     """
     height, base = 320, 320 - _BOTTOM
     span, scale = (_WIDTH - _LEFT - _RIGHT) / max(1, len(groups)), base - _TOP
@@ -54,7 +54,7 @@ def bars(label: str, groups: Sequence[str], series: Sequence[tuple[str, Sequence
     for number, title in enumerate(groups):
         center = _LEFT + span * (number + 0.5)
         parts.append(_text(center, base + 20, title, "middle"))
-        for index, (name, values) in enumerate(series):
+        for index, (name, shade, values) in enumerate(series):
             point = values[number]
             if point is None:
                 continue
@@ -63,18 +63,18 @@ def bars(label: str, groups: Sequence[str], series: Sequence[tuple[str, Sequence
             shown = f"{name}, {title}: {_percent(point)}"
             parts.append(
                 f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{width - 2:.1f}" height="{max(base - top, 1):.1f}"'
-                f' rx="2" fill="{color(index)}"><title>{escape(shown)}</title></rect>'
+                f' rx="2" fill="{color(shade)}"><title>{escape(shown)}</title></rect>'
             )
             parts.append(_whisker(left + width / 2, point, lambda y: base - _clip(y) * scale))
     return _svg(label, height, parts)
 
 
-def strips(label: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:
+def strips(label: str, rows: Sequence[tuple[str, int, Sequence[tuple[str, float]]]]) -> str:
     """Shares from 0 to 1 as dots, a row for each system, with a line from the lowest to the highest.
 
     Args:
         label: What the chart shows.
-        rows: Name of the system, and name and value of each dot.
+        rows: Name of the system, index of its color, and name and value of each dot.
     """
     left, step = 170, 30
     height = _TOP + step * len(rows) + _BOTTOM
@@ -84,7 +84,7 @@ def strips(label: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) 
         x = left + share * scale
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{base}"/>')
         parts.append(_text(x, base + 18, f"{100 * share:.0f}%", "middle"))
-    for index, (name, dots) in enumerate(rows):
+    for index, (name, shade, dots) in enumerate(rows):
         y = _TOP + step * (index + 0.5)
         parts.append(_text(left - 12, y + 4, name if len(name) < 24 else name[:22] + "…", "end"))
         values = [value for _, value in dots]
@@ -92,11 +92,11 @@ def strips(label: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) 
             continue
         low, high, center = (left + _clip(v) * scale for v in (min(values), max(values), sum(values) / len(values)))
         parts.append(
-            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="{color(index)}" stroke-width="3" '
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}" stroke="{color(shade)}" stroke-width="3" '
             f'opacity="0.35"/>'
         )
         parts += [
-            f'<circle cx="{left + _clip(value) * scale:.1f}" cy="{y}" r="4.5" fill="{color(index)}" opacity="0.6">'
+            f'<circle cx="{left + _clip(value) * scale:.1f}" cy="{y}" r="4.5" fill="{color(shade)}" opacity="0.6">'
             f"<title>{escape(f'{name}, {what}: {100 * value:.1f}%')}</title></circle>"
             for what, value in dots
         ]

@@ -61,7 +61,7 @@ def render_page(results: Mapping[str, Any], curves: Curves, answered: Sequence[A
         answered: The answers, for examples.
         config: For their number and for who is measured against whom.
     """
-    names = list(results["systems"])
+    palette = _palette(results["systems"])
     parts = [f"<h1>{escape(results['title'])}</h1>", _systems(results["systems"])]
     for part in answered:
         name = part.chosen.name
@@ -69,11 +69,12 @@ def render_page(results: Mapping[str, Any], curves: Curves, answered: Sequence[A
         parts.append(f'<section><h2>{escape(name)}</h2><p class="quiet">{found["utterances"]} utterances, ')
         parts.append(f"{found['questions']} questions.</p>")
         if found["systems"]:
-            parts += [_bars(name, found, names), _gap_over_hours(name, found, results["systems"])]
-            parts += [_wordings(name, found, names), _tables(found), _examples(part, config)]
+            largest = _largest(results["systems"], palette)
+            parts += [_bars(name, found, largest), _gap_over_hours(name, found, results["systems"], palette)]
+            parts += [_wordings(name, found, palette), _tables(found), _examples(part, config)]
         parts += [f'<p class="note">Left out: {n} items {escape(why)}.</p>' for why, n in found["left_out"].items()]
         parts += [f'<p class="note">{escape(note)}.</p>' for note in found["notes"]] + ["</section>"]
-    parts.append(_curves(curves, names))
+    parts.append(_curves(curves, palette))
     parts += ["<section><h2>How to read this</h2><ul>"]
     parts += [f"<li>{escape(line)}</li>" for line in results["not_measured"]] + ["</ul></section>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_icon()}'
@@ -104,6 +105,21 @@ def _systems(systems: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
+def _palette(systems: Mapping[str, Any]) -> dict[str, int]:
+    """The color of each system; systems of one line, trained on other amounts of speech, share it."""
+    lines = list(dict.fromkeys(about["line"] or name for name, about in systems.items()))
+    return {name: lines.index(about["line"] or name) for name, about in systems.items()}
+
+
+def _largest(systems: Mapping[str, Any], palette: Mapping[str, int]) -> dict[str, int]:
+    """Of each line the system that was trained on most."""
+    best: dict[int, str] = {}
+    for name, index in palette.items():
+        if index not in best or (systems[name]["hours"] or 0) > (systems[best[index]]["hours"] or 0):
+            best[index] = name
+    return {name: index for name, index in palette.items() if best[index] == name}
+
+
 def _points(found: Mapping[str, Any], system: str, groups: Sequence[str], key: str) -> list[Point | None]:
     figures = found["systems"].get(system, {})
     return [_point(0.0, figures.get(group, {}).get(key)) for group in groups]
@@ -119,29 +135,40 @@ def _figure(title: str, caption: str, *parts: str) -> str:
     return f"<figure><h3>{escape(title)}</h3>{''.join(parts)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _bars(name: str, found: Mapping[str, Any], names: Sequence[str]) -> str:
-    groups = [g for g in found["groups"] if any("right" in s.get(g, {}) for s in found["systems"].values())]
-    if not groups:
+def _bars(name: str, found: Mapping[str, Any], colors: Mapping[str, int]) -> str:
+    parts, drawn = [], set()
+    for key, title in (("agreement", "Agreement with the answer to the text"), ("right", "Right answers")):
+        has = {system: {g for g, f in groups.items() if key in f} for system, groups in found["systems"].items()}
+        groups = [group for group in found["groups"] if any(group in of for of in has.values())]
+        shown = [system for system in colors if has.get(system)]
+        if not groups:
+            continue
+        series = [(system, colors[system], _points(found, system, groups, key)) for system in shown]
+        chart = charts.bars(f"{title}, {name}", [group_title(g) for g in groups], series)
+        parts.append(f"<h4>{escape(title)}</h4>{chart}")
+        drawn |= set(shown)
+    if not parts:
         return ""
-    series = [(system, _points(found, system, groups, "right")) for system in names]
-    chart = charts.bars(f"Right answers on {name}", [group_title(g) for g in groups], series)
-    return _figure(
-        "Generalization",
-        "Share of right answers with 95% intervals over utterances: trained tasks under wordings that were trained "
-        "on, under wordings that were not, and tasks that were never trained on.",
-        charts.legend(names),
-        chart,
+    caption = (
+        "Shares with 95% intervals over utterances: trained tasks under wordings that were trained on, under wordings "
+        "that were not, and tasks that were never trained on."
     )
+    keys = charts.legend({system: index for system, index in colors.items() if system in drawn})
+    return _figure("Generalization", caption, keys, *parts)
 
 
-def _wordings(name: str, found: Mapping[str, Any], names: Sequence[str]) -> str:
+def _wordings(name: str, found: Mapping[str, Any], colors: Mapping[str, int]) -> str:
     parts = []
     for group in found["groups"]:
         rows = [
-            (system, [(f"{w['task']}: {w['prompt'] or '(empty)'}", w["right"]) for w in _of(found, system, group)])
-            for system in names
+            (
+                system,
+                index,
+                [(f"{w['task']}: {w['prompt'] or '(empty)'}", w["right"]) for w in _of(found, system, group)],
+            )
+            for system, index in colors.items()
         ]
-        if any(dots for _, dots in rows):
+        if any(dots for *_, dots in rows):
             label = f"Right answers by wording, {group_title(group)}, {name}"
             parts.append(f"<h4>{escape(group_title(group))}</h4>{charts.strips(label, rows)}")
     if not parts:
@@ -156,19 +183,19 @@ def _of(found: Mapping[str, Any], system: str, group: str) -> Sequence[Mapping[s
     return found["systems"].get(system, {}).get(group, {}).get("wordings", [])
 
 
-def _gap_over_hours(name: str, found: Mapping[str, Any], systems: Mapping[str, Any]) -> str:
+def _gap_over_hours(name: str, found: Mapping[str, Any], systems: Mapping[str, Any], colors: Mapping[str, int]) -> str:
     trained = {system: about for system, about in systems.items() if about["hours"] is not None}
     if len({about["hours"] for about in trained.values()}) < 2:
         return ""
-    families = sorted({about["line"] or "systems" for about in trained.values()})
+    families = {about["line"] or system: colors[system] for system, about in trained.items()}
     parts = []
     for group in found["groups"]:
         series = []
-        for index, family in enumerate(families):
+        for family, index in families.items():
             points = [
                 _point(about["hours"], found["systems"].get(system, {}).get(group, {}).get("behavior_gap"))
                 for system, about in trained.items()
-                if (about["line"] or "systems") == family
+                if colors[system] == index
             ]
             kept = sorted((p for p in points if p is not None), key=lambda p: p.x)
             series.append((family, index, kept))
@@ -181,12 +208,12 @@ def _gap_over_hours(name: str, found: Mapping[str, Any], systems: Mapping[str, A
     return _figure("Behavior gap against hours of speech", caption, charts.legend(families), *parts)
 
 
-def _curves(curves: Curves, names: Sequence[str]) -> str:
+def _curves(curves: Curves, colors: Mapping[str, int]) -> str:
     tags = list(dict.fromkeys(tag for found in curves.values() for tag in found))
     parts = []
     for tag in tags:
         series = [
-            (name, names.index(name), [Point(step, value) for step, value in run])
+            (name, colors[name], [Point(step, value) for step, value in run])
             for name, found in curves.items()
             for run in found.get(tag, ())
         ]
@@ -196,7 +223,8 @@ def _curves(curves: Curves, names: Sequence[str]) -> str:
     if not parts:
         return ""
     caption = "From the TensorBoard logs of the trainings; one line for each run."
-    return f"<section><h2>Training</h2>{_figure('Learning curves', caption, charts.legend(names), *parts)}</section>"
+    keys = charts.legend({name: index for name, index in colors.items() if curves.get(name)})
+    return f"<section><h2>Training</h2>{_figure('Learning curves', caption, keys, *parts)}</section>"
 
 
 def _tables(found: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
 
 _LIGHT = (
     "--bg:#fbfbfa;--card:#fff;--ink:#1d2126;--quiet:#5d6670;--rule:#dfe3e6;--ok:#1b7f4b;"
-    "--c0:#2563a8;--c1:#d9822b;--c2:#3a9a5b;--c3:#c2434f;--c4:#7a5cb8;--c5:#8a6a4f;--c6:#c55a9d;--c7:#5f6b76"
+    "--c0:#2563a8;--c1:#d9822b;--c2:#3a9a5b;--c3:#c2434f;--c4:#7a5cb8;--c5:#8a6a4f;--c6:#c55a9d;--c7:#5f6b76;"
+    "--c8:#2aa3a3;--c9:#a3a02a;--c10:#6b2d5c;--c11:#1f4e5f"
 )
 _DARK = (
     "--bg:#15181c;--card:#1d2126;--ink:#e7eaed;--quiet:#9aa4ae;--rule:#343b43;--ok:#5fd39a;"
-    "--c0:#6aa9f0;--c1:#f0a95a;--c2:#6fcb8d;--c3:#f07a84;--c4:#b39af0;--c5:#c9a587;--c6:#f096cc;--c7:#a3adb7"
+    "--c0:#6aa9f0;--c1:#f0a95a;--c2:#6fcb8d;--c3:#f07a84;--c4:#b39af0;--c5:#c9a587;--c6:#f096cc;--c7:#a3adb7;"
+    "--c8:#5fd6d6;--c9:#d9d65f;--c10:#d08bbd;--c11:#8fc1d4"
 )
 STYLE = (
     f":root{{color-scheme:light dark;{_LIGHT}}}"

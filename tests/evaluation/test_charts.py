@@ -14,16 +14,19 @@ def of(svg, tag):
 
 def test_bars_are_as_high_as_their_shares():
     svg = bars(
-        "<a & b>", ["seen", "new"], [("x<", [Point(0, 1.0), Point(0, 0.25, 0.2, 0.3)]), ("y", [None, Point(0, 0)])]
+        "<a & b>",
+        ["seen", "new"],
+        [("x<", 3, [Point(0, 1.0), Point(0, 0.25, 0.2, 0.3)]), ("y", 13, [None, Point(0, 0)])],
     )
     heights = [float(bar.get("height")) for bar in of(svg, "rect")]
     assert heights[1] == pytest.approx(heights[0] / 4, abs=0.1) and len(heights) == 3
     assert of(svg, "title")[1].text == "x<, new: 25.0% (20.0 to 30.0)" and len(of(svg, "path")) == 1
+    assert [bar.get("fill") for bar in of(svg, "rect")] == ["var(--c3)", "var(--c3)", "var(--c1)"]
     assert ET.fromstring(svg).get("aria-label") == "<a & b>"
 
 
 def test_dots_lie_between_the_ends_of_their_line():
-    svg = strips("s", [("a", [("p", 0.0), ("q", 1.0)]), ("none", [])])
+    svg = strips("s", [("a", 0, [("p", 0.0), ("q", 1.0)]), ("none", 1, [])])
     left, right = sorted(float(dot.get("cx")) for dot in of(svg, "circle"))
     thick = [line for line in of(svg, "line") if line.get("stroke")]
     assert [float(thick[0].get(key)) for key in ("x1", "x2")] == [left, right]

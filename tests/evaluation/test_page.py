@@ -66,13 +66,26 @@ def test_every_plot_is_there_and_nothing_is_taken_for_markup(answered):
     page = render_page(results, curves, [answered], config())
     tree = Tree()
     tree.feed(page)
-    assert not tree.open and tree.count["svg"] == 4 and tree.count["script"] == 1 and tree.count["style"] == 1
+    assert not tree.open and tree.count["svg"] == 5 and tree.count["script"] == 1 and tree.count["style"] == 1
     for title in ("Generalization", "Prompt sensitivity", "Behavior gap against hours", "Learning curves", "Examples"):
         assert title in tree.text
     assert "alert(1)" in tree.text and "\x07" not in page
     assert "Left out: 2 items" in tree.text and "no audio: unreadable" in tree.text
     assert page == render_page(results, curves, [answered], config())
     assert "| small |" in markdown(results)
+
+
+def test_systems_of_one_line_share_a_color_and_the_largest_is_drawn(answered):
+    results = summarize(config(), [answered], Resampling(50))
+    page = render_page(results, {}, [answered], config())
+    bars = re.search(r'<svg[^>]*aria-label="Right answers, s">.*?</svg>', page)[0]
+    assert "large, seen" in bars and "text, seen" in bars and "small, seen" not in bars
+    dots = re.search(r'<svg[^>]*aria-label="Right answers by wording.*?</svg>', page)[0]
+    assert set(re.findall(r'<circle[^>]*fill="([^"]+)"[^>]*><title>(\w+)', dots)) == {
+        ("var(--c0)", "small"),
+        ("var(--c0)", "large"),
+        ("var(--c1)", "text"),
+    }
 
 
 def test_players_hold_the_sound(answered):

@@ -184,7 +184,9 @@ def test_report_needs_nothing_else(whole):
     page.feed(text)
     assert page.links and all(link.startswith("data:") for link in page.links)
     assert "@import" not in text and "url(" not in text and "prefers-color-scheme:dark" in text
-    assert page.tags.count("audio") == 2 and page.tags.count("svg") == 3  # bars, and wordings of two groups
+    assert (
+        page.tags.count("audio") == 2 and page.tags.count("svg") == 4
+    )  # bars of two measures, wordings of two groups
     assert page.tags.count("table") >= 4
 
 

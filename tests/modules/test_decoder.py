@@ -50,7 +50,7 @@ def hugging_face(family, config):
         intermediate_size=config.ffn_hidden_size,
         vocab_size=config.vocab_size,
         rms_norm_eps=config.layernorm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
+        rope_theta=config.rotary_base,
         tie_word_embeddings=config.tie_embeddings,
         attn_implementation="sdpa",  # the eager one has its softmax in float32
     )
