@@ -16,7 +16,7 @@ os.environ["WANDB_MODE"] = "disabled"
 
 import pytest  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # workers.py
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # workers.py, checkpoint_run.py
 
 from nemo_mtbi.cli import quiet  # noqa: E402
 
