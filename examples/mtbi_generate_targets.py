@@ -19,7 +19,9 @@ def main(cfg):
 
     from nemo_mtbi.generate_targets import run
 
-    run(cfg).render(Console())
+    report = run(cfg)
+    if report is not None:
+        report.render(Console())
 
 
 if __name__ == "__main__":

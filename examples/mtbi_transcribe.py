@@ -28,6 +28,9 @@ def main(cfg):
     device = library.pick_device(config.cuda)
 
     from nemo_mtbi.models.mtbi_model import MTBIModel
+    from nemo_mtbi.parallel import groups
+
+    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
 
     model = MTBIModel.restore_from(config.model_path, map_location=device).eval()
     result = library.transcribe(
@@ -38,8 +41,9 @@ def main(cfg):
         on_bad_audio=config.on_bad_audio,
         show=config.show,
     )
-    result.render(Console())
-    print(f"answers: {result.output}")
+    if groups.is_global_first():
+        result.render(Console())
+        print(f"answers: {result.output}")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,17 @@ from lhotse.lazy import count_newlines_fast
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
+from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import read_targets
 from nemo_mtbi.data.targets import generate_targets
+from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.recipe import load_pool, text_responder
 from nemo_mtbi.schema import read_section
 
@@ -58,7 +63,9 @@ class GenerateTargetsConfig:
         shard_size: cuts in a shard (those of a Shar corpus are kept).
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
         overwrite: replace what was made otherwise.
-        rank, world_size: this process makes the shards ``rank``, ``rank + world_size``, …
+        tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the LLM.
+        rank, world_size: this replica of the LLM makes the shards ``rank``, ``rank + world_size``, …; ``null``: the
+            replicas that torchrun has started share them.
         cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
     """
 
@@ -77,9 +84,32 @@ class GenerateTargetsConfig:
     shard_size: int = 1000
     on_missing_text: str = "raise"
     overwrite: bool = False
-    rank: int = 0
-    world_size: int = 1
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    rank: int | None = None
+    world_size: int | None = None
     cuda: int | None = None
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """How the LLM is split."""
+        return ParallelConfig(self.tensor_model_parallel_size, self.pipeline_model_parallel_size)
+
+    def share(self) -> tuple[int, int]:
+        """Rank and number of the replicas that share the shards, once the groups have started.
+
+        Raises:
+            ValueError: if both torchrun and the configuration say so.
+        """
+        replicas = groups.data_parallel_size()
+        if self.rank is None and self.world_size is None:
+            return groups.data_parallel_rank(), replicas
+        if replicas > 1:
+            raise ValueError(
+                f"torchrun has started {replicas} replicas of the LLM, which share the shards: leave rank and "
+                "world_size out, or start one replica for each rank"
+            )
+        return self.rank or 0, self.world_size or 1
 
     def target_plan(self) -> TargetPlan:
         """The plan with the decoding parameters that belong to it."""
@@ -234,16 +264,40 @@ class TargetsReport:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def run(cfg: Mapping, progress: bool = True) -> TargetsReport:
+def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     """Makes the targets of a configuration, or what is left of them after a run that was killed.
+
+    Every process of a replica calls it; the first of them reads, writes and returns what was done.
 
     Raises:
         ValueError: if the configuration, the source or a cut is not legal.
         RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set.
     """
     config = parse_generate_config(cfg)
-    pool, plan, folder = load_pool(config.tasks), config.target_plan(), Path(config.output_dir).expanduser()
+    pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
+    groups.initialize(config.layout)
+    section = {"pretrained_llm": config.pretrained_llm, "generation": asdict(config.generation)}
+    with text_responder(section) as (responder, llm):
+        responder.model.to(pick_device(config.cuda))
+        if not groups.is_reader():
+            follow(responder)
+            return None
+        with Leader(responder) as leader:
+            return _make(config, pool, plan, leader, responder.chat, llm, progress)
+
+
+def _make(
+    config: GenerateTargetsConfig,
+    pool: TaskPool,
+    plan: TargetPlan,
+    leader: Leader,
+    chat: ChatFormat,
+    llm: str,
+    progress: bool,
+) -> TargetsReport:
+    """The part of a replica's reader."""
+    folder, (rank, world_size) = Path(config.output_dir).expanduser(), config.share()
     cuts, shard_size = open_source(config), config.shard_size
     if config.shar_path is not None:
         shard_size = shar_shard_size(shar_fields(config.shar_path)["cuts"])
@@ -251,30 +305,27 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport:
         for name in (JOINED, SHAR_CONFIG):
             (folder / name).unlink(missing_ok=True)
     counts: Counter = Counter()
-    section = {"pretrained_llm": config.pretrained_llm, "generation": asdict(config.generation)}
-    with text_responder(section) as (responder, llm):
-        responder.model.to(pick_device(config.cuda))
-        shards = generate_targets(
-            cuts,
-            folder,
-            pool=pool,
-            chat=responder.chat,
-            respond=lambda layouts: [(answer.ids, answer.truncated) for answer in responder.layouts(layouts)],
-            provenance={"llm": llm},
-            plan=plan,
-            shard_size=shard_size,
-            on_missing_text=config.on_missing_text,
-            overwrite=config.overwrite,
-            rank=config.rank,
-            world_size=config.world_size,
-            progress=progress and config.rank == 0,
-            counts=counts,
-        )
-        report = dict(folder=folder, shards=len(shards), counts=counts, llm=llm, chat=responder.chat.fingerprint())
+    shards = generate_targets(
+        cuts,
+        folder,
+        pool=pool,
+        chat=chat,
+        respond=lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
+        provenance={"llm": llm},
+        plan=plan,
+        shard_size=shard_size,
+        on_missing_text=config.on_missing_text,
+        overwrite=config.overwrite,
+        rank=rank,
+        world_size=world_size,
+        progress=progress and rank == 0,
+        counts=counts,
+    )
+    report = dict(folder=folder, shards=len(shards), counts=counts, llm=llm, chat=chat.fingerprint())
     try:
         read_targets(folder)
     except RuntimeError as error:
-        if config.world_size == 1:
+        if world_size == 1:
             raise
         return TargetsReport(**report, waiting=f"{error}; the last rank says what to train on")
     return TargetsReport(**report, train_on=publish(folder, config.shar_path))

@@ -19,7 +19,6 @@ from nemo_mtbi.inference.transcribe import pick_device
 from nemo_mtbi.modules.pretrained import llm_fingerprint, load_asr_model, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
-from nemo_mtbi.parallel import groups
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,6 @@ class Loader:
         model = self._restore(nemo) if nemo else None
         responder = model.responder() if system.llm is None else self._text_llm(name, system.llm)
         responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
-        if groups.data_parallel_size() > 1:
-            raise ValueError(
-                "an evaluation runs on one model replica: start as many processes as tensor x pipeline parallelism "
-                "needs, and give other systems to other runs"
-            )
         if system.kind == "text":
             return TextSystem(responder)
         return SpeechSystem(responder) if system.kind == "speech" else self._cascade(name, responder, model)
@@ -99,7 +93,6 @@ class Loader:
         return self._restored[1]
 
     def _text_llm(self, name: str, llm: str) -> Responder:
-        groups.initialize()
         found = load_text_llm(resolve(llm, f"systems.{name}.llm", "llm"))
         for chunk in found.chunks:
             chunk.to(self._device)

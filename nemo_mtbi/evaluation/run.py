@@ -84,6 +84,7 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
     """
     console = console or Console()
     sets = read_sets(config)
+    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
     speeds = _work(config, sets, loader, folder, console)
     if not groups.is_global_first():

@@ -103,6 +103,7 @@ class EvalConfig:
         resamples: of bootstrap and permutation tests.
         seed: of their draws.
         examples: answers side by side in the report, for each set.
+        tensor_model_parallel_size, pipeline_model_parallel_size: processes that share each model.
         overwrite: ask again where the folder holds answers of other systems or to other questions.
         cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
     """
@@ -122,6 +123,8 @@ class EvalConfig:
     resamples: int = 2000
     seed: int = 0
     examples: int = 6
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
     overwrite: bool = False
     cuda: int | None = None
 

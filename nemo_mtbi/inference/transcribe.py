@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, load_samples
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.parallel import groups
 from nemo_mtbi.schema import read_section
 
 SOURCES = ("audio", "audio_dir", "dataset_manifest")
@@ -46,6 +47,7 @@ class TranscribeConfig:
         overwrite_transcripts: ``false``: if the output is there already, nothing is done.
         batch_size: audios that are loaded and encoded at once.
         on_bad_audio: ``raise`` or ``skip`` (skipped audios are counted by reason).
+        tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the model.
         cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
         show: answers that are printed at the end.
     """
@@ -61,6 +63,8 @@ class TranscribeConfig:
     overwrite_transcripts: bool = True
     batch_size: int = 32
     on_bad_audio: str = "raise"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
     cuda: int | None = None
     show: int = 5
 
@@ -260,7 +264,8 @@ def transcribe(
 ) -> Transcription:
     """Asks every prompt about its audio and writes a line ``{audio_filepath, prompt, pred_text, …}`` for each.
 
-    The file appears under its name when it is complete.
+    The file appears under its name when it is complete. Under tensor or pipeline parallelism all processes of the
+    replica call it alike, and the first one writes.
 
     Args:
         responder: the model.
@@ -279,16 +284,18 @@ def transcribe(
     room = _Room(responder, utterances)
     result = Transcription(Path(output))
     result.output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = result.output.with_name(result.output.name + ".partial")
+    writes = groups.is_global_first()
+    scratch = result.output.with_name(result.output.name + ".partial") if writes else Path(os.devnull)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with open(scratch, "w", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
+    with open(scratch, "w", encoding="utf-8") as file, Progress(*columns, disable=not (progress and writes)) as bar:
         task = bar.add_task("answers", total=sum(len(utterance.prompts) for utterance in utterances))
         for batch in _batches(utterances, batch_size):
             loaded = list(_load(batch, room, on_bad_audio, result.skipped))
             done = sum(len(utterance.prompts) for utterance, _ in loaded)
             bar.advance(task, sum(len(utterance.prompts) for utterance in batch) - done)
             _answer(responder, loaded, file, result, show, lambda n: bar.advance(task, n))
-    os.replace(scratch, result.output)
+    if writes:
+        os.replace(scratch, result.output)
     return result
 
 

@@ -145,6 +145,25 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
     return layout
 
 
+def start_one_replica(tensor: int, pipeline: int) -> None:
+    """Starts the groups for work that one model replica does alone.
+
+    Args:
+        tensor: tensor-parallel size.
+        pipeline: pipeline-parallel size.
+
+    Raises:
+        ValueError: if more processes were started than one replica has, or the groups exist with another layout.
+    """
+    initialize(ParallelConfig(tensor, pipeline))
+    if data_parallel_size() > 1:
+        raise ValueError(
+            f"{dist.get_world_size()} processes were started, but one replica of the model does this, with "
+            f"tensor_model_parallel_size x pipeline_model_parallel_size = {tensor} x {pipeline} processes: start as "
+            "many, and give other work to other runs"
+        )
+
+
 def _start(limit: timedelta | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # no port, no environment
