@@ -18,12 +18,10 @@ from lhotse.lazy import count_newlines_fast
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
-from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import read_targets
 from nemo_mtbi.data.targets import generate_targets
-from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
@@ -102,14 +100,14 @@ class GenerateTargetsConfig:
             ValueError: if both torchrun and the configuration say so.
         """
         replicas = groups.data_parallel_size()
-        if self.rank is None and self.world_size is None:
+        if self.rank is None:
             return groups.data_parallel_rank(), replicas
         if replicas > 1:
             raise ValueError(
                 f"torchrun has started {replicas} replicas of the LLM, which share the shards: leave rank and "
                 "world_size out, or start one replica for each rank"
             )
-        return self.rank or 0, self.world_size or 1
+        return self.rank, self.world_size
 
     def target_plan(self) -> TargetPlan:
         """The plan with the decoding parameters that belong to it."""
@@ -135,6 +133,8 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
         )
     if config.shar_path is not None and config.on_missing_text != "raise":
         raise ValueError("on_missing_text=skip would shift the cuts of a Shar against their audio: leave it at raise")
+    if (config.rank is None) != (config.world_size is None):
+        raise ValueError("rank and world_size belong together: set both, or leave both out under torchrun")
     config.target_plan()
     return config
 
@@ -277,6 +277,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
     groups.initialize(config.layout)
+    share, source = config.share(), open_source(config)  # before an LLM is loaded
     section = {"pretrained_llm": config.pretrained_llm, "generation": asdict(config.generation)}
     with text_responder(section) as (responder, llm):
         responder.model.to(pick_device(config.cuda))
@@ -284,21 +285,29 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
             follow(responder)
             return None
         with Leader(responder) as leader:
-            return _make(config, pool, plan, leader, responder.chat, llm, progress)
+            asked = {
+                "pool": pool,
+                "plan": plan,
+                "chat": responder.chat,
+                "provenance": {"llm": llm},
+                "respond": lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
+            }
+            return _make(config, source, share, asked, progress)
 
 
 def _make(
-    config: GenerateTargetsConfig,
-    pool: TaskPool,
-    plan: TargetPlan,
-    leader: Leader,
-    chat: ChatFormat,
-    llm: str,
-    progress: bool,
+    config: GenerateTargetsConfig, cuts: CutSet, share: tuple[int, int], asked: Mapping[str, Any], progress: bool
 ) -> TargetsReport:
-    """The part of a replica's reader."""
-    folder, (rank, world_size) = Path(config.output_dir).expanduser(), config.share()
-    cuts, shard_size = open_source(config), config.shard_size
+    """The part of a replica's reader.
+
+    Args:
+        config: of the run.
+        cuts: the source.
+        share: rank and number of the replicas that share the shards.
+        asked: what ``generate_targets`` takes of pool, plan, chat format, LLM and answers.
+        progress: show a bar, on the first replica.
+    """
+    folder, (rank, world_size), shard_size = Path(config.output_dir).expanduser(), share, config.shard_size
     if config.shar_path is not None:
         shard_size = shar_shard_size(shar_fields(config.shar_path)["cuts"])
     if config.overwrite:  # until it is written anew nobody trains on what is about to be replaced
@@ -308,11 +317,7 @@ def _make(
     shards = generate_targets(
         cuts,
         folder,
-        pool=pool,
-        chat=chat,
-        respond=lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
-        provenance={"llm": llm},
-        plan=plan,
+        **asked,
         shard_size=shard_size,
         on_missing_text=config.on_missing_text,
         overwrite=config.overwrite,
@@ -321,7 +326,8 @@ def _make(
         progress=progress and rank == 0,
         counts=counts,
     )
-    report = dict(folder=folder, shards=len(shards), counts=counts, llm=llm, chat=chat.fingerprint())
+    report = dict(folder=folder, shards=len(shards), counts=counts)
+    report |= {"llm": asked["provenance"]["llm"], "chat": asked["chat"].fingerprint()}
     try:
         read_targets(folder)
     except RuntimeError as error:

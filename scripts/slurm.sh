@@ -36,8 +36,8 @@ srun --kill-on-bad-exit=1 "${container[@]}" python "$REPO/examples/mtbi_train.py
     exp_manager.resume_if_exists=true exp_manager.resume_ignore_no_checkpoint=true \
     "$@" || status=$?
 
-# results.json is written last: without it a run that ended well has only stopped.
-if ((status == 0)) && [[ ! -e "$EXP_DIR/$RUN_NAME/results.json" ]]; then
+# The model is written when training has ended: without it a run that ended well has only stopped.
+if ((status == 0)) && ! compgen -G "$EXP_DIR/$RUN_NAME/*.nemo" >/dev/null; then
     echo "stopped before the end: queueing job $SLURM_JOB_ID again"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -188,7 +188,7 @@ def test_all_problems_are_told_and_not_only_the_first(planned):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"tensor_model_parallel_size": 0}, "model.tensor_model_parallel_size is 0; it must be at least 1"),
+        ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size is 0; it must be at least 1"),
         ({"tensor_model_parallel_size": "two"}, "model.tensor_model_parallel_size"),
         ({"sequence_parallel": True}, "sequence_parallel needs tensor_model_parallel_size of at least 2"),
         ({"virtual_pipeline_model_parallel_size": 2}, "both must be at least 2, or leave the former null"),

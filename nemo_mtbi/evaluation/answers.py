@@ -88,9 +88,10 @@ def load_answers(
     if lines[0]["fingerprint"] != unit.fingerprint:
         if overwrite:
             return None
-        raise ValueError(
-            f"{path} holds answers of another model, or to other questions: use another output_dir, or overwrite=true"
-        )
+        what = "answers of another model, or to other questions"
+        if kind is Divergence:
+            what = "divergences of other answers, or of another kl_utterances"
+        raise ValueError(f"{path} holds {what}: use another output_dir, or overwrite=true")
     records = [_record(kind, line, f"line {number} of {path}", remedy) for number, line in enumerate(lines[1:], 2)]
     if len(records) != unit.size:
         raise ValueError(f"{path} has {len(records)} answers to {unit.size} questions; {remedy}")

@@ -258,7 +258,8 @@ def comparisons(
         resampling: Of intervals and tests.
 
     Returns:
-        A row for each measure, group and pair; p-values corrected by Holm over all rows of a measure.
+        A row for each measure, group and pair; p-values corrected by Holm over all systems from which the same one
+        is subtracted, by measure and group.
     """
     rows: list[dict[str, Any]] = []
     for measure in ("agreement", "right"):
@@ -268,10 +269,19 @@ def comparisons(
             for pair in pairs
             if set(pair) <= set(systems)
         ]
-        found = [row for row in found if row is not None]
-        adjusted = holm({str(index): row["p"] for index, row in enumerate(found) if row["p"] is not None})
-        rows += [{**row, "p_holm": adjusted.get(str(index))} for index, row in enumerate(found)]
-    return rows
+        rows += [row for row in found if row is not None]
+    return [{**row, "p_holm": p_holm} for row, p_holm in zip(rows, _corrected(rows), strict=True)]
+
+
+def _corrected(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """P-values by Holm, each family of tests apart."""
+    families: dict[tuple[str, ...], dict[str, float]] = {}
+    keys = [tuple(row[name] for name in ("measure", "group", "against")) for row in rows]
+    for row, key in zip(rows, keys, strict=True):
+        if row["p"] is not None:
+            families.setdefault(key, {})[row["system"]] = row["p"]
+    adjusted = {key: holm(family) for key, family in families.items()}
+    return [adjusted.get(key, {}).get(row["system"]) for row, key in zip(rows, keys, strict=True)]
 
 
 def _compared(

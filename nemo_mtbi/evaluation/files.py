@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_mtbi.durable import replacing
+
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a file in one step: a reader, or a run after a kill, finds it whole or not at all.
@@ -16,13 +18,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
         text: Its content, written as UTF-8.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
     return path
 
 

@@ -94,7 +94,7 @@ class Divergence:
 
     Attributes:
         kl: KL(text || system), in nats, mean over the tokens of the text system's answer; None where there is
-            nothing to compare: the audio was unusable, or the answer has no token.
+            nothing to compare: the audio was unusable or too long, or the text has no answer of some token.
         tokens: How many these are.
     """
 

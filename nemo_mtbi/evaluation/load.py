@@ -48,6 +48,7 @@ class Loader:
         self._config, self._backends = config, backends
         self._device = pick_device(config.cuda)
         self._restored: tuple[str, Any] | None = None
+        self._llm_digest = lru_cache(maxsize=None)(llm_fingerprint)
         self._digest = lru_cache(maxsize=None)(lambda path: backends.digest(Path(path).expanduser()))
 
     def seeds(self, name: str) -> int:
@@ -59,7 +60,7 @@ class Loader:
         system = self._config.systems[name]
         parts: list[Any] = [system.kind, self._config.max_new_tokens]
         if system.llm:
-            parts.append(llm_fingerprint(resolve(system.llm, f"systems.{name}.llm", "llm")))
+            parts.append(self._llm_digest(resolve(system.llm, f"systems.{name}.llm", "llm")))
         if system.asr:
             parts.append(self._digest(str(resolve(system.asr, f"systems.{name}.asr", "encoder.nemo"))))
         nemo = self._nemo(name, seed)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,9 +62,11 @@ class _Chunks:
             found = system.slots([self.chosen.clips[index] for index in members])
             speed.speech_seconds += found.seconds
             speed.utterances += len(members)
-            if found.size > self.room:
+            # only the first stage has frames, and all must decide alike: encoding again is done by all together
+            size = max(groups.gather_objects(found.size, "replica"))
+            if size > self.room:
                 return found
-            self.room -= found.size
+            self.room -= size
             self._kept[number] = found
         return self._kept[number]
 
@@ -94,7 +97,7 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
         for chosen in sets
     ]
     if speeds:
-        write_json(folder / THROUGHPUT, {name: vars(speed) | speed.rates() for name, speed in speeds.items()})
+        write_json(folder / THROUGHPUT, _known_rates(folder) | {n: vars(s) | s.rates() for n, s in speeds.items()})
         console.print(_speed_table(speeds))
     return write_results(config, answered, folder, Resampling(config.resamples, config.seed), console)
 
@@ -131,7 +134,7 @@ def _work(
                 show(twin.unit, "compared on")
                 read = load_answers(folder / ANSWERS, twin.text) if groups.is_global_first() else None
                 read = groups.broadcast_object(read, "world")
-                found = _compare(system, chunks, twin.items, [read[place] for place in twin.places], speed)
+                found = _compare(system, chunks, twin.items, [read[place] for place in twin.places])
                 bar.advance(line, len(found))
                 if groups.is_global_first():
                     save_answers(folder / DIVERGENCES, twin.unit, found)
@@ -152,16 +155,14 @@ def _ask(
     return replies
 
 
-def _compare(
-    system: TextSystem, chunks: _Chunks, items: Sequence[Item], answers: Sequence[Reply], speed: Speed
-) -> list[Divergence]:
-    """Divergences from the text at the tokens of its answers to the same questions."""
+def _compare(system: TextSystem, chunks: _Chunks, items: Sequence[Item], answers: Sequence[Reply]) -> list[Divergence]:
+    """Divergences from the text at the tokens of its answers to the same questions; no part of the throughput."""
 
     def work(slots: Slots, asked: Sequence[tuple[str, int]], wanted: Sequence[int]) -> list[Divergence]:
         transcripts = [chunks.chosen.clips[items[index].clip].transcript for index in wanted]
         return system.divergences(slots, asked, transcripts, [answers[index] for index in wanted])
 
-    return _in_chunks(chunks, items, system, speed, work)
+    return _in_chunks(chunks, items, system, Speed(), work)
 
 
 def _in_chunks(chunks: _Chunks, items: Sequence[Item], system: TextSystem, speed: Speed, work: Callable) -> list[Any]:
@@ -221,6 +222,12 @@ def _bare(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) -> 
                 replies = load_answers(folder / ANSWERS, unit)
                 found[name] = {item.clip: reply.answer for item, reply in zip(items, replies, strict=True)}
     return found
+
+
+def _known_rates(folder: Path) -> dict[str, Any]:
+    """What earlier runs have measured of other systems."""
+    path = folder / THROUGHPUT
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _speed_table(speeds: dict[str, Speed]) -> Table:

@@ -108,7 +108,7 @@ class TextSystem:
         longest = self.responder.model.decoder.max_sequence_length
         for index, ((prompt, clip), transcript, answer) in enumerate(zip(requests, transcripts, answers, strict=True)):
             slot, response = slots.values[clip], chat.response(answer.answer, answer.truncated)
-            if isinstance(slot, BadAudioError) or not response:
+            if isinstance(slot, BadAudioError) or answer.unheard is not None or not response:
                 continue
             row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, chat.encode(transcript)))
             if max(len(row.layout), len(twin.layout)) <= longest:

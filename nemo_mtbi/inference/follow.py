@@ -9,6 +9,8 @@ from nemo_mtbi.inference.generate import Generated
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.parallel import groups
 
+PATIENT = "patient_replica"  # the leader may read for long, or wait for another run, before it asks
+
 
 class Leader:
     """Answers for the reader of a replica, whose other processes are in :func:`follow`.
@@ -24,14 +26,14 @@ class Leader:
 
     def layouts(self, layouts: Sequence[Sequence[int]]) -> list[Generated]:
         """Answers to finished text-only prompt layouts."""
-        groups.broadcast_object([list(layout) for layout in layouts])
+        groups.broadcast_object([list(layout) for layout in layouts], PATIENT)
         return self._responder.layouts(layouts)
 
     def __exit__(self, *unused) -> None:
-        groups.broadcast_object(None)
+        groups.broadcast_object(None, PATIENT)
 
 
 def follow(responder: Responder) -> None:
     """Takes part in every batch that the leader of this replica answers, until it ends."""
-    while (layouts := groups.broadcast_object(None)) is not None:
+    while (layouts := groups.broadcast_object(None, PATIENT)) is not None:
         responder.layouts(layouts)

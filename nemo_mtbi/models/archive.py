@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
+from nemo_mtbi.durable import replacing
 from nemo_mtbi.models.frozen import (
     ENCODER_SETTINGS,
     ENCODER_WEIGHTS,
@@ -43,7 +44,6 @@ from nemo_mtbi.modules.archive import (
     add_file,
     add_tensors,
     end_archive,
-    replacing,
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest

@@ -39,15 +39,15 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise ValueError(
-                f"model.virtual_pipeline_model_parallel_size is {virtual} with pipeline_model_parallel_size "
+                f"virtual_pipeline_model_parallel_size is {virtual} with pipeline_model_parallel_size "
                 f"{self.pipeline_model_parallel_size}: both must be at least 2, or leave the former null"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("model.sequence_parallel needs tensor_model_parallel_size of at least 2: set it to false")
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size of at least 2: set it to false")
 
     @property
     def model_parallel_size(self) -> int:
@@ -87,12 +87,12 @@ class ParallelConfig:
             if size % tensor:
                 raise ValueError(
                     f"the LLM has {size} {what}, which {tensor} tensor-parallel processes can't share: choose a "
-                    "model.tensor_model_parallel_size that divides them"
+                    "tensor_model_parallel_size that divides them"
                 )
         if num_layers % (pipeline * self.chunks):
             raise ValueError(
                 f"the LLM has {num_layers} layers, which {pipeline} pipeline stages of {self.chunks} runs can't share:"
-                " choose a model.pipeline_model_parallel_size (and virtual_pipeline_model_parallel_size) that divides "
+                " choose a pipeline_model_parallel_size (and virtual_pipeline_model_parallel_size) that divides "
                 "them"
             )
 
@@ -177,7 +177,7 @@ def _start_control(limit: timedelta | None) -> None:
     """Groups for headers, object lists and flags. They are on gloo, so that none of it waits for the GPU."""
     from megatron.core import parallel_state
 
-    def mine(ranks: list[int]) -> dist.ProcessGroup:
+    def mine(ranks: list[int], limit: timedelta | None = limit) -> dist.ProcessGroup:
         everyone: list[list[int]] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, ranks, group=_control["world"])
         made = {}
@@ -188,7 +188,8 @@ def _start_control(limit: timedelta | None) -> None:
 
     _control["world"] = dist.new_group(backend="gloo", timeout=limit)
     _control["patient"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    _control["replica"] = mine(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+    replica = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    _control["replica"], _control["patient_replica"] = mine(replica), mine(replica, _PATIENCE)
     _control["tensor"] = mine(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
     _control["data"] = mine(dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 

@@ -211,14 +211,14 @@ FAULTS = [
     Fault(
         "heads by TP",
         "tp3",
-        r"2 query groups, which 3 tensor-parallel.*choose a model.tensor_model_parallel_size",
+        r"2 query groups, which 3 tensor-parallel.*choose a tensor_model_parallel_size",
         keys=("trainer.devices=3", "model.tensor_model_parallel_size=3"),
         processes=3,
     ),
     Fault(
         "layers by PP",
         "pp3",
-        r"4 layers, which 3 pipeline stages.*choose a model.pipeline_model_parallel_size",
+        r"4 layers, which 3 pipeline stages.*choose a pipeline_model_parallel_size",
         keys=("trainer.devices=3", "model.pipeline_model_parallel_size=3"),
         processes=3,
     ),

@@ -82,7 +82,7 @@ class Run:
             f"model.encoder_cache={out / 'encoder'}",
             f"exp_manager.exp_dir={out / 'runs' / self.system}",
             "exp_manager.resume_if_exists=true",
-            "+benchmark.enabled=false",
+            "benchmark.enabled=false",
             *PROFILE,
             *extra,
         ]
@@ -189,17 +189,13 @@ def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[st
     """Trains what is not finished; returns what failed."""
     todo = [run for run in wanted if not run.finished(out)]
     print(f"{len(wanted) - len(todo)} of {len(wanted)} trainings are finished", flush=True)
-    return run_all(
-        [
-            Job(
-                f"{run.system} {run.name}",
-                tuple(run.command(out, extra)),
-                out / "logs" / f"{run.system}-{run.name}.txt",
-            )
-            for run in todo
-        ],
-        at_once,
-    )
+    jobs = {}
+    for run in todo:
+        name = f"{run.system} {run.name}"
+        jobs[run] = Job(name, tuple(run.command(out, extra)), out / "logs" / f"{run.system}-{run.name}.txt")
+    failed = run_all(list(jobs.values()), at_once)
+    # one that was stopped by a signal has ended well, but before its end
+    return failed + [job for run, job in jobs.items() if job not in failed and not run.finished(out)]
 
 
 def evaluate_all(settings: dict, out: Path, at_once: int) -> int:

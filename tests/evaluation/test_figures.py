@@ -75,6 +75,8 @@ def test_agreement_with_the_text_is_compared_too():
     assert found == {("agreement", "same"): 0.5, ("right", "same"): -0.5, ("right", "text"): -0.5}
     assert {row["p_holm"] for row in rows if row["measure"] == "right"} == {4 / 16}  # two tests
     assert {row["p_holm"] for row in rows if row["measure"] == "agreement"} == {2 / 16}  # one
+    rows = comparisons(CHOSEN, systems, [("same", "right"), ("right", "text")], texts, FEW)
+    assert {row["p_holm"] for row in rows} == {2 / 16}  # each against another: families of their own
 
 
 @pytest.mark.parametrize("answer", ["", " \u200b", "I'm sorry, but I can't hear that.", "yes, yes"])

@@ -233,7 +233,8 @@ def test_shar_shards_are_kept_and_read_beside_their_audio(corpus, keys, targets,
         ({"tasks": "no-such.yaml"}, "no-such.yaml"),
         ({"pretrained_llm": "no-such-llm"}, "no-such-llm does not exist"),
         ({"on_missing_text": "ignore"}, "on_missing_text must be raise or skip"),
-        ({"rank": 2}, "rank 2 is not below world_size 1"),
+        ({"rank": 2, "world_size": 1}, "rank 2 is not below world_size 1"),
+        ({"world_size": 2}, "rank and world_size belong together"),
     ],
 )
 def test_illegal_target_configurations(corpus, keys, tmp_path, changes, message):

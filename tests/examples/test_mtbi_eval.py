@@ -2,6 +2,7 @@
 """``examples/mtbi_eval.py`` with tiny models: from a configuration to the report, killed, and with wrong input."""
 
 import json
+import os
 import runpy
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -206,20 +207,18 @@ def test_neither_batches_nor_order_change_a_byte(whole, keys, corpus, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", [7, 20])
 def test_a_run_that_was_killed_ends_with_the_same_bytes(whole, keys, tmp_path, monkeypatch, moment):
-    from nemo_mtbi.evaluation import files
-
-    calls, replace = [], files.os.replace
+    calls, replace = [], os.replace
 
     def die(source, target):
         calls.append(target)
         if len(calls) > moment:
-            raise KeyboardInterrupt  # what was written stays beside its place
+            raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         evaluate(keys(tmp_path))
-    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     done = [*tmp_path.rglob("answers/*/*/*.jsonl"), *tmp_path.rglob("divergences/*/*/*.jsonl")]
     times = {path: path.stat().st_mtime_ns for path in done}
     evaluate(keys(tmp_path))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tar_tricks import GIANT, TRICKS, member, planted, repacked
 from torch import nn
 
+from nemo_mtbi.durable import replacing
 from nemo_mtbi.modules import archive as archives
 from nemo_mtbi.modules.archive import (
     WEIGHTS,
@@ -23,7 +24,6 @@ from nemo_mtbi.modules.archive import (
     end_archive,
     read_members,
     read_yaml,
-    replacing,
 )
 from nemo_mtbi.modules.tensor_file import ArchiveError
 
@@ -296,23 +296,3 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArchiveError, match="it is no file"):
         NemoFile(tmp_path / "pipe")
-
-
-def test_a_file_is_replaced_when_the_new_one_is_whole_and_not_before(tmp_path):
-    path = tmp_path / "new" / "a.nemo"
-    for content in (b"one", b"two"):
-        with replacing(path) as file:
-            file.write(content)
-        assert path.read_bytes() == content
-    with pytest.raises(KeyError), replacing(path) as file:
-        file.write(b"three")
-        raise KeyError
-    assert path.read_bytes() == b"two"
-    assert [entry.name for entry in path.parent.iterdir()] == ["a.nemo"]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -38,20 +38,23 @@ def test_commands_can_be_read_by_the_example(script, tmp_path):
 
 
 def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_path, monkeypatch, capsys):
-    first, second, third = script["runs"]("mtbi_kl")[:3]
+    first, second, third, fourth = script["runs"]("mtbi_kl")[:4]
     (first.folder(tmp_path)).mkdir(parents=True)
     first.nemo(tmp_path).touch()
-    writes = "print('well')"
+    writes = f"import pathlib; pathlib.Path(r'{second.nemo(tmp_path)}').touch(); print('well')"
+    second.folder(tmp_path).mkdir(parents=True)
     commands = {
         second: [sys.executable, "-c", writes],
         third: [sys.executable, "-c", "print('why'); raise SystemExit(3)"],
+        fourth: [sys.executable, "-c", "print('stopped by a signal')"],
     }
     monkeypatch.setattr(type(first), "command", lambda run, out, extra: commands[run])
-    (failed,) = script["train_all"]([first, second, third], tmp_path, 2, [])
-    assert failed.name == "mtbi_kl-100 seed2" and (tmp_path / "logs" / "mtbi_kl-100-seed1.txt").read_text() == "well\n"
+    failed = script["train_all"]([first, second, third, fourth], tmp_path, 2, [])
+    assert [job.name for job in failed] == ["mtbi_kl-100 seed2", "mtbi_kl-100 seed3"]
+    assert (tmp_path / "logs" / "mtbi_kl-100-seed1.txt").read_text() == "well\n"
     assert (tmp_path / "logs" / "mtbi_kl-100-seed2.txt").read_text() == "why\n"
     said = capsys.readouterr().out
-    assert "1 of 3 trainings are finished" in said and "seed2 FAILED, see" in said
+    assert "1 of 4 trainings are finished" in said and "seed2 FAILED, see" in said
 
 
 def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
