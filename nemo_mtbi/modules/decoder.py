@@ -77,6 +77,8 @@ class DecoderConfig:
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):  # as YAML has it
             self.rope_scaling = Llama3Scaling(**self.rope_scaling)
+        elif not isinstance(self.rope_scaling, Llama3Scaling | None):
+            raise TypeError(f"rope_scaling is {self.rope_scaling!r}; it must hold the keys of Llama3Scaling")
 
 
 class RMSNorm(nn.Module):

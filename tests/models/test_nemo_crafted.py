@@ -245,7 +245,7 @@ PARTS = {
     "endless llm": (LLM, within("architecture", num_layers=10**9), "describes 1000000000 layers, more than"),
     "negative llm": (LLM, within("architecture", num_layers=-2, vocab_size=-128), "llm.yaml has sizes below 1"),
     "llm in words": (LLM, within("architecture", num_layers="many"), "architecture.num_layers"),
-    "llm of other keys": (LLM, within("architecture", rope_scaling=8), "unknown key .*rope_scaling"),
+    "llm of other keys": (LLM, within("architecture", rope_stretching=8), "unknown key .*rope_stretching"),
     "llm without chat": (LLM, lambda settings: settings.pop("chat"), "lacks a key"),
     "llm of the future": (LLM, put(format_version=2), "has format_version 2; this version reads 1"),
     "giant encoder": (ENCODER, within("encoder", d_model=10**6), "weights do not fit its settings"),
