@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_the_earlier_file_and_tells_all_processes(folder, tmp
 
 def no_place(folder, out):
     """Worker: folders that can't be written to, and disks that break."""
-    from nemo_mtbi.modules import archive
+    from nemo_mtbi import durable
     from nemo_mtbi.parallel import groups
 
     layout = ParallelConfig(1, 2)
@@ -229,11 +229,11 @@ def no_place(folder, out):
         return raising
 
     for code, remedy in ((errno.EROFS, "where files may be made"), (errno.ENOSPC, "make room")):
-        archive.open = broken(code)  # in front of the builtin
+        durable.open = broken(code)  # in front of the builtin
         try:
             message = fails(RuntimeError, lambda: model.save_to(f"{out}/model.nemo", full=True))
         finally:
-            del archive.open
+            del durable.open
         assert "injected; " in message and remedy in message
     groups.gather_objects(None)
     assert sorted(entry.name for entry in Path(out).iterdir()) == ["directory.nemo", "file"]
