@@ -227,8 +227,8 @@ def _behavior(
     }
     compared = [i for i in range(len(asked.items)) if all(_kl(replies[i]) is not None for replies in asked.seeds)]
     if compared:
-        parts = [[replies[i].divergence for i in compared] for replies in asked.seeds]
-        tallies = [mean_kl([part.kl for part in parts_], [part.tokens for part in parts_]) for parts_ in parts]
+        seeds = [[replies[i].divergence for i in compared] for replies in asked.seeds]
+        tallies = [mean_kl([far.kl for far in distances], [far.tokens for far in distances]) for distances in seeds]
         found["mean_kl"] = figure(tallies, [utterances[i] for i in compared], resampling)
     if bare is not None and any(item.prompt for item in asked.items):
         told = [index for index, item in enumerate(asked.items) if item.prompt]
