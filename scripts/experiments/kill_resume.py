@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("undisturbed", "killed")
     )
     whole.go()
-    share = 0.1 if args.kills == 1 else 2.2 / max(args.kills, 3)  # so that the last kill still finds the run at work
+    share = 0.1 if args.kills == 1 else 1.5 / max(args.kills, 3)  # so that the last kill still finds the run at work
     longest = share * whole.seconds()
     while (told := killed.go(None if kills == args.kills else KINDS[kills % 3], longest)) is not None:
         kills += 1
@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"last weights {'bitwise equal' if same else 'DIFFERENT'}",
         flush=True,
     )
+    if kills < args.kills:
+        print(f"{args.layout}: at its end before kill {kills + 1} of {args.kills}: give it more --steps", flush=True)
     return 0 if same and kills == args.kills else 1
 
 
