@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat formats of LLMs that bring a template, and those that NeMo knows by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_mtbi.data.chat import AUDIO, PROMPT, ChatFormat
+from nemo_mtbi.data.hf_tokenizer import HFTokenizer
+
+ANSWER = "{answer}"
+_PLACES = {"after": (PROMPT, AUDIO), "before": (AUDIO, PROMPT)}
+# Templates of Llama 3.2 and later name today's date where none is given: a prompt must not change over night.
+_FIXED = {"date_string": "26 Jul 2024"}
+Render = Callable[[Sequence[dict[str, str]], bool], str]
+
+
+@dataclass
+class ChatConfig:
+    """How a prompt and speech are put into the LLM's chat format.
+
+    Attributes:
+        format: name of one of NeMo's prompt formatters, such as ``llama3``, ``qwen`` or ``mistral``; ``null``: the chat
+            template that the tokenizer brings.
+        system: system prompt; ``null``: the template's own, if it has one.
+        audio: where the speech stands in the user's turn: ``after`` the instruction or ``before`` it.
+        separator: text between them.
+        options: variables of the tokenizer's template, such as ``enable_thinking: false`` for Qwen3.
+    """
+
+    format: str | None = None
+    system: str | None = None
+    audio: str = "after"
+    separator: str = "\n"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.audio not in _PLACES:
+            raise ValueError(f"model.chat.audio is {self.audio!r}; it must be {' or '.join(_PLACES)}")
+        if self.format and self.options:
+            raise ValueError(
+                "model.chat.options are of the tokenizer's own template: leave them out, or model.chat.format"
+            )
+
+
+def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
+    """The chat format of an LLM.
+
+    Args:
+        tokenizer: a :class:`HFTokenizer`, or with ``config.format`` any of NeMo's.
+        config: what is asked for.
+
+    Raises:
+        ValueError: if there is no such format, it has no place for the system prompt, or its tokens are not the
+            tokenizer's.
+    """
+    messages = [] if config.system is None else [{"role": "system", "content": config.system}]
+    messages.append({"role": "user", "content": config.separator.join(_PLACES[config.audio])})
+    render = _by_formatter(config.format, tokenizer) if config.format else _by_template(tokenizer, config.options)
+    asked = render(messages, True)
+    answered = render([*messages, {"role": "assistant", "content": ANSWER}], False)
+    for text, slots in ((asked, (PROMPT, AUDIO)), (answered, (ANSWER,))):
+        missing = [slot for slot in slots if text.count(slot) != 1]
+        if missing:
+            raise ValueError(
+                f"the chat format must show {' and '.join(missing)} exactly once where they are said, but gives {text!r}"
+            )
+    control = control_tokens(tokenizer)
+    return ChatFormat(tuple(_split(asked, control)), _end(answered, control, tokenizer), tokenizer)
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Tokens that are no text, by their names."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.control_tokens
+    pieces = tokenizer.tokenizer  # NeMo's SentencePieceTokenizer
+    return tuple(pieces.id_to_piece(i) for i in range(len(pieces)) if pieces.is_control(i))
+
+
+def _split(text: str, control: Iterable[str]) -> list[str]:
+    """A rendered turn as parts: slots, control tokens and texts."""
+    names = sorted({PROMPT, AUDIO, *control}, key=len, reverse=True)  # the longest that fits
+    return [part for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if part]
+
+
+def _end(answered: str, control: Sequence[str], tokenizer: Any) -> str:
+    """The token that ends an answer: the first one behind it."""
+    rest = answered.split(ANSWER)[1]
+    found = next((part for part in _split(rest, control) if part in control), None)
+    found = found or rest.strip() or _sentence_marks(tokenizer)[1]
+    if not found:
+        raise ValueError("neither the chat format nor the tokenizer has a token that ends an answer")
+    return found  # the format refuses what is no token
+
+
+def _by_template(tokenizer: Any, options: Mapping[str, Any]) -> Render:
+    if not isinstance(tokenizer, HFTokenizer):
+        raise ValueError(
+            "a SentencePiece tokenizer has no chat template: name a prompt format in model.chat.format, such as llama2"
+        )
+    return lambda messages, generation: tokenizer.render(messages, generation, {**_FIXED, **options})
+
+
+def _by_formatter(name: str, tokenizer: Any) -> Render:
+    """By one of NeMo's prompt formatters."""
+    from nemo.collections.common.prompts import PromptFormatter
+    from nemo.collections.common.prompts.formatter import BOS_SLOT, EOS_SLOT
+
+    try:
+        formatter = PromptFormatter.resolve(name)
+    except RuntimeError as error:
+        raise ValueError(f"model.chat.format: {error}") from error
+    roles = formatter.get_roles()
+    first, last = _sentence_marks(tokenizer)
+
+    def say(role: str, *contents: str) -> str:
+        if role not in roles or len(formatter.get_slots(role)) != len(contents):
+            raise ValueError(f"NeMo's prompt format {name} has no plain {role} turn: choose another model.chat.format")
+        text = formatter.get_template(role)
+        for slot, content in zip(formatter.get_slots(role), contents, strict=True):
+            text = text.replace(f"|{slot.strip('|')}|", content)
+        return text
+
+    def render(messages: Sequence[dict[str, str]], generation: bool) -> str:
+        turns = [(message["role"], message["content"]) for message in messages]
+        if turns[0][0] == "system" and "system_and_user" in roles:  # Llama 2 says both in one turn
+            turns[:2] = [("system_and_user", turns[0][1], turns[1][1])]
+        text = first if formatter.INSERT_BOS else ""
+        text += say("preamble") if "preamble" in roles else ""
+        text += "".join(say(*turn) for turn in turns)
+        text += formatter.INFERENCE_PREFIX or "" if generation else ""
+        return text.replace(BOS_SLOT, first).replace(EOS_SLOT, last)
+
+    return render
+
+
+def _sentence_marks(tokenizer: Any) -> tuple[str, str]:
+    """Names of the tokens that begin and end a text; empty where there is none."""
+    if isinstance(tokenizer, HFTokenizer):
+        return tokenizer.begin or "", tokenizer.end or ""
+    pieces = tokenizer.tokenizer
+    return tuple(pieces.id_to_piece(i) if i >= 0 else "" for i in (pieces.bos_id(), pieces.eos_id()))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny Hugging Face tokenizers and LLMs of several families, made from their own classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What is the last word of this sentence? Answer in one word.",
+    "Transcribe what you hear, please! Don't add anything; 12 birds sang: 'la la'.",
+    "You are a helpful assistant. system user assistant",
+    "She sells 300 sea shells by the sea shore (really).",
+]
+_CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+_HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+_DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ bos_token }}Today is {{ date_string }}. "
+)
+_BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant roles') }}{% endif %}{% endfor %}"
+)
+# name: control tokens, begin, end, chat template
+STYLES: dict[str, tuple[list[str], str | None, str, str]] = {
+    "chatml": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", _CHATML),
+    "headers": (
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"],
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        _HEADERS,
+    ),
+    "brackets": (["<unk>", "<s>", "</s>"], "<s>", "</s>", _BRACKETS),
+}
+DATED = _DATED + _HEADERS.removeprefix("{{ bos_token }}")
+# How the tokenizers of Llama 3 and Qwen split a text before byte pairs are merged.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template: str | None = None) -> Path:
+    """Writes a tokenizer: byte pairs with ChatML or headers, as Qwen and Llama 3 have, or SentencePiece as Llama 2.
+
+    Args:
+        folder: made if it is missing.
+        style: key of :data:`STYLES`.
+        vocabulary: number of tokens.
+        template: another chat template; an empty one leaves it out.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    control, begin, end, own = STYLES[style]
+    if style == "brackets":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(parts)
+        given = [*control, *(f"<0x{byte:02X}>" for byte in range(256))]
+        alphabet, texts = [], [word for text in SENTENCES for word in text.split()]  # so that no piece spans two words
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(_SPLIT), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        given, alphabet, texts = control, pre_tokenizers.ByteLevel.alphabet(), SENTENCES
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=given, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts * 20, trainer)
+    if style == "brackets":  # bytes are pieces like any other
+        trained = json.loads(tokenizer.to_str())
+        trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] in control]
+        tokenizer = Tokenizer.from_str(json.dumps(trained))
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end)
+    wrapped.chat_template = own if template is None else template or None
+    wrapped.save_pretrained(str(folder))
+    return Path(folder)
+
+
+def hf_config(folder: str | Path, family: str, **values: Any) -> None:
+    """Writes the ``config.json`` from which the class of a tokenizer follows too."""
+    Path(folder, "config.json").write_text(json.dumps({"model_type": family, **values}))
