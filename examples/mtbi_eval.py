@@ -21,8 +21,8 @@ def main(cfg):
 
     from nemo_mtbi.evaluation.run import Backends, run
     from nemo_mtbi.models.ctc import transcribe_ctc
-    from nemo_mtbi.models.frozen import file_digest
     from nemo_mtbi.models.mtbi_model import MTBIModel
+    from nemo_mtbi.modules.text_llm import file_digest
 
     report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest))
     if report is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
@@ -39,7 +40,9 @@ class ModelConfig:
 
     Attributes:
         pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, or ``demo``.
-        pretrained_llm: text LLM directory, or ``demo``.
+        pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
+        chat: how prompt and speech are put into the LLM's chat format: see
+            :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
         connector: the trainable part.
         interleave: which rows get words as text; ``null`` leaves all rows speech.
         loss: what is minimized: see :class:`nemo_mtbi.losses.LossConfig`.
@@ -66,6 +69,7 @@ class ModelConfig:
 
     pretrained_asr: str = MISSING
     pretrained_llm: str = MISSING
+    chat: ChatConfig | None = None
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -18,6 +18,7 @@ from lhotse.lazy import count_newlines_fast
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import read_targets
@@ -52,7 +53,8 @@ class GenerateTargetsConfig:
 
     Attributes:
         output_dir: folder of the shards.
-        pretrained_llm: text LLM directory, or ``demo``.
+        pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
+        chat: how prompts are put, as training will put them (``model.chat``); ``null``: as the LLM says.
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
@@ -69,6 +71,7 @@ class GenerateTargetsConfig:
 
     output_dir: str = MISSING
     pretrained_llm: str = "demo"
+    chat: ChatConfig | None = None
     tasks: str = "demo"
     cuts_path: Any = None
     manifest_filepath: Any = None
@@ -278,8 +281,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     plan.tasks(pool)
     groups.initialize(config.layout)
     share, source = config.share(), open_source(config)  # before an LLM is loaded
-    section = {"pretrained_llm": config.pretrained_llm, "generation": asdict(config.generation)}
-    with text_responder(section) as (responder, llm):
+    with text_responder(config.pretrained_llm, config.chat, config.generation) as (responder, llm):
         responder.model.to(pick_device(config.cuda))
         if not groups.is_reader():
             follow(responder)

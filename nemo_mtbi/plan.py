@@ -8,17 +8,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader
 
 from nemo_mtbi.config import LAYOUT_KEYS, ModelConfig, parse_model_config
 from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.loader import EpochSampler, build_dataloader
@@ -28,8 +27,8 @@ from nemo_mtbi.layout_table import RankFacts
 from nemo_mtbi.modules.connector import connector_stages
 from nemo_mtbi.modules.decoder import DecoderConfig
 from nemo_mtbi.modules.footprint import EncoderFacts, read_encoder, speech_parts
-from nemo_mtbi.modules.pretrained import llm_fingerprint, resolve
-from nemo_mtbi.modules.weights import SafetensorsWeights
+from nemo_mtbi.modules.pretrained import resolve
+from nemo_mtbi.modules.text_llm import TextLLMDirectory, open_text_llm
 from nemo_mtbi.parallel import memory
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import Load, StageMemory, Term
@@ -39,7 +38,6 @@ from nemo_mtbi.schema import explain
 GRANULARITIES = (None, "selective", "full")
 OPTIMIZER_STATES = {"sgd": 0, "rmsprop": 1, "adagrad": 1, "lion": 1, "adam": 2, "adamw": 2, "adamax": 2, "nadam": 2}
 SAMPLED_BATCHES = 50  # from which a step is judged
-HASHED_BYTES = 2**30  # weights up to this size are hashed, to compare them with what the behaviors come from
 
 
 @dataclass
@@ -170,47 +168,42 @@ def device_names(world: int, per_node: int, accelerator: str) -> list[str]:
 class Llm:
     """A text LLM directory, perhaps without weights; ``chat`` is ``None`` without a tokenizer."""
 
-    path: Path
+    directory: TextLLMDirectory
     architecture: DecoderConfig
     chat: ChatFormat | None
+    whole: bool
 
 
-def read_llm(plan: Plan, name: str) -> Llm | None:
+def read_llm(plan: Plan, name: str, chat: ChatConfig | None) -> Llm | None:
     """What a text LLM directory says of itself, also if its weights are still to come."""
-    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
     path = plan.attempt(resolve, name, "model.pretrained_llm", "llm")
     if path is None:
         return None
-    for file in ("llm.yaml", "model.safetensors", "tokenizer.model"):
-        if not (path / file).is_file():
-            plan.refuse(f"model.pretrained_llm={name}: {path} lacks {file}")
-    try:
-        settings = yaml.safe_load((path / "llm.yaml").read_text())
-        architecture = DecoderConfig(**settings["architecture"])
-        turn, end = tuple(settings["chat"]["turn"]), settings["chat"]["end"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        plan.refuse(f"{path / 'llm.yaml'} can't be read: {error}")
+    found = open_text_llm(path)
+    missing = plan.attempt(found.missing) or []
+    for file in missing:
+        plan.refuse(f"model.pretrained_llm={name}: {path} lacks {file}")
+    architecture = plan.attempt(lambda: found.architecture)
+    if architecture is None:
         return None
-    if (path / "model.safetensors").is_file():
-        plan.attempt(check_weights, path / "model.safetensors", architecture)
-    if not (path / "tokenizer.model").is_file():
-        return Llm(path, architecture, None)
-    tokenizer = SentencePieceTokenizer(str(path / "tokenizer.model"))
-    return Llm(path, architecture, plan.attempt(ChatFormat, turn, end, tokenizer))
+    weighed = not any(file.endswith(".safetensors") for file in missing)
+    if weighed:
+        plan.attempt(check_weights, found)
+    readable = len(missing) == (0 if weighed else 1)
+    return Llm(found, architecture, plan.attempt(found.chat, chat) if readable else None, not missing)
 
 
-def check_weights(path: Path, architecture: DecoderConfig) -> None:
-    """Compares the number of stored weights with the architecture's; only the file's header is read.
+def check_weights(directory: TextLLMDirectory) -> None:
+    """Compares the number of stored weights with the architecture's; only the files' headers are read.
 
     Raises:
-        ValueError: if they differ, or the file is damaged.
+        ValueError: if they differ, or a file is damaged.
     """
-    weights = SafetensorsWeights(path)
+    weights = directory.weights()
     stored = sum(math.prod(weights.shape(name)) for name in weights.names())
-    wanted = memory.decoder_parameters(architecture, ParallelConfig(), 0)
+    wanted = memory.decoder_parameters(directory.architecture, ParallelConfig(), 0)
     if stored != wanted:
-        raise ValueError(f"{path} holds {stored} weights, but the LLM of its llm.yaml has {wanted}")
+        raise ValueError(f"{directory.path} holds {stored} weights, but the LLM of its llm.yaml has {wanted}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -246,11 +239,11 @@ def open_data(
     plan: Plan, config: ModelConfig, frames: FrameCounter, llm: Llm, sections: Mapping[str, dict]
 ) -> dict[str, DataLoader | None]:
     """The loaders of the first replica; ``None`` where one is refused."""
-    expected, weights = {"chat": llm.chat.fingerprint()}, llm.path / "model.safetensors"
-    if weights.is_file() and weights.stat().st_size <= HASHED_BYTES:
-        expected["llm"] = llm_fingerprint(llm.path)
+    expected = {"chat": llm.chat.fingerprint()}
+    if llm.whole:
+        expected["llm"] = llm.directory.fingerprint
     else:
-        plan.notes.append("the LLM's weights are large or missing: they were not compared with the behaviors' LLM")
+        plan.notes.append("the LLM's weights are missing: they were not compared with the behaviors' LLM")
     loaders = {}
     for name, section in sections.items():
         training = name == "train_ds"
@@ -308,7 +301,7 @@ def make_plan(
     if int(trainer.get("accumulate_grad_batches") or 1) != 1:
         plan.refuse("trainer.accumulate_grad_batches must be 1: raise model.train_ds.batch_tokens for a larger step")
     config = check_model(plan, model)
-    llm = read_llm(plan, model.get("pretrained_llm"))
+    llm = read_llm(plan, model.get("pretrained_llm"), config.chat if config else None)
     encoder = plan.attempt(read_encoder, model.get("pretrained_asr"))
     divides = bool(plan.layout and llm) and check_architecture(plan, llm.architecture)
     if not (config and llm and encoder and plan.attempt(frame_counter, encoder, config)):

@@ -12,6 +12,8 @@ from pathlib import Path
 from filelock import FileLock
 from lhotse import CutSet
 
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.corpus import CUTS_FILE, cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
 from nemo_mtbi.data.reference_targets import reference_targets
@@ -155,7 +157,8 @@ def _answer(
     config: DataConfig, model: Mapping, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
 ) -> dict[str, Path]:
     """The answers about the train and validation utterances: manifests by split."""
-    with text_responder(model) as (responder, fingerprint):
+    asked = parse_model_config(model)
+    with text_responder(asked.pretrained_llm, asked.chat, asked.generation) as (responder, fingerprint):
         if not groups.is_reader():  # the reader of this replica writes
             follow(responder)
             targets = None
@@ -226,11 +229,11 @@ def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:
 
 
 @contextlib.contextmanager
-def text_responder(model: Mapping) -> Iterator[tuple[Responder, str]]:
-    """The text LLM of a ``model:`` section alone, with its fingerprint."""
+def text_responder(llm: str, chat: ChatConfig | None, generation: GenerationConfig) -> Iterator[tuple[Responder, str]]:
+    """A text LLM alone, with its fingerprint."""
     groups.initialize()
-    llm = load_text_llm(model["pretrained_llm"])
-    yield Responder(LayoutDecoder(llm.chunks), llm.chat, GenerationConfig(**model["generation"])), llm.fingerprint
+    found = load_text_llm(llm, chat=chat)
+    yield Responder(LayoutDecoder(found.chunks), found.chat, generation), found.fingerprint
 
 
 def _build(config: DataConfig, split: str) -> list[Path]:

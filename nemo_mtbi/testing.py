@@ -243,10 +243,10 @@ def tiny_behaviors(text: str) -> list[dict[str, Any]]:
 
 def tiny_provenance(llm: str | Path) -> dict[str, Any]:
     """What behaviors that an LLM directory would have generated carry in ``behaviors_from``."""
-    from nemo_mtbi.modules.pretrained import llm_fingerprint
+    from nemo_mtbi.modules.text_llm import open_text_llm
 
     chat = tiny_chat(Path(llm) / "tokenizer.model")
-    return {"llm": llm_fingerprint(llm), "chat": chat.fingerprint(), "decoding": {"max_new_tokens": 32}}
+    return {"llm": open_text_llm(llm).fingerprint, "chat": chat.fingerprint(), "decoding": {"max_new_tokens": 32}}
 
 
 def tiny_cuts(

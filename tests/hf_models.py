@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,44 @@ def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end)
     wrapped.chat_template = own if template is None else template or None
     wrapped.save_pretrained(str(folder))
+    return Path(folder)
+
+
+LLM = dict(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,  # answers that vary
+)
+
+
+def hf_model(family: str, seed: int = 5, **values: Any) -> Any:
+    """A model of Hugging Face's own class, with weights that are nowhere zero or one.
+
+    Args:
+        family: ``model_type``.
+        seed: of the weights.
+        **values: keys of its configuration, beside :data:`LLM`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **copy.deepcopy({**LLM, **values})))
+    with torch.no_grad():
+        for value in model.parameters():
+            if value.dim() == 1:  # norms and biases
+                value.add_(0.2 * torch.randn_like(value))
+    return model.float().eval()
+
+
+def hf_llm(folder: str | Path, family: str = "qwen2", style: str = "chatml", **values: Any) -> Path:
+    """Writes a whole directory: weights, ``config.json``, tokenizer and chat template."""
+    hf_tokenizer(folder, style)
+    size = {"vocab_size": 512, "max_position_embeddings": 512}
+    hf_model(family, **{**size, **values}).save_pretrained(str(folder))
     return Path(folder)
 
 

@@ -12,6 +12,7 @@ from lhotse import CutSet
 from nemo_mtbi import recipe
 from nemo_mtbi.data.behaviors import check_provenance, read_behaviors
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
 
@@ -132,7 +133,8 @@ def test_a_synthetic_corpus_gets_targets_once(small, model_section, asked):
     assert first.pretrained_asr == model["pretrained_asr"] and first.pool == TaskPool.from_dict(POOL, "tasks")
     assert sum(asked) == 5 * 1 + 2 * 2
 
-    with recipe.text_responder(model) as (responder, fingerprint):
+    generation = GenerationConfig(**model["generation"])
+    with recipe.text_responder(model["pretrained_llm"], None, generation) as (responder, fingerprint):
         for cut in (*train, *validation):
             check_provenance(cut, {"llm": fingerprint, "chat": responder.chat.fingerprint()})
             for behavior in read_behaviors(cut):

@@ -193,6 +193,21 @@ def canonical_names_of(architecture: DecoderConfig, family: str) -> list[str]:
     return names + [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in FAMILIES[family]]
 
 
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors of a directory: one, or the shards that its index names.
+
+    Raises:
+        ValueError: if the index can't be read.
+    """
+    index = Path(path) / INDEX
+    if not index.exists():
+        return [Path(path) / SINGLE]
+    try:
+        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} can't be read ({error}): copy it again") from error
+
+
 class HFWeights:
     """The weights of a Hugging Face directory under canonical names, read part by part.
 
@@ -215,13 +230,11 @@ class HFWeights:
 
     def _open(self) -> Iterator[tuple[str, Any]]:
         """Every tensor's name with the open file that holds it."""
-        index = self.path / INDEX
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE]
-            for shard in shards:
-                file = safe_open(str(self.path / shard), framework="pt")
+            for path in weight_files(self.path):
+                file = safe_open(str(path), framework="pt")
                 yield from ((name, file) for name in file.keys() if not name.endswith(_IGNORED))  # noqa: SIM118
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"the weights in {self.path} can't be read ({error}): copy them again") from error
 
     def _check(self) -> None:

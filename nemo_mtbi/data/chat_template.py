@@ -23,8 +23,8 @@ class ChatConfig:
     """How a prompt and speech are put into the LLM's chat format.
 
     Attributes:
-        format: name of one of NeMo's prompt formatters, such as ``llama3``, ``qwen`` or ``mistral``; ``null``: the chat
-            template that the tokenizer brings.
+        format: name of one of NeMo's prompt formatters, such as ``llama3``, ``qwen`` or ``mistral``; ``null``: the
+            chat template that the tokenizer brings.
         system: system prompt; ``null``: the template's own, if it has one.
         audio: where the speech stands in the user's turn: ``after`` the instruction or ``before`` it.
         separator: text between them.
@@ -65,9 +65,7 @@ def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
     for text, slots in ((asked, (PROMPT, AUDIO)), (answered, (ANSWER,))):
         missing = [slot for slot in slots if text.count(slot) != 1]
         if missing:
-            raise ValueError(
-                f"the chat format must show {' and '.join(missing)} exactly once where they are said, but gives {text!r}"
-            )
+            raise ValueError(f"the chat format must say {' and '.join(missing)} exactly once, but gives {text!r}")
     control = control_tokens(tokenizer)
     return ChatFormat(tuple(_split(asked, control)), _end(answered, control, tokenizer), tokenizer)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nemo_mtbi.evaluation.systems import CascadeSystem, SpeechSystem, TextSystem
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.inference.transcribe import pick_device
-from nemo_mtbi.modules.pretrained import llm_fingerprint, load_asr_model, load_text_llm, resolve
+from nemo_mtbi.modules.pretrained import find_text_llm, load_asr_model, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 
@@ -48,7 +48,7 @@ class Loader:
         self._config, self._backends = config, backends
         self._device = pick_device(config.cuda)
         self._restored: tuple[str, Any] | None = None
-        self._llm_digest = lru_cache(maxsize=None)(llm_fingerprint)
+        self._llm = lru_cache(maxsize=None)(find_text_llm)
         self._digest = lru_cache(maxsize=None)(lambda path: backends.digest(Path(path).expanduser()))
 
     def seeds(self, name: str) -> int:
@@ -60,7 +60,8 @@ class Loader:
         system = self._config.systems[name]
         parts: list[Any] = [system.kind, self._config.max_new_tokens]
         if system.llm:
-            parts.append(self._llm_digest(resolve(system.llm, f"systems.{name}.llm", "llm")))
+            parts.append(self._llm(system.llm, f"systems.{name}.llm").fingerprint)
+            parts += [asdict(system.chat)] if system.chat else []
         if system.asr:
             parts.append(self._digest(str(resolve(system.asr, f"systems.{name}.asr", "encoder.nemo"))))
         nemo = self._nemo(name, seed)
@@ -94,7 +95,7 @@ class Loader:
         return self._restored[1]
 
     def _text_llm(self, name: str, llm: str) -> Responder:
-        found = load_text_llm(resolve(llm, f"systems.{name}.llm", "llm"))
+        found = load_text_llm(self._llm(llm, f"systems.{name}.llm"), chat=self._config.systems[name].chat)
         for chunk in found.chunks:
             chunk.to(self._device)
         limits = {"max_new_tokens": self._config.max_new_tokens, "batch_tokens": self._config.batch_tokens}

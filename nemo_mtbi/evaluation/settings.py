@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
@@ -28,6 +29,7 @@ class SystemConfig:
         nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
+        chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
         asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
         against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
         hours: hours of speech that it was trained on, for the plot of behavior gap against hours.
@@ -39,6 +41,7 @@ class SystemConfig:
     nemo: Any = None
     of: str | None = None
     llm: str | None = None
+    chat: ChatConfig | None = None
     asr: str | None = None
     against: str | None = None
     hours: float | None = None
@@ -187,6 +190,8 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
         wanted = "speech" if key == "of" else "text"
         if other is not None and (other not in config.systems or config.systems[other].kind != wanted):
             raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
+    if system.chat and not system.llm:
+        raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
     if system.kind == "speech":
         if not system.nemos or system.of or system.llm or system.asr:
             raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm nor asr")

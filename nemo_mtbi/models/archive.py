@@ -31,7 +31,7 @@ from nemo_mtbi.models.frozen import (
     INSIDE,
     LLM_SETTINGS,
     LLM_WEIGHTS,
-    TOKENIZER,
+    TOKENIZERS,
     Restored,
     check_connector,
     encoder_settings,
@@ -56,9 +56,8 @@ if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
 DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
-_TEXTS = (LLM_SETTINGS, TOKENIZER)
-_PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (*_TEXTS, LLM_WEIGHTS)}
-_KNOWN = {CONFIG, WEIGHTS, *_TEXTS, *_PART_FILES["asr"], *_PART_FILES["llm"]}
+_PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (LLM_SETTINGS, LLM_WEIGHTS)}
+_KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS}
 Item = TypeVar("Item")
 
 
@@ -269,11 +268,13 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
         )
     if type(version) is not int or version < 1:
         raise ArchiveError(f"its format_version is {version!r}")
-    needed = {CONFIG, WEIGHTS} | (set(_TEXTS) if version > 1 else set())
+    needed = {CONFIG, WEIGHTS} | ({LLM_SETTINGS} if version > 1 else set())
     for part, inside in INSIDE.items():
         if str(conf.get(f"pretrained_{part}")) == inside:
             needed |= set(_PART_FILES[part])
     missing = sorted(name for name in needed if name not in file)
+    if LLM_SETTINGS in needed and not any(name in file for name in TOKENIZERS):
+        missing.append("a tokenizer")
     if missing or file.unknown(_KNOWN):
         raise ArchiveError(
             f"it lacks {', '.join(missing)}" if missing else f"it holds {', '.join(file.unknown(_KNOWN)[:3])}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,18 +17,23 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.config import ModelConfig
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import Connector
 from nemo_mtbi.modules.decoder import DecoderConfig
-from nemo_mtbi.modules.pretrained import TextLLM, llm_fingerprint, load_speech_encoder, load_text_llm, resolve
+from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
+from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES, file_digest
+from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
 from nemo_mtbi.modules.weights import load_weights
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
@@ -40,9 +44,10 @@ TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and 
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 # Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
-LLM_SETTINGS, TOKENIZER, LLM_WEIGHTS = "llm/llm.yaml", "llm/tokenizer.model", "llm/model.safetensors"
+LLM_SETTINGS, LLM_WEIGHTS = f"llm/{SETTINGS}", f"llm/{LLM_FILE}"
+TOKENIZERS = tuple(f"llm/{name}" for name in TOKENIZER_FILES)
 ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
-_TOKENIZER_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
+_TEXT_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
 _ENCODER_CLASS = re.compile(r"nemo\.collections\.asr\.modules(\.\w+)?\.\w+")
 
 
@@ -85,7 +90,7 @@ class FrozenParts:
     Attributes:
         fingerprints: hash of each part.
         embedded: parts that come from inside a ``.nemo``, and have no place of their own on this machine.
-        texts: settings and tokenizer of the LLM, by their names in an archive.
+        texts: settings and tokenizer of the LLM, by their names in an archive; there after :meth:`load`.
 
     Raises:
         ValueError: if a part is not where the configuration says, or not the one that the model was trained with.
@@ -95,13 +100,9 @@ class FrozenParts:
         self._config, self._restored = config, _restored.get()
         self.embedded = {part for part, inside in INSIDE.items() if self._reference(part) == inside}
         self._paths = {part: self._locate(part) for part in INSIDE if part not in self.embedded}
+        self._llm = None if "llm" in self.embedded else find_text_llm(self._paths["llm"])
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
-        if "llm" in self.embedded:
-            file = self._archive("llm")
-            self.texts = {name: file.read(name, _TOKENIZER_LIMIT) for name in (LLM_SETTINGS, TOKENIZER)}
-        else:
-            folder = self._paths["llm"]
-            self.texts = {name: (folder / Path(name).name).read_bytes() for name in (LLM_SETTINGS, TOKENIZER)}
+        self.texts: dict[str, bytes] = {}
 
     def load(self) -> tuple[SpeechLLM, TextLLM]:
         """Joins the frozen parts and a new connector: this process's share of them under the layout in force.
@@ -112,6 +113,8 @@ class FrozenParts:
         """
         config, dtype = self._config, getattr(torch, self._config.frozen_dtype)
         text = self._load_llm(dtype)
+        self.texts = {f"llm/{name}": content for name, content in text.texts.items()}
+        self._check_chat(text.chat)
         encoder, failure, cause = None, None, None
         if groups.is_first_stage():
             try:
@@ -164,7 +167,7 @@ class FrozenParts:
             return wanted
         path = self._paths[part]
         try:
-            found = file_digest(path) if part == "asr" else llm_fingerprint(path)
+            found = file_digest(path) if part == "asr" else self._llm.fingerprint
         except OSError as error:
             raise ValueError(f"model.pretrained_{part}={path} can't be read: {error}") from error
         if wanted not in (None, found):
@@ -177,18 +180,39 @@ class FrozenParts:
         return found
 
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
-        if "llm" not in self.embedded:
-            return load_text_llm(self._paths["llm"], dtype, **self._config.megatron)
-        tensors = self._archive("llm").tensors(LLM_WEIGHTS)
-        _check_architecture(self.texts[LLM_SETTINGS], tensors)
-        with tempfile.TemporaryDirectory() as folder:  # NeMo's tokenizer wants a path
-            for name, content in self.texts.items():
+        chat = self._config.chat
+        if self._llm is not None:
+            return load_text_llm(self._llm, dtype, chat=chat, **self._config.megatron)
+        file, tensors = self._archive("llm"), self._archive("llm").tensors(LLM_WEIGHTS)
+        texts = {name: file.read(name, _TEXT_LIMIT) for name in (LLM_SETTINGS, *TOKENIZERS) if name in file}
+        _check_architecture(texts[LLM_SETTINGS], tensors)
+        with tempfile.TemporaryDirectory() as folder:  # tokenizers want a path
+            for name, content in texts.items():
                 (Path(folder) / Path(name).name).write_bytes(content)
-            (Path(folder) / Path(LLM_WEIGHTS).name).touch()  # they are read from the archive
-            text = load_text_llm(folder, dtype, weights=False, **self._config.megatron)
+            (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
+            chat = chat if self._asks_for_another_chat() else None
+            text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._config.megatron)
         load_weights(text.chunks, tensors)
         text.fingerprint = self.fingerprints["llm"]
         return text
+
+    def _asks_for_another_chat(self) -> bool:
+        """Whether the archive that is restored was trained with another ``model.chat``."""
+        stored = OmegaConf.create(self._restored.stored.get("chat") or {})
+        return self._config.chat != (read_section(ChatConfig, stored, "model.chat") if stored else None)
+
+    def _check_chat(self, chat: ChatFormat) -> None:
+        """Compares the prompts with those that the archive was trained with."""
+        if self._restored is None or LLM_SETTINGS not in self._restored.file:
+            return
+        then = read_yaml(self._restored.file.read(LLM_SETTINGS, _TEXT_LIMIT), LLM_SETTINGS).get("chat")
+        now = {"turn": list(chat.turn), "end": chat.end}
+        if then == now:
+            return
+        message = f"prompts are put as {now}, but this model was trained with {then}"
+        if not self._asks_for_another_chat():
+            raise ValueError(f"{message}: the chat template of the LLM, or the transformers that reads it, is another")
+        logging.warning(f"{message}, since model.chat is overridden: expect other answers")
 
     def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
         if "asr" not in self.embedded:
@@ -233,15 +257,6 @@ def check_connector(
             f"{what} does not fit model.connector; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the "
             "model.connector that it was trained with"
         )
-
-
-def file_digest(path: Path) -> str:
-    """Hash of a file that may be larger than memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 # -------------------------------------------------------------------------------------------- parts inside an archive

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen parts on disk: text LLMs and speech encoders, by path or by the name ``demo``.
+"""The frozen parts, by path or by the name ``demo``.
 
-A text LLM is a directory: ``llm.yaml`` (architecture and chat format), ``model.safetensors`` (weights under canonical
-names, the same for every layer spec) and ``tokenizer.model`` (SentencePiece). A speech encoder is the ``.nemo`` of any
-NeMo ASR model.
+Text LLMs are directories (:mod:`nemo_mtbi.modules.text_llm`), speech encoders are the ``.nemo`` of any NeMo ASR model.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
-from nemo_mtbi.modules.weights import SafetensorsWeights, canonical_name, load_weights
+from nemo_mtbi.modules.text_llm import (
+    SENTENCEPIECE,
+    SETTINGS,
+    WEIGHTS,
+    TextLLMDirectory,
+    open_text_llm,
+    settings_yaml,
+)
+from nemo_mtbi.modules.weights import canonical_name, load_weights
 from nemo_mtbi.parallel import groups
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
-_FILES = ("llm.yaml", "model.safetensors", "tokenizer.model")
 
 
 @dataclass
@@ -40,12 +43,14 @@ class TextLLM:
     Attributes:
         chunks: the Megatron GPT, or this process's runs of its layers under the layout in force.
         chat: its chat format, with the tokenizer.
-        fingerprint: hash of architecture, weights, tokenizer and chat format: who made a target.
+        fingerprint: hash of architecture, weights and tokenizer: who made a target.
+        texts: its settings and tokenizer, by the names of files.
     """
 
     chunks: list[GPTDecoder]
     chat: ChatFormat
     fingerprint: str
+    texts: dict[str, bytes]
 
     @property
     def decoder(self) -> GPTDecoder:
@@ -67,12 +72,20 @@ def resolve(name: str | Path, key: str, demo: str) -> Path:
     return path
 
 
-def llm_fingerprint(path: str | Path) -> str:
-    """Hash of the files of a text LLM."""
-    digest = hashlib.sha256()
-    for name in _FILES:
-        digest.update(hashlib.sha256((Path(path) / name).read_bytes()).digest())
-    return f"sha256:{digest.hexdigest()}"
+def find_text_llm(name: str | Path, key: str = "model.pretrained_llm") -> TextLLMDirectory:
+    """The text LLM directory of a name or path.
+
+    Raises:
+        ValueError: if there is none, or it is not whole; names the config ``key``.
+    """
+    found = open_text_llm(resolve(name, key, "llm"))
+    missing = found.missing()
+    if missing:
+        raise ValueError(
+            f"{key}={name}: {found.path} lacks {', '.join(missing)}; it is no text LLM directory, neither one of ours "
+            "nor of Hugging Face"
+        )
+    return found
 
 
 def save_text_llm(
@@ -86,55 +99,37 @@ def save_text_llm(
     """Writes a text LLM directory; ``weights`` by the decoder's own names, stored as float16."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    chat = {"turn": list(turn), "end": end}
-    settings = {"format_version": 1, "architecture": dataclasses.asdict(architecture), "chat": chat}
-    (path / "llm.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    (path / "tokenizer.model").write_bytes(tokenizer_model)
+    (path / SETTINGS).write_text(settings_yaml(architecture, tuple(turn), end))
+    (path / SENTENCEPIECE).write_bytes(tokenizer_model)
     stored = {canonical_name(name): value.detach().half().contiguous() for name, value in weights.items()}
-    save_file(stored, path / "model.safetensors")
+    save_file(stored, path / WEIGHTS)
 
 
 def load_text_llm(
-    name: str | Path, dtype: torch.dtype = torch.float32, weights: bool = True, **overrides: Any
+    name: str | Path | TextLLMDirectory,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    chat: ChatConfig | None = None,
+    **overrides: Any,
 ) -> TextLLM:
     """Loads a text LLM, or this process's share of it under the layout in force.
 
     Args:
-        name: directory, or ``demo``.
+        name: directory of ours or of Hugging Face, or ``demo``.
         dtype: of the decoder's weights.
         weights: ``False`` leaves them unset, for a model whose weights come from a checkpoint.
+        chat: how prompt and speech are put; ``None``: as the LLM says.
         **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
         ValueError: if the directory is incomplete or its parts do not fit.
     """
-    from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-    path = resolve(name, "model.pretrained_llm", "llm")
-    missing = [file for file in _FILES if not (path / file).is_file()]
-    if missing:
-        raise ValueError(
-            f"model.pretrained_llm={name}: {path} lacks {', '.join(missing)}; it is no text LLM directory"
-        )
-    settings = yaml.safe_load((path / "llm.yaml").read_text())
-    version = settings.get("format_version") if isinstance(settings, dict) else None
-    if version != 1:
-        raise ValueError(f"{path / 'llm.yaml'} has format_version {version}; this version reads 1")
-    try:
-        turn, end = tuple(settings["chat"]["turn"]), settings["chat"]["end"]
-        architecture = DecoderConfig(**settings["architecture"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'llm.yaml'} lacks a key, or has one too many: {error}") from error
-    tokenizer = SentencePieceTokenizer(str(path / "tokenizer.model"))
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LLM embeds {architecture.vocab_size}: "
-            "they do not belong together"
-        )
-    chunks = build_decoder(architecture, dtype, **overrides)
+    found = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
+    form = found.chat(chat)
+    chunks = build_decoder(found.architecture, dtype, **overrides)
     if weights:
-        load_weights(chunks, SafetensorsWeights(path / "model.safetensors"))
-    return TextLLM(chunks, ChatFormat(turn, end, tokenizer), llm_fingerprint(path))
+        load_weights(chunks, found.weights())
+    return TextLLM(chunks, form, found.fingerprint, found.texts(form))
 
 
 def load_asr_model(name: str | Path):

@@ -1,26 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny Hugging Face LLMs of each family answer here, in every layout, as they do there."""
 
-import copy
 import json
 
 import pytest
 import torch
+from hf_models import LLM, hf_model
 from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.convert.hf import FAMILIES, HFWeights, architecture_of, canonical_names_of, read_config, segments
 from nemo_mtbi.parallel.groups import ParallelConfig
 
-COMMON = dict(
-    vocab_size=97,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=96,
-    initializer_range=0.3,  # answers that vary
-)
+COMMON = {**LLM, "vocab_size": 97, "max_position_embeddings": 96}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -42,17 +33,8 @@ PROMPTS, NEW = 200, 64
 
 
 def build(name):
-    """A model of Hugging Face's own class, with weights that are nowhere zero or one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     family, own = MODELS[name]
-    torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **copy.deepcopy({**COMMON, **own})))
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.dim() == 1:  # norms and biases
-                value.add_(0.2 * torch.randn_like(value))
-    return model.float().eval()
+    return hf_model(family, **{**COMMON, **own})
 
 
 def prompts():

@@ -169,5 +169,5 @@ def test_templates_that_lose_the_prompt_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no chat template: name a prompt format"):
         chat_format(HFTokenizer(tmp_path / "none"), ChatConfig())
     hf_tokenizer(tmp_path / "deaf", "chatml", template="<|im_start|>user{{ messages[0].content[:3] }}")
-    with pytest.raises(ValueError, match="must show {prompt} and {audio} exactly once"):
+    with pytest.raises(ValueError, match="must say {prompt} and {audio} exactly once"):
         chat_format(HFTokenizer(tmp_path / "deaf"), ChatConfig())

@@ -157,7 +157,7 @@ def test_targets_of_two_ranks(corpus, keys, targets, tmp_path, capsys):
 
 
 def test_what_the_run_says_is_what_it_wrote(corpus, keys, targets, capsys):
-    from nemo_mtbi.modules.pretrained import llm_fingerprint
+    from nemo_mtbi.modules.text_llm import open_text_llm
 
     call("mtbi_generate_targets", **keys, cuts_path=str(corpus), output_dir=str(targets))
     out = capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_what_the_run_says_is_what_it_wrote(corpus, keys, targets, capsys):
     truncated = sum(row["truncated"] for cut in cuts for row in cut.behaviors)
     assert f"cut by the length limit: {truncated}" in out
     made_by = cuts[0].behaviors_from
-    assert made_by["llm"] == llm_fingerprint(keys["pretrained_llm"])
+    assert made_by["llm"] == open_text_llm(keys["pretrained_llm"]).fingerprint
     assert f"LLM {made_by['llm']}" in out and f"chat format {made_by['chat']}" in out
     assert f"train on: model.train_ds.cuts_path={targets / 'cuts.jsonl.gz'}" in out.splitlines()[-1]
     assert [cut.id for cut in cuts] == [cut.id for cut in CutSet.from_file(corpus)]

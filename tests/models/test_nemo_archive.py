@@ -18,7 +18,7 @@ from nemo_mtbi.models import archive as archives
 from nemo_mtbi.models.archive import MTBIArchive
 from nemo_mtbi.models.frozen import TRAINED
 from nemo_mtbi.models.mtbi_model import MTBIModel
-from nemo_mtbi.modules.pretrained import llm_fingerprint
+from nemo_mtbi.modules.text_llm import open_text_llm
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
@@ -106,7 +106,7 @@ def test_a_small_archive_refers_to_the_frozen_parts(saved, section):
     assert names(saved / "small.nemo") == SMALL
     stored = MTBIModel.restore_from(saved / "small.nemo", return_config=True)
     assert stored.pretrained_llm == section.pretrained_llm
-    assert stored.fingerprints.llm == llm_fingerprint(section.pretrained_llm)
+    assert stored.fingerprints.llm == open_text_llm(section.pretrained_llm).fingerprint
 
 
 def test_a_full_archive_holds_the_very_llm(saved, section, tmp_path):

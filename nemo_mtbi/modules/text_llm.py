@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text LLMs on disk: directories of ours, and of Hugging Face's.
+
+Ours holds ``llm.yaml`` (architecture and chat format), ``model.safetensors`` (weights under canonical names, the same
+for every layer spec) and a tokenizer: SentencePiece's ``tokenizer.model`` or the files of Hugging Face. Theirs is read
+as it is: the architecture from ``config.json``, the chat format from the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_mtbi.convert.hf import CONFIG, HFWeights, architecture_of, read_config, weight_files
+from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.chat_template import ChatConfig, chat_format
+from nemo_mtbi.data.hf_tokenizer import FILES as HF_TOKENIZER
+from nemo_mtbi.data.hf_tokenizer import HFTokenizer
+from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.weights import SafetensorsWeights, WeightSource
+
+SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
+FORMAT_VERSION = 1  # of llm.yaml
+# All that may lie beside the settings and say how texts become tokens; the class of a tokenizer follows from CONFIG.
+TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
+HASHED_BYTES = 2**30  # of larger files only samples are hashed: reading 140 GB takes minutes
+_BLOCK, _SAMPLES = 2**18, 256
+
+
+class TextLLMDirectory(ABC):
+    """A text LLM on disk. Nothing is read before it is asked for.
+
+    Args:
+        path: of the directory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """Names of files without which it is not whole."""
+
+    @cached_property
+    @abstractmethod
+    def architecture(self) -> DecoderConfig:
+        """Of the decoder.
+
+        Raises:
+            ValueError: if it can't be read or expressed.
+        """
+
+    @abstractmethod
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        """The chat format, with the tokenizer.
+
+        Args:
+            config: what is asked for; ``None``: what belongs to the LLM.
+
+        Raises:
+            ValueError: if tokenizer and LLM do not belong together, or the format does not fit.
+        """
+
+    @abstractmethod
+    def weights(self) -> WeightSource:
+        """All weights under canonical names.
+
+        Raises:
+            ValueError: if they are damaged, or are not those of the architecture.
+        """
+
+    @abstractmethod
+    def _files(self) -> list[Path]:
+        """All that makes the LLM what it is."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of settings, weights and tokenizer."""
+        digest = hashlib.sha256()
+        for path in self._files():
+            digest.update(_hash(path, sampled=path.stat().st_size > HASHED_BYTES).digest())
+        return f"sha256:{digest.hexdigest()}"
+
+    def texts(self, chat: ChatFormat) -> dict[str, bytes]:
+        """Settings and tokenizer, by names with which they and weights are a directory of ours."""
+        settings = settings_yaml(self.architecture, chat.turn, chat.end).encode()
+        return {SETTINGS: settings, **{path.name: path.read_bytes() for path in self._tokenizer_files()}}
+
+    def _tokenizer_files(self) -> list[Path]:
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the LLM.
+
+        Raises:
+            ValueError: if it can't be read, or has more tokens than the LLM.
+        """
+        found = self._read_tokenizer()
+        if found.vocab_size > self.architecture.vocab_size:
+            raise ValueError(
+                f"{self.path}: the tokenizer has {found.vocab_size} tokens, but the LLM embeds "
+                f"{self.architecture.vocab_size}: they do not belong together"
+            )
+        return found
+
+    def _read_tokenizer(self) -> Any:
+        return HFTokenizer(self.path)
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file that may be larger than memory."""
+    return f"sha256:{_hash(path).hexdigest()}"
+
+
+def _hash(path: Path, sampled: bool = False) -> Any:
+    """SHA-256 of a file, or of its size and of blocks spread evenly over it: another training changes them all."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if sampled else _BLOCK)
+    if sampled:
+        digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest
+
+
+def settings_yaml(architecture: DecoderConfig, turn: tuple[str, ...], end: str) -> str:
+    """The content of ``llm.yaml``."""
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "architecture": dataclasses.asdict(architecture),
+        "chat": {"turn": list(turn), "end": end},
+    }
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+class OwnDirectory(TextLLMDirectory):
+    """A directory of ours."""
+
+    def texts(self, chat: ChatFormat) -> dict[str, bytes]:
+        texts = super().texts(chat)
+        if chat == self.chat():
+            texts[SETTINGS] = (self.path / SETTINGS).read_bytes()  # so that the copy has the same fingerprint
+        return texts
+
+    def missing(self) -> list[str]:
+        names = [name for name in (SETTINGS, WEIGHTS) if not (self.path / name).is_file()]
+        return names if self._tokenizer_files() else [*names, SENTENCEPIECE]
+
+    @cached_property
+    def _settings(self) -> Mapping[str, Any]:
+        file = self.path / SETTINGS
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{file} can't be read: {error}") from error
+        version = settings.get("format_version") if isinstance(settings, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{file} has format_version {version}; this version reads {FORMAT_VERSION}")
+        return settings
+
+    @cached_property
+    def architecture(self) -> DecoderConfig:
+        try:
+            return DecoderConfig(**self._settings["architecture"])
+        except (KeyError, TypeError) as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
+
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        if config is not None:
+            return chat_format(self.tokenizer, config)
+        try:
+            own = self._settings["chat"]
+            turn, end = tuple(own["turn"]), own["end"]
+        except (KeyError, TypeError) as error:
+            raise self._refusal(error) from error
+        return ChatFormat(turn, end, self.tokenizer)
+
+    def _read_tokenizer(self) -> Any:
+        if any((self.path / name).is_file() for name in HF_TOKENIZER if name != SENTENCEPIECE):
+            return HFTokenizer(self.path)
+        from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(str(self.path / SENTENCEPIECE))
+
+    def weights(self) -> WeightSource:
+        return SafetensorsWeights(self.path / WEIGHTS)
+
+    def _files(self) -> list[Path]:
+        return [self.path / SETTINGS, self.path / WEIGHTS, *self._tokenizer_files()]
+
+
+class HFDirectory(TextLLMDirectory):
+    """A directory that Hugging Face's ``save_pretrained`` has written, or that was downloaded from the hub."""
+
+    def missing(self) -> list[str]:
+        names = [path.name for path in weight_files(self.path) if not path.is_file()]
+        has_tokenizer = any((self.path / name).is_file() for name in HF_TOKENIZER)
+        return names if has_tokenizer else [*names, HF_TOKENIZER[0]]
+
+    @cached_property
+    def architecture(self) -> DecoderConfig:
+        return architecture_of(read_config(self.path))
+
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        try:
+            return chat_format(self.tokenizer, config or ChatConfig())
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def weights(self) -> WeightSource:
+        return HFWeights(self.path)
+
+    def _files(self) -> list[Path]:
+        return [*self._tokenizer_files(), *weight_files(self.path)]
+
+
+def open_text_llm(path: str | Path) -> TextLLMDirectory:
+    """The text LLM in a directory. What is neither ours nor Hugging Face's is taken for one of ours that lacks all."""
+    path = Path(path)
+    if (path / CONFIG).is_file() and not (path / SETTINGS).is_file():
+        return HFDirectory(path)
+    return OwnDirectory(path)
