@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hf_models import hf_llm
 from omegaconf import OmegaConf
 
 from nemo_mtbi import training
@@ -116,6 +117,16 @@ def test_the_model_of_the_results_answers(run):
     audio = sorted(test.glob("*.flac"))
     answers = model.generate(audio, "say it")
     assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
+
+
+def test_an_llm_of_hugging_face_is_trained_with(config, tmp_path):
+    """Targets, training, validation, benchmark and ``.nemo``: nothing of the package asks what the LLM comes from."""
+    pytest.importorskip("espeakng_loader")
+    llm = str(hf_llm(tmp_path / "llm"))
+    results = json.loads(train(config(model={"pretrained_llm": llm, "chat": {"audio": "before"}})).read_text())
+    assert results["train"]["steps"] == 3
+    model = MTBIModel.restore_from(results["nemo"], map_location="cpu")
+    assert model.chat.end == "<|im_end|>" and model.cfg.pretrained_llm == llm
 
 
 def test_tensorboard_gets_figures_and_examples(run):

@@ -274,7 +274,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
             needed |= set(_PART_FILES[part])
     missing = sorted(name for name in needed if name not in file)
     if LLM_SETTINGS in needed and not any(name in file for name in TOKENIZERS):
-        missing.append("a tokenizer")
+        missing.append("llm/tokenizer.model or llm/tokenizer.json")
     if missing or file.unknown(_KNOWN):
         raise ArchiveError(
             f"it lacks {', '.join(missing)}" if missing else f"it holds {', '.join(file.unknown(_KNOWN)[:3])}"
