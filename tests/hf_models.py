@@ -129,11 +129,13 @@ def hf_model(family: str, seed: int = 5, **values: Any) -> Any:
     return model.float().eval()
 
 
-def hf_llm(folder: str | Path, family: str = "qwen2", style: str = "chatml", **values: Any) -> Path:
-    """Writes a whole directory: weights, ``config.json``, tokenizer and chat template."""
+def hf_llm(
+    folder: str | Path, family: str = "qwen2", style: str = "chatml", shard: str = "1GB", **values: Any
+) -> Path:
+    """Writes a whole directory: weights in shards, ``config.json``, tokenizer and chat template."""
     hf_tokenizer(folder, style)
     size = {"vocab_size": 512, "max_position_embeddings": 512}
-    hf_model(family, **{**size, **values}).save_pretrained(str(folder))
+    hf_model(family, **{**size, **values}).save_pretrained(str(folder), max_shard_size=shard)
     return Path(folder)
 
 

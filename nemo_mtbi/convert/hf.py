@@ -8,17 +8,17 @@ each process reads its own share straight from the files.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_mtbi.modules.decoder import DecoderConfig, Llama3Scaling
-from nemo_mtbi.modules.tensor_file import misfits
+from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
@@ -61,10 +61,13 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
 def read_config(path: str | Path) -> dict[str, Any]:
     """The ``config.json`` of a directory.
 
+    Args:
+        path: of the directory, or of the file itself.
+
     Raises:
         ValueError: if it is missing, malformed, or of a family that is not in the table.
     """
-    file = Path(path) / CONFIG
+    file = Path(path) if Path(path).is_file() else Path(path) / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -162,12 +165,12 @@ def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segmen
         architecture: of the LLM.
         family: key of :data:`FAMILIES`.
     """
-    prefix, theirs = _theirs(name, family)
+    theirs = theirs_of(name, family)
     if len(theirs) == 1:
         return None
     if len(theirs) == 2:
-        return [Segment(prefix + part, 0, architecture.ffn_hidden_size) for part in theirs]
-    query, key, value = (prefix + part for part in theirs)
+        return [Segment(part, 0, architecture.ffn_hidden_size) for part in theirs]
+    query, key, value = theirs
     width, groups = architecture.kv_channels, architecture.num_query_groups
     rows = architecture.num_attention_heads // groups * width  # queries of a group
     found = []
@@ -177,14 +180,14 @@ def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segmen
     return found
 
 
-def _theirs(name: str, family: str) -> tuple[str, tuple[str, ...]]:
-    """Prefix and names of the tensors that make up one of ours."""
+def theirs_of(name: str, family: str) -> tuple[str, ...]:
+    """Names of the tensors that make up one of ours."""
     if name in _GLOBAL:
-        return "", _GLOBAL[name]
+        return _GLOBAL[name]
     layers, number, rest = name.removeprefix("decoder.").split(".", 2)
     if layers != "layers" or rest not in FAMILIES[family]:
         raise KeyError(name)
-    return f"model.layers.{number}.", FAMILIES[family][rest]
+    return tuple(f"model.layers.{number}.{part}" for part in FAMILIES[family][rest])
 
 
 def canonical_names_of(architecture: DecoderConfig, family: str) -> list[str]:
@@ -224,22 +227,24 @@ class HFWeights:
         self.path = Path(path)
         config = read_config(path)
         self.family, self.architecture = config["model_type"], architecture_of(config)
-        self._files = dict(self._open())
+        self._files = dict(self._open())  # not mapped into memory: the pages would count as this process's
         self._names = canonical_names_of(self.architecture, self.family)
         self._check()
 
-    def _open(self) -> Iterator[tuple[str, Any]]:
+    def _open(self) -> Iterator[tuple[str, StoredTensors]]:
         """Every tensor's name with the open file that holds it."""
-        try:
-            for path in weight_files(self.path):
-                file = safe_open(str(path), framework="pt")
-                yield from ((name, file) for name in file.keys() if not name.endswith(_IGNORED))  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"the weights in {self.path} can't be read ({error}): copy them again") from error
+        for path in weight_files(self.path):
+            try:
+                stream = open(path, "rb")  # noqa: SIM115
+                weakref.finalize(self, stream.close)
+                file = StoredTensors(stream, str(path), 0, path.stat().st_size)
+            except (OSError, ArchiveError) as error:
+                raise ValueError(f"the weights in {self.path} can't be read ({error}): copy them again") from error
+            yield from ((name, file) for name in file.names() if not name.endswith(_IGNORED))
 
     def _check(self) -> None:
         wanted = {theirs: shape for name in self._names for theirs, shape in self._wanted(name).items()}
-        found = {name: tuple(self._slice(name).get_shape()) for name in self._files}
+        found = {name: file.shape(name) for name, file in self._files.items()}
         if self.architecture.tie_embeddings:
             found = {name: shape for name, shape in found.items() if name not in _GLOBAL["output_layer.weight"]}
         wrong = misfits(wanted, found)
@@ -251,15 +256,11 @@ class HFWeights:
         """Shapes of the tensors of theirs that make up one of ours."""
         parts = segments(name, self.architecture, self.family)
         if parts is None:
-            prefix, (theirs,) = _theirs(name, self.family)
-            return {prefix + theirs: _shape(name, self.architecture)}
+            return {theirs_of(name, self.family)[0]: _shape(name, self.architecture)}
         rows: dict[str, int] = {}
         for part in parts:
             rows[part.name] = max(rows.get(part.name, 0), part.stop)
         return {theirs: (count, *_shape(name, self.architecture)[1:]) for theirs, count in rows.items()}
-
-    def _slice(self, name: str) -> Any:
-        return self._files[name].get_slice(name)
 
     def names(self) -> Iterable[str]:
         return self._names
@@ -271,9 +272,8 @@ class HFWeights:
         """The tensor between two positions of one of its first two axes."""
         parts = segments(name, self.architecture, self.family)
         if parts is None:
-            prefix, (theirs,) = _theirs(name, self.family)
-            stored = self._slice(prefix + theirs)
-            return stored[start:stop] if axis == 0 else stored[:, start:stop]
+            theirs = theirs_of(name, self.family)[0]
+            return self._files[theirs].rows(theirs, axis, start, stop)
         if axis != 0:
             raise ValueError(f"{name} is made of several tensors, and is shared by its rows")
         found, first = [], 0
@@ -281,7 +281,7 @@ class HFWeights:
             size = part.stop - part.start
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                found.append(self._slice(part.name)[part.start + low : part.start + high])
+                found.append(self._files[part.name].rows(part.name, 0, part.start + low, part.start + high))
             first += size
         return torch.cat(found)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text LLMs on disk: directories of ours, and of Hugging Face's.
 
-Ours holds ``llm.yaml`` (architecture and chat format), ``model.safetensors`` (weights under canonical names, the same
-for every layer spec) and a tokenizer: SentencePiece's ``tokenizer.model`` or the files of Hugging Face. Theirs is read
-as it is: the architecture from ``config.json``, the chat format from the tokenizer's template.
+Ours holds ``llm.yaml`` (architecture and chat format), the weights, and a tokenizer: SentencePiece's
+``tokenizer.model`` or the files of Hugging Face. The weights are ``model.safetensors`` under canonical names, the same
+for every layer spec, or ``weights/``, a distributed checkpoint of Megatron. Theirs is read as it is: the architecture
+from ``config.json``, the chat format from the tokenizer's template.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import yaml
 
 from nemo_mtbi.convert.hf import CONFIG, HFWeights, architecture_of, read_config, weight_files
+from nemo_mtbi.convert.megatron import MegatronWeights
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig, chat_format
 from nemo_mtbi.data.hf_tokenizer import FILES as HF_TOKENIZER
@@ -27,6 +29,7 @@ from nemo_mtbi.modules.decoder import DecoderConfig
 from nemo_mtbi.modules.weights import SafetensorsWeights, WeightSource
 
 SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
+MEGATRON = "weights"  # folder of a distributed checkpoint, in the place of WEIGHTS
 FORMAT_VERSION = 1  # of llm.yaml
 # All that may lie beside the settings and say how texts become tokens; the class of a tokenizer follows from CONFIG.
 TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
@@ -154,6 +157,8 @@ class OwnDirectory(TextLLMDirectory):
 
     def missing(self) -> list[str]:
         names = [name for name in (SETTINGS, WEIGHTS) if not (self.path / name).is_file()]
+        if (self.path / MEGATRON).is_dir():
+            names = [name for name in names if name != WEIGHTS]
         return names if self._tokenizer_files() else [*names, SENTENCEPIECE]
 
     @cached_property
@@ -196,17 +201,23 @@ class OwnDirectory(TextLLMDirectory):
         return SentencePieceTokenizer(str(self.path / SENTENCEPIECE))
 
     def weights(self) -> WeightSource:
-        return SafetensorsWeights(self.path / WEIGHTS)
+        if (self.path / WEIGHTS).is_file():
+            return SafetensorsWeights(self.path / WEIGHTS)
+        return MegatronWeights(self.path / MEGATRON, self.architecture.vocab_size)
 
     def _files(self) -> list[Path]:
-        return [self.path / SETTINGS, self.path / WEIGHTS, *self._tokenizer_files()]
+        weights = [self.path / WEIGHTS]
+        if not weights[0].is_file():
+            weights = sorted((self.path / MEGATRON).glob("*.distcp"))
+        return [self.path / SETTINGS, *weights, *self._tokenizer_files()]
 
 
 class HFDirectory(TextLLMDirectory):
     """A directory that Hugging Face's ``save_pretrained`` has written, or that was downloaded from the hub."""
 
     def missing(self) -> list[str]:
-        names = [path.name for path in weight_files(self.path) if not path.is_file()]
+        files = [self.path / CONFIG, *weight_files(self.path)]
+        names = [path.name for path in files if not path.is_file()]
         has_tokenizer = any((self.path / name).is_file() for name in HF_TOKENIZER)
         return names if has_tokenizer else [*names, HF_TOKENIZER[0]]
 

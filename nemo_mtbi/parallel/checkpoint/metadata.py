@@ -18,6 +18,7 @@ _CLASSES = {
         "Metadata",
         "MetadataIndex",
         "TensorStorageMetadata",
+        "BytesStorageMetadata",
         "TensorProperties",
         "ChunkStorageMetadata",
         "StorageMeta",
@@ -33,13 +34,36 @@ _CLASSES = {
 }
 
 
+class _Unread:
+    """In the place of what Megatron's own writer adds to speed up its next save, and nobody needs to read."""
+
+    def __init__(self, *args: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds what describes tensors, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)
+        if module == "torch.distributed.checkpoint.planner" or module.startswith("megatron.core.dist_checkpointing."):
+            return _Unread
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint has")
+
+
+def unpickle_metadata(folder: Path) -> Metadata:
+    """What stands in ``.metadata``, if it is nothing but a description of tensors and objects.
+
+    Raises:
+        ValueError: if it is more than that, or damaged.
+    """
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            return _MetadataUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+        raise ValueError(f"{folder / '.metadata'} is not loaded: {error}") from error
 
 
 def read_metadata(folder: Path, files: Mapping[str, Any]) -> Metadata:
@@ -52,14 +76,13 @@ def read_metadata(folder: Path, files: Mapping[str, Any]) -> Metadata:
     Raises:
         ValueError: if it holds anything but tensors, or refers to other files.
     """
+    metadata = unpickle_metadata(folder)
     try:
-        with open(folder / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
         foreign = {info.relative_path for info in metadata.storage_data.values()} - files.keys()
         others = [
             key for key, value in metadata.state_dict_metadata.items() if not isinstance(value, TensorStorageMetadata)
         ]
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"{folder / '.metadata'} is not loaded: {error}") from error
     if foreign or others:
         raise ValueError(

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's distributed checkpoints of a GPT (``torch_dist``), as Megatron-LM, NeMo 2 and Megatron Bridge write them.
+
+They hold a tensor of all layers where we have one for each layer, and Transformer Engine's names of the norms. Tensors
+are written and read one at a time, so that an LLM of any size passes through little memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, LoadPlan, LoadPlanner, SavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_mtbi.modules.weights import WeightSource, canonical_name
+from nemo_mtbi.parallel.checkpoint.metadata import unpickle_metadata
+
+_OF_THE_LLM = ("embedding.", "decoder.", "output_layer.")
+_STACKED = re.compile(r"decoder\.layers\.(?!\d)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_THEIRS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
+_WITH_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
+_WITH_STATE += ("mlp.linear_fc1", "mlp.linear_fc2")
+_BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+SHARD_BYTES = 5 * 10**9
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+class _Into(LoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, target: Tensor):
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            found = found.narrow(axis, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None: ...
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError("plans are made by MegatronWeights")
+
+    create_global_plan = finish_plan = create_local_plan
+
+
+class MegatronWeights:
+    """The weights of a distributed checkpoint under canonical names, whatever layout has saved it.
+
+    A :class:`nemo_mtbi.modules.weights.WeightSource`.
+
+    Args:
+        path: folder with ``.metadata`` and ``.distcp`` files.
+        vocabulary: tokens of the LLM; rows beyond them pad the stored embeddings.
+
+    Raises:
+        ValueError: if it is damaged, or holds no GPT.
+    """
+
+    def __init__(self, path: str | Path, vocabulary: int):
+        self.path, self._vocabulary = Path(path), vocabulary
+        try:
+            self._metadata = unpickle_metadata(self.path)
+            self._reader = FileSystemReader(str(path))
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        except OSError as error:
+            raise ValueError(f"{path} is no distributed checkpoint: {error}") from error
+        self._places = dict(self._find())
+        if not self._places:
+            raise ValueError(f"{path} holds no GPT of Megatron: no tensor begins with {', '.join(_OF_THE_LLM)}")
+
+    def _find(self) -> Iterable[tuple[str, tuple[str, int | None]]]:
+        """Each canonical name with the stored tensor, and with the layer in it."""
+        for key, stored in self._metadata.state_dict_metadata.items():
+            name = key.removeprefix("module.")
+            if not name.startswith(_OF_THE_LLM) or not isinstance(stored, TensorStorageMetadata):
+                continue
+            if not _STACKED.match(name):
+                yield canonical_name(name), (key, None)
+                continue
+            for layer in range(stored.size[0]):
+                yield canonical_name(_STACKED.sub(f"decoder.layers.{layer}.", name)), (key, layer)
+
+    def names(self) -> Iterable[str]:
+        return self._places.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        key, layer = self._places[name]
+        shape = tuple(self._metadata.state_dict_metadata[key].size)[0 if layer is None else 1 :]
+        return (min(shape[0], self._vocabulary), *shape[1:]) if name in _VOCABULARY else shape
+
+    def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The tensor between two positions of one of its first two axes."""
+        key, layer = self._places[name]
+        stored = self._metadata.state_dict_metadata[key]
+        shape = list(self.shape(name))
+        shape[axis] = stop - start
+        offsets = [start if at == axis else 0 for at in range(len(shape))]
+        if layer is not None:
+            shape, offsets = [1, *shape], [layer, *offsets]
+        target = torch.empty(shape, dtype=stored.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target))
+        except (OSError, RuntimeError, EOFError, KeyError) as error:
+            raise ValueError(f"{self.path} is damaged: {key} can't be read ({error}); copy it again") from error
+        return target if layer is None else target[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Reads each tensor when it is written."""
+
+    def __init__(self, read: Mapping[MetadataIndex, Callable[[], Tensor | io.BytesIO]]):
+        super().__init__(flatten_state_dict=False)
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        return self._read[MetadataIndex(write_item.index.fqn, write_item.index.offset)]()
+
+
+def write_megatron(
+    path: str | Path,
+    source: WeightSource,
+    layers: int,
+    progress: Callable[[int], None] = lambda n: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a distributed checkpoint that Megatron loads at any layout.
+
+    Args:
+        path: a new folder; it stands there when it is whole.
+        source: the weights.
+        layers: of the LLM.
+        progress: called with the bytes of each tensor that is written.
+        shard_bytes: largest size of a file, unless one tensor is larger.
+
+    Raises:
+        ValueError: if the folder is there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"{path} is there: give a new folder")
+    staging = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    staging.mkdir(parents=True)
+    read, plans, filled = {}, [[]], 0
+    for name in sorted(source.names()):
+        item, size = _write_item(name, source, layers)
+        if filled and filled + size > shard_bytes:
+            plans.append([])
+            filled = 0
+        filled += size
+        plans[-1].append(item)
+        read[MetadataIndex(item.index.fqn, item.index.offset)] = lambda name=name, item=item: _read(
+            name, source, item, progress
+        )
+    for layer in range(layers):
+        for module in _WITH_STATE:
+            index = MetadataIndex(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}")
+            plans[-1].append(WriteItem(index, WriteItemType.BYTE_IO))
+            read[index] = _no_state
+    planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
+    writer.set_up_storage_writer(True)
+    local = [SavePlan(items) for items in plans]
+    local, metadata = planner.create_global_plan(local)
+    plans = writer.prepare_global_plan(local)  # a file for each, as if processes had shared the work
+    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+    torch.save({}, staging / "common.pt")
+    (staging / "metadata.json").write_text(json.dumps(_BACKENDS))
+    staging.rename(path)
+
+
+def _write_item(name: str, source: WeightSource, layers: int) -> tuple[WriteItem, int]:
+    """What is to be written of a canonical tensor, and its bytes."""
+    shape, dtype = source.shape(name), source.rows(name, 0, 0, 1).dtype
+    key, offset, size = name, (0,) * len(shape), shape
+    match = _LAYER.match(name)
+    if match:
+        key = f"decoder.layers.{_THEIRS.get(match[2], match[2])}"
+        offset, size, shape = (int(match[1]), *offset), (layers, *shape), (1, *shape)
+    chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(size))
+    item = WriteItem(MetadataIndex(key, torch.Size(offset)), WriteItemType.SHARD, tensor_data=data)
+    return item, math.prod(shape) * dtype.itemsize
+
+
+def _read(name: str, source: WeightSource, item: WriteItem, progress: Callable[[int], None]) -> Tensor:
+    found = source.rows(name, 0, 0, source.shape(name)[0])
+    progress(found.nbytes)
+    return found.reshape(item.tensor_data.chunk.sizes).contiguous()
+
+
+def _no_state() -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts LLMs between Hugging Face and Megatron, tensor by tensor: little memory is enough for any size.
+
+  python scripts/convert_hf.py to-megatron Qwen2.5-7B-Instruct qwen2.5-7b    # for model.pretrained_llm=qwen2.5-7b
+  python scripts/convert_hf.py to-hf qwen2.5-7b Qwen2.5-7B-again
+
+Megatron's form is a folder with llm.yaml, the tokenizer, and weights/, a distributed checkpoint that loads at any
+tensor and pipeline parallel size. A Hugging Face directory can also be given as model.pretrained_llm as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    forth = commands.add_parser("to-megatron", help="from Hugging Face")
+    back = commands.add_parser("to-hf", help="to Hugging Face")
+    for command in (forth, back):
+        command.add_argument("source", type=Path, help="directory of the LLM")
+        command.add_argument("out", type=Path, help="new directory")
+        command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (%(default)s)")
+    back.add_argument(
+        "--config", type=Path, metavar="FILE", help="config.json to write; by default that of the directory"
+    )
+    arguments = parser.parse_args(argv)
+    if not arguments.shard_gb > 0:
+        parser.error(f"--shard-gb must be above 0, got {arguments.shard_gb}")
+    return arguments
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, and the peak of memory at the end."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("weights", total=total)
+        yield lambda n: bar.advance(task, n)
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def size_of(source) -> int:
+    """Bytes of all weights."""
+    first = {name: source.rows(name, 0, 0, 1).dtype.itemsize for name in source.names()}
+    return sum(math.prod(source.shape(name)) * size for name, size in first.items())
+
+
+def to_megatron(arguments: argparse.Namespace) -> None:
+    from nemo_mtbi.convert.megatron import write_megatron
+    from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory
+
+    found = HFDirectory(arguments.source)
+    if found.missing():
+        raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} is there: give a new folder")
+    source, chat = found.weights(), found.chat()
+    staging = arguments.out.with_name(f"{arguments.out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    staging.mkdir(parents=True)
+    with progress(size_of(source)) as advance:
+        layers, shard = found.architecture.num_layers, int(arguments.shard_gb * 10**9)
+        write_megatron(staging / MEGATRON, source, layers, advance, shard)
+    for name, content in found.texts(chat).items():
+        (staging / name).write_bytes(content)
+    staging.rename(arguments.out)
+    print(f"train with model.pretrained_llm={arguments.out}")
+
+
+def to_hf(arguments: argparse.Namespace) -> None:
+    from nemo_mtbi.convert.hf import CONFIG, architecture_of, read_config
+    from nemo_mtbi.convert.hf_export import write_hf
+    from nemo_mtbi.modules.text_llm import TOKENIZER_FILES, OwnDirectory
+
+    found = OwnDirectory(arguments.source)
+    if found.missing():
+        raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a text LLM directory")
+    file = arguments.config or arguments.source / CONFIG
+    config = read_config(file)
+    if architecture_of(config) != found.architecture:
+        raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
+    others = [arguments.source / name for name in TOKENIZER_FILES if name != CONFIG]
+    source = found.weights()
+    with progress(size_of(source)) as advance:
+        write_hf(
+            arguments.out,
+            source,
+            found.architecture,
+            config["model_type"],
+            [file, *(path for path in others if path.is_file())],
+            advance,
+            int(arguments.shard_gb * 10**9),
+        )
+    print(f"load with transformers: AutoModelForCausalLM.from_pretrained({str(arguments.out)!r})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        {"to-megatron": to_megatron, "to-hf": to_hf}[arguments.command](arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import hf_llm
+from safetensors.torch import load_file
+
+import nemo_mtbi
+from nemo_mtbi.modules.pretrained import find_text_llm, load_text_llm
+from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory, OwnDirectory
+from nemo_mtbi.parallel import groups
+
+ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "convert_hf.py"
+_spec = importlib.util.spec_from_file_location("convert_hf", SCRIPT)
+convert_hf = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(convert_hf)
+FAMILIES = {"llama": "brackets", "mistral": "brackets", "qwen2": "chatml", "qwen3": "chatml"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("convert")
+
+
+def tensors(path):
+    return {name: value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family, style", FAMILIES.items())
+def test_there_and_back_is_bitwise_equal(folder, family, style, capsys):
+    hf = hf_llm(folder / family, family, style, tie_word_embeddings=family == "qwen3")
+    ours, again = folder / f"{family}-ours", folder / f"{family}-again"
+    assert convert_hf.main(["to-megatron", str(hf), str(ours)]) == 0
+    assert f"train with model.pretrained_llm={ours}" in capsys.readouterr().out
+    assert convert_hf.main(["to-hf", str(ours), str(again), "--shard-gb", "0.0001"]) == 0
+    before, after = tensors(hf), tensors(again)
+    assert before.keys() == after.keys() and len(list(again.glob("*.safetensors"))) > 1
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and torch.equal(value, after[name]), name
+    assert json.loads((again / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+
+
+@torch.no_grad()
+def test_hugging_face_loads_what_came_back(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder / name).eval()(ids).logits for name in ("qwen2", "qwen2-again")
+    )
+    assert torch.equal(before, after)
+    assert AutoTokenizer.from_pretrained(folder / "qwen2-again").encode("the fox")
+
+
+def test_converted_it_is_the_same_llm(folder):
+    groups.initialize()
+    theirs, ours = (find_text_llm(folder / name) for name in ("qwen2", "qwen2-ours"))
+    assert isinstance(theirs, HFDirectory) and isinstance(ours, OwnDirectory)
+    theirs, ours = load_text_llm(theirs), load_text_llm(ours)
+    assert ours.chat.fingerprint() == theirs.chat.fingerprint()
+    expected = dict(theirs.decoder.named_parameters())
+    for name, value in ours.decoder.named_parameters():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_the_fingerprint_of_a_checkpoint_tells_its_weights(folder, tmp_path):
+    copy = shutil.copytree(folder / "qwen2-ours", tmp_path / "copy")
+    same = find_text_llm(copy).fingerprint
+    assert same == find_text_llm(folder / "qwen2-ours").fingerprint
+    file = next((copy / MEGATRON).glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert find_text_llm(copy).fingerprint != same
+
+
+def test_an_llm_passes_through_little_memory(tmp_path):
+    """Peak memory stays below two of the largest shards and one that is written, beside the imports."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 8}
+    hf = hf_llm(tmp_path / "hf", "qwen2", shard="40MB", **sizes)
+    shards = sorted(path.stat().st_size for path in hf.glob("*.safetensors"))
+    assert len(shards) > 4 and sum(shards) > 4 * shards[-1]
+    hf_llm(tmp_path / "tiny", "qwen2")
+
+    def peak(*arguments):
+        out = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True)
+        return float(re.search(r"peak memory ([\d.]+) GiB", out.stdout)[1]) * 2**30
+
+    bound = 2 * shards[-1] + 40e6
+    for command, name in (("to-megatron", "hf"), ("to-hf", "hf-ours")):
+        out = "-ours" if command == "to-megatron" else "-again"
+        alone = peak(command, str(tmp_path / name.replace("hf", "tiny")), str(tmp_path / f"tiny{out}"))
+        found = peak(command, str(tmp_path / name), str(tmp_path / f"hf{out}"), "--shard-gb", "0.04")
+        assert found - alone < bound, (command, (found - alone) / 1e6, bound / 1e6)
+
+
+def test_errors_say_what_to_do(folder, tmp_path, capsys):
+    for arguments, message in (
+        (["to-megatron", str(tmp_path), "x"], "lacks config.json, model.safetensors, tokenizer.json"),
+        (["to-megatron", str(folder / "qwen2"), str(folder / "llama")], "is there: give a new folder"),
+        (["to-hf", str(folder / "qwen2"), str(tmp_path / "x")], "lacks llm.yaml"),
+        (
+            ["to-hf", str(folder / "qwen2-ours"), str(tmp_path / "x"), "--config", str(folder / "llama/config.json")],
+            "describes another LLM",
+        ),
+    ):
+        assert convert_hf.main(arguments) == 1
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convert_hf.main(["to-hf", "a", "b", "--shard-gb", "0"])
