@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.layout import group_by_length
 from nemo_mtbi.modules.decoder import whole_sequences
-from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.modules.speech_llm import LayoutDecoder, speech_positions
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 
@@ -82,14 +82,14 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _run_layers(
-    model: LayoutDecoder, embeddings: Tensor | None, size: tuple[int, int], attention: Tensor, context
+    model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context
 ) -> Tensor | None:
     """Sends positions through all layers of the pipeline; each process runs its own.
 
     Args:
         model: the speech LLM.
         embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others.
-        size: ``T, R``, so that nobody has to be told the shape.
+        layout: ``[R, T]``, so that nobody has to be told the shape.
         attention: mask ``[R, 1, T, keys]``.
         context: the cache of all layers of this process, which are numbered over the whole pipeline.
 
@@ -101,10 +101,13 @@ def _run_layers(
     for chunk in model.chunks:
         if not chunk.pre_process:
             source = dist.get_global_rank(group, (group.rank() - 1) % group.size())
-            received = torch.empty(*size, config.hidden_size, dtype=config.pipeline_dtype, device=model.device)
+            received = torch.empty(
+                *layout.t().shape, config.hidden_size, dtype=config.pipeline_dtype, device=model.device
+            )
             dist.recv(received, source, group=group)
             chunk.set_input_tensor(received)
-        hidden = chunk.hidden(embeddings if chunk.pre_process else None, attention, context)
+        speech = speech_positions(chunk, layout)
+        hidden = chunk.hidden(embeddings if chunk.pre_process else None, attention, context, speech)
         if chunk.post_process:
             return hidden
         dist.send(hidden.contiguous(), dist.get_global_rank(group, (group.rank() + 1) % group.size()), group=group)
@@ -125,7 +128,7 @@ def _generate_batch(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     answers: list[Tensor] = []
     for step in range(max_new_tokens):
-        hidden = _run_layers(model, embeddings, (length, rows), attention, context)  # [T, R, H], then [1, R, H]
+        hidden = _run_layers(model, embeddings, layout, attention, context)  # [T, R, H], then [1, R, H]
         context.increment_sequence_len_offset(length)
         if hidden is None:
             token = torch.empty(rows, dtype=torch.int64, device=device)
@@ -137,7 +140,8 @@ def _generate_batch(
         finished |= token == end_id
         if finished.all():
             break
-        embeddings = model.embed(token[:, None], frames[:0]) if first else None  # [1, R, H]
+        layout = token[:, None]
+        embeddings = model.embed(layout, frames[:0]) if first else None  # [1, R, H]
         seen = mask[:, :, -1:, :]  # keys that the last prompt position may see, and all generated ones
         attention, length = torch.nn.functional.pad(seen, (0, step + 1), value=False), 1
     results = []

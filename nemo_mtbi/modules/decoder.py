@@ -147,12 +147,12 @@ def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> Mod
 
 
 def block_spec(
-    config: DecoderConfig, megatron: TransformerConfig, chunk: int | None
+    config: DecoderConfig, megatron: TransformerConfig, chunk: int | None, transformer_engine: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """This stage's layers and final norm. Megatron would take torch's norm for the latter, always in float32."""
-    if HAVE_TE:
-        return layer_spec(config)
-    layers = [layer_spec(config)] * get_num_layers_to_build(megatron, chunk)
+    if transformer_engine:
+        return layer_spec(config, True)
+    layers = [layer_spec(config, False)] * get_num_layers_to_build(megatron, chunk)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -215,6 +215,7 @@ class GPTDecoder(GPTModel):
         config: architecture.
         dtype: of the weights.
         chunk: which run of layers of this process, under virtual pipeline stages.
+        transformer_engine: whether its layers are used, which fuse the norm that an adapter stands behind.
         **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -222,7 +223,12 @@ class GPTDecoder(GPTModel):
     """
 
     def __init__(
-        self, config: DecoderConfig, dtype: torch.dtype = torch.float32, chunk: int | None = None, **overrides: Any
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype = torch.float32,
+        chunk: int | None = None,
+        transformer_engine: bool = HAVE_TE,
+        **overrides: Any,
     ):
         layout = groups.layout()
         layout.check_architecture(
@@ -232,7 +238,7 @@ class GPTDecoder(GPTModel):
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
                 config=megatron,
-                transformer_layer_spec=block_spec(config, megatron, chunk),
+                transformer_layer_spec=block_spec(config, megatron, chunk, transformer_engine),
                 vocab_size=padded_vocabulary(config.vocab_size, layout.tensor_model_parallel_size),
                 max_sequence_length=config.max_sequence_length,
                 pre_process=groups.is_first_stage(chunk or 0),
@@ -244,6 +250,7 @@ class GPTDecoder(GPTModel):
                 vp_stage=chunk,
             )
         self.architecture = config
+        self.lora: Any = None  # see nemo_mtbi.modules.lora
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
             rotary = self.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
@@ -263,7 +270,11 @@ class GPTDecoder(GPTModel):
         return self.embedding.word_embeddings(tokens)
 
     def hidden(
-        self, embeddings: Tensor | None, attention_mask: Tensor | None = None, inference_context=None
+        self,
+        embeddings: Tensor | None,
+        attention_mask: Tensor | None = None,
+        inference_context=None,
+        speech: Tensor | None = None,
     ) -> Tensor:
         """Runs this stage's layers.
 
@@ -271,15 +282,17 @@ class GPTDecoder(GPTModel):
             embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others (they take ``set_input_tensor``).
             attention_mask: ``[R, 1, Tq, Tk]``, true where forbidden. Causal rows padded on the right need none.
             inference_context: Megatron's key-value cache, in ``eval()`` only.
+            speech: ``[T, R]``, true where positions are speech, for adapters that see nothing else.
 
         Returns:
             ``[T, R, H]``; on the last stage after the final norm. With sequence parallelism ``T`` is padded to a
             multiple of the tensor-parallel size, and only the last stage holds all of it.
         """
         split = self.config.sequence_parallel
+        if self.lora is not None:
+            self.lora.speech = self._padded(speech[..., None]) if speech is not None else None
         if split and embeddings is not None:
-            missing = -len(embeddings) % self.config.tensor_model_parallel_size
-            embeddings = F.pad(embeddings, (0, 0, 0, 0, 0, missing))
+            embeddings = self._padded(embeddings)
             # [T / tp, R, H]; a copy, since what Megatron returns is a view that keeps all positions alive
             embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
         with megatron_device(self.device):
@@ -295,6 +308,11 @@ class GPTDecoder(GPTModel):
             # own positions of it; Megatron's default would sum it once more.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def _padded(self, positions: Tensor) -> Tensor:
+        """``[T, R, n]`` with positions added until tensor-parallel processes can share them, if they do."""
+        missing = -len(positions) % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
+        return F.pad(positions, (0, 0, 0, 0, 0, missing))
 
     def logits(self, hidden: Tensor, index: Tensor, gather: bool = False) -> Tensor:
         """Applies the head at some positions. Last stage only.
@@ -323,11 +341,13 @@ def padded_vocabulary(size: int, tensor_parallel: int) -> int:
     return -(-size // tensor_parallel) * tensor_parallel
 
 
-def build_decoder(config: DecoderConfig, dtype: torch.dtype = torch.float32, **overrides: Any) -> list[GPTDecoder]:
+def build_decoder(
+    config: DecoderConfig, dtype: torch.dtype = torch.float32, transformer_engine: bool = HAVE_TE, **overrides: Any
+) -> list[GPTDecoder]:
     """This process's runs of layers under the layout in force: one, or several with virtual pipeline stages."""
     virtual = groups.layout().virtual_pipeline_model_parallel_size
     chunks = [None] if virtual is None else range(virtual)
-    return [GPTDecoder(config, dtype, chunk, **overrides) for chunk in chunks]
+    return [GPTDecoder(config, dtype, chunk, transformer_engine, **overrides) for chunk in chunks]
 
 
 @contextlib.contextmanager

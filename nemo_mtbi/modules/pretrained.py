@@ -19,7 +19,8 @@ from torch import Tensor
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
-from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.text_llm import (
@@ -110,6 +111,7 @@ def load_text_llm(
     dtype: torch.dtype = torch.float32,
     weights: bool = True,
     chat: ChatConfig | None = None,
+    transformer_engine: bool = HAVE_TE,
     **overrides: Any,
 ) -> TextLLM:
     """Loads a text LLM, or this process's share of it under the layout in force.
@@ -119,6 +121,7 @@ def load_text_llm(
         dtype: of the decoder's weights.
         weights: ``False`` leaves them unset, for a model whose weights come from a checkpoint.
         chat: how prompt and speech are put; ``None``: as the LLM says.
+        transformer_engine: whether its layers are used.
         **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -126,7 +129,7 @@ def load_text_llm(
     """
     found = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
     form = found.chat(chat)
-    chunks = build_decoder(found.architecture, dtype, **overrides)
+    chunks = build_decoder(found.architecture, dtype, transformer_engine, **overrides)
     if weights:
         load_weights(chunks, found.weights())
     return TextLLM(chunks, form, found.fingerprint, found.texts(form))
@@ -157,6 +160,7 @@ def load_speech_llm(
     pretrained_llm: str | Path,
     connector: ConnectorConfig,
     dtype: torch.dtype = torch.float32,
+    lora: LoraConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
     """Joins frozen parts and a new connector: this process's share of them under the layout in force.
@@ -165,10 +169,11 @@ def load_speech_llm(
         pretrained_asr: NeMo ASR ``.nemo``, read on the first stage only.
         pretrained_llm: text LLM directory.
         connector: the trainable part.
-        dtype: of the frozen weights; the front end and the connector are float32.
+        dtype: of the frozen weights; the front end, the connector and adapters are float32.
+        lora: adapters in the LLM; ``None``: none.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
-    text = load_text_llm(pretrained_llm, dtype, **overrides)
+    text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
     encoder = load_speech_encoder(pretrained_asr, dtype) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
-    return SpeechLLM(encoder, connector, text.chunks, shape), text
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora), text

@@ -21,6 +21,7 @@ from nemo_mtbi.losses import COMPARED_AT_ONCE, LossConfig, hidden_distance, resp
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.encoder_cache import EncoderCache
+from nemo_mtbi.modules.lora import LoraConfig, add_lora, without_lora
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
@@ -35,12 +36,15 @@ class LayoutDecoder(nn.Module):
 
     Args:
         decoder: the LLM, or this process's runs of its layers.
+        lora: adapters in it, which are trained; ``None``: none.
     """
 
-    def __init__(self, decoder: GPTDecoder | Sequence[GPTDecoder]):
+    def __init__(self, decoder: GPTDecoder | Sequence[GPTDecoder], lora: LoraConfig | None = None):
         super().__init__()
         chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
         self.chunks = nn.ModuleList(chunks).requires_grad_(False)
+        if lora is not None:
+            add_lora(self.chunks, lora)
 
     @property
     def decoder(self) -> GPTDecoder:
@@ -88,7 +92,9 @@ class LayoutDecoder(nn.Module):
         def forward_step(iterator, decoder: GPTDecoder):
             microbatch = next(iterator)
             embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
-            hidden = decoder.hidden(embeddings)  # [T, R, H]
+            if decoder.lora is not None and embeddings is not None and not forward_only:
+                embeddings.requires_grad_()  # text alone does, if no adapter is in these layers
+            hidden = decoder.hidden(embeddings, speech=speech_positions(decoder, microbatch.layout))  # [T, R, H]
             if not decoder.post_process:
                 return hidden, None
             output, kept = finish(decoder, microbatch, hidden)
@@ -134,7 +140,7 @@ class LayoutDecoder(nn.Module):
 
 
 class SpeechLLM(LayoutDecoder):
-    """The model of one process. Encoder and decoder are frozen, the connector trains.
+    """The model of one process. Encoder and decoder are frozen, the connector and adapters train.
 
     The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
     inside ``generate``, where its cache needs ``eval()``.
@@ -144,6 +150,7 @@ class SpeechLLM(LayoutDecoder):
         connector: its configuration.
         decoder: the LLM, or this process's runs of its layers.
         shape: of the encoder, where there is none.
+        lora: adapters in the LLM, which are trained too; ``None``: none.
 
     Attributes:
         encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
@@ -158,8 +165,9 @@ class SpeechLLM(LayoutDecoder):
         connector: ConnectorConfig,
         decoder: GPTDecoder | Sequence[GPTDecoder],
         shape: EncoderShape | None = None,
+        lora: LoraConfig | None = None,
     ):
-        super().__init__(decoder)
+        super().__init__(decoder, lora)
         shape = encoder.shape if encoder is not None else shape
         self.frame_counter = FrameCounter(
             shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
@@ -205,9 +213,7 @@ class SpeechLLM(LayoutDecoder):
         return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
     def teach(self, batch: StepBatch) -> Tensor:
-        """What the LLM itself makes of the text twins of a step.
-
-        Every pass of the teacher goes through here: adapters in the LLM, once there are any, are to be off in here.
+        """What the LLM itself, without adapters, makes of the text twins of a step.
 
         Returns:
             On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
@@ -221,7 +227,8 @@ class SpeechLLM(LayoutDecoder):
                 "model.loss compares with text twins, but the rows of this step have none: build the dataset with "
                 "with_twins=True"
             )
-        kept = self.response_states(batch.twins, self.no_frames())
+        with without_lora(self.chunks):
+            kept = self.response_states(batch.twins, self.no_frames())
         return torch.cat(kept) if kept else self.no_frames().to(self.decoder.config.params_dtype)
 
     def loss_sums(
@@ -283,8 +290,8 @@ class SpeechLLM(LayoutDecoder):
         teacher = self.teach(batch) if self.loss.uses_teacher else None
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
-        # without a single frame nothing here trains, and autograd refuses to run backward
-        forward_only = not batch.num_frames
+        # without a single frame the connector does not train, and autograd refuses to run backward for nothing
+        forward_only = not batch.num_frames and self.decoder.lora is None
         loss = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
@@ -325,6 +332,13 @@ class SpeechLLM(LayoutDecoder):
     @property
     def _loss_dtype(self) -> torch.dtype:
         return torch.promote_types(self.decoder.config.params_dtype, torch.float32)
+
+
+def speech_positions(decoder: GPTDecoder, layout: Tensor) -> Tensor | None:
+    """``[T, R]`` of ``layout [R, T]``: where speech is, if the adapters of the decoder ask for it."""
+    if decoder.lora is None or not decoder.lora.config.speech_only:
+        return None
+    return (layout < 0).t()
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:

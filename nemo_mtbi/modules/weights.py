@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.parallel import groups
@@ -95,22 +95,44 @@ def canonical_name(name: str) -> str:
 
 
 def named_weights(decoder: GPTDecoder) -> Iterator[tuple[str, Tensor]]:
-    """Canonical names, with layers counted over the whole pipeline, and this process's share of each weight."""
+    """Canonical names, with layers counted over the whole pipeline, and this process's share of each weight.
+
+    Adapters are no weights of the LLM: see :mod:`nemo_mtbi.modules.lora`.
+    """
     tied = decoder.share_embeddings_and_output_weights
     for name, value in decoder.named_parameters():
+        if ".lora." in name:
+            continue
         name = canonical_name(name)
         if tied and name == "output_layer.weight":  # the last stage's copy
             name = "embedding.word_embeddings.weight"
-        layer = _LAYER.match(name)
-        if layer:
-            number = decoder.decoder.layers[int(layer[1])].layer_number - 1
-            name = f"decoder.layers.{number}.{name[layer.end() :]}"
-        yield name, value
+        yield _over_the_pipeline(decoder, name), value
 
 
-def _sharing(name: str) -> tuple[int, int] | None:
-    """Axis and number of parts that tensor-parallel processes share; ``None`` where each has the whole tensor."""
-    return _SHARED.get(_LAYER.sub("", name))
+def named_modules(decoder: GPTDecoder) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, with layers counted over the whole pipeline."""
+    for name, module in decoder.named_modules():
+        yield _over_the_pipeline(decoder, name), module
+
+
+def _over_the_pipeline(decoder: GPTDecoder, name: str) -> str:
+    layer = _LAYER.match(name)
+    if not layer:
+        return name
+    number = decoder.decoder.layers[int(layer[1])].layer_number - 1
+    return f"decoder.layers.{number}.{name[layer.end() :]}"
+
+
+def sharing_of(name: str) -> tuple[int, int] | None:
+    """Axis and number of parts that tensor-parallel processes share; ``None`` where each has the whole tensor.
+
+    Of an adapter, B is shared like the rows of the layer's weight, or A like its columns.
+    """
+    linear, _, part = name.partition(".lora.")
+    if not part:
+        return _SHARED.get(_LAYER.sub("", name))
+    axis, parts = sharing_of(f"{linear}.weight")
+    return (axis, parts) if part == ("b" if axis == 0 else "a") else None
 
 
 def canonical_names(decoder: GPTDecoder) -> set[str]:
@@ -138,14 +160,19 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
         raise ValueError(
             f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
         )
-    with torch.no_grad():
-        for name, value in own:
-            _copy_share(name, value, source)
+    load_shares(own, source)
+
+
+@torch.no_grad()
+def load_shares(owned: Iterable[tuple[str, Tensor]], source: WeightSource) -> None:
+    """Copies this process's share of stored tensors, by name; names and shapes must be right."""
+    for name, value in owned:
+        _copy_share(name, value, source)
 
 
 def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
     """Shape of the tensor that ``value`` is this process's share of."""
-    shape, sharing = list(value.shape), _sharing(name)
+    shape, sharing = list(value.shape), sharing_of(name)
     if sharing is not None:
         size = groups.layout().tensor_model_parallel_size
         shape[sharing[0]] = vocabulary if name in _VOCABULARY else shape[sharing[0]] * size
@@ -154,7 +181,7 @@ def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
 
 def _copy_share(name: str, value: Tensor, source: WeightSource) -> None:
     """Fills ``value`` with this process's share."""
-    sharing, stored = _sharing(name), source.shape(name)
+    sharing, stored = sharing_of(name), source.shape(name)
     if sharing is None:
         value.copy_(source.rows(name, 0, 0, stored[0]))
         return
@@ -170,33 +197,43 @@ def _copy_share(name: str, value: Tensor, source: WeightSource) -> None:
 
 
 def gather_weights(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | None]]:
-    """Canonical weights of the whole LLM, one at a time, on the first process of the first replica.
+    """Canonical weights of the whole LLM: see :func:`gather_shares`."""
+    owned = {name: value for chunk in chunks for name, value in named_weights(chunk)}
+    return gather_shares(owned, chunks[0].architecture.vocab_size)
+
+
+def gather_shares(owned: Mapping[str, Tensor], vocabulary: int) -> Iterator[tuple[str, Tensor | None]]:
+    """Whole tensors, one at a time and in the order of their names, on the first process of the first replica.
 
     Every process of that replica must take part; the others get ``None`` for each tensor. A tensor is dropped before
     the next one is gathered, so that memory stays at one whole tensor.
+
+    Args:
+        owned: this process's shares by names that no layout changes.
+        vocabulary: tokens of the LLM, without those that pad it.
     """
     group = groups.control_group("replica")
-    owned = {name: value for chunk in chunks for name, value in named_weights(chunk)}
     tensor_size = groups.layout().tensor_model_parallel_size
-    holders = groups.gather_objects({name: tuple(value.shape) for name, value in owned.items()}, "replica")
-    dtype = next(iter(owned.values())).dtype
+    specs = {name: (tuple(value.shape), value.dtype) for name, value in owned.items()}
+    holders = groups.gather_objects(specs, "replica")
     for name in sorted({name for held in holders for name in held}):
         stage = next(rank for rank, held in enumerate(holders) if name in held)  # its first tensor-parallel process
-        ranks = [stage + n for n in range(tensor_size)] if _sharing(name) else [stage]
+        ranks = [stage + n for n in range(tensor_size)] if sharing_of(name) else [stage]
         shares = []
         for rank in ranks:
-            box = torch.empty(holders[rank][name], dtype=dtype)
+            shape, dtype = holders[rank][name]
+            box = torch.empty(shape, dtype=dtype)
             if group.rank() == rank:
                 box.copy_(owned[name].detach())
             if group.size() > 1:
                 dist.broadcast(box, dist.get_global_rank(group, rank), group=group)
             shares.append(box)
-        yield name, _join(name, shares, chunks[0].architecture.vocab_size) if group.rank() == 0 else None
+        yield name, _join(name, shares, vocabulary) if group.rank() == 0 else None
 
 
 def _join(name: str, shares: list[Tensor], vocabulary: int) -> Tensor:
     """The whole tensor of its shares in the order of tensor-parallel ranks, without padding of the vocabulary."""
-    sharing = _sharing(name)
+    sharing = sharing_of(name)
     if sharing is None:
         return shares[0]
     axis, parts = sharing

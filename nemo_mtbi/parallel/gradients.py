@@ -27,17 +27,27 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     They are sums and not means, since each loss is already divided by the global number of response tokens. A
     parameter that a step did not reach (cuts that were all left out, rows without speech) has a gradient of zero, in
     one process as in many: an optimizer passes over one of ``None``, and the layout must not decide which it is.
+
+    What Megatron marks ``sequence_parallel`` has seen this process's positions only, and is summed over the
+    tensor-parallel processes too.
     """
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    _sum([p for p in parameters if getattr(p, "sequence_parallel", False)], groups.tensor_parallel_group())
+    _sum(parameters, groups.data_parallel_group())
+
+
+def _sum(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    if group.size() == 1:
+        return
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if groups.data_parallel_size() == 1:
-        return
     for members in by_dtype.values():
         flat = torch.cat([parameter.grad.reshape(-1) for parameter in members])
-        groups.data_parallel_sum(flat)
+        dist.all_reduce(flat, group=group)
         for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
 

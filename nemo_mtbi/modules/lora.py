@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the frozen LLM, right under tensor, sequence and pipeline parallelism.
+
+An adapter adds ``scale · B A x`` to what a linear layer makes of ``x``. Where the layer's output is shared by
+tensor-parallel processes, B is shared as its rows are and A is whole on each; where its input is shared, A is shared
+as its columns are and B is whole. What crosses processes has ``rank`` channels, so that adapters cost little transfer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+from nemo_mtbi.modules.weights import named_modules, sharing_of
+from nemo_mtbi.parallel import groups
+
+LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@dataclass
+class LoraConfig:
+    """Adapters in the LLM.
+
+    Attributes:
+        rank: channels between A and B.
+        alpha: B A x is multiplied by ``alpha / rank``.
+        target_modules: regular expressions, each searched for in names such as
+            ``decoder.layers.3.self_attention.linear_qkv``; the linear layers are ``linear_qkv``, ``linear_proj``,
+            ``linear_fc1`` and ``linear_fc2``.
+        speech_only: adapters see the positions of speech only: what the LLM does with text stays what it was.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj"])
+    speech_only: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank is {self.rank}; it must be at least 1")
+        for pattern in self.target_modules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"model.lora.target_modules has {pattern!r}, no regular expression: {error}"
+                ) from None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass
+class LoraState:
+    """What all adapters of a run of layers go by.
+
+    Attributes:
+        config: theirs.
+        active: ``False`` while the LLM is to be what it was.
+        merged: whether the weights of the LLM hold them.
+        speech: ``[T, R, 1]``, true where positions are speech; ``None``: nowhere.
+    """
+
+    config: LoraConfig
+    active: bool = True
+    merged: bool = False
+    speech: Tensor | None = None
+
+
+def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
+    """Names of the modules of the whole LLM that get an adapter.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    known = [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in LINEAR]
+    for pattern in config.target_modules:
+        if not any(re.search(pattern, name) for name in known):
+            raise ValueError(
+                f"model.lora.target_modules has {pattern!r}, which matches no layer: names are like {known[0]}, and "
+                f"the last parts are {', '.join(LINEAR)}"
+            )
+    return [name for name in known if any(re.search(pattern, name) for pattern in config.target_modules)]
+
+
+def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Names and shapes of all adapters of the whole LLM, in a single process."""
+    a, heads = architecture, architecture.kv_channels or architecture.hidden_size // architecture.num_attention_heads
+    inner = heads * a.num_attention_heads
+    sizes = {  # output, input
+        LINEAR[0]: (inner + 2 * heads * a.num_query_groups, a.hidden_size),
+        LINEAR[1]: (a.hidden_size, inner),
+        LINEAR[2]: (2 * a.ffn_hidden_size, a.hidden_size),
+        LINEAR[3]: (a.hidden_size, a.ffn_hidden_size),
+    }
+    shapes = {}
+    for name in targets(architecture, config):
+        rows, columns = next(size for end, size in sizes.items() if name.endswith(end))
+        shapes |= {f"{name}.lora.a": (config.rank, columns), f"{name}.lora.b": (rows, config.rank)}
+    return shapes
+
+
+class Lora(nn.Module):
+    """The adapter of one linear layer of Megatron, or this process's share of it.
+
+    The first weights depend on the seed and the name alone, and not on the layout.
+
+    Args:
+        linear: the layer.
+        name: of it, with layers counted over the whole pipeline.
+        state: of all adapters here.
+    """
+
+    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, name: str, state: LoraState):
+        super().__init__()
+        self._state, self._by_column = state, isinstance(linear, ColumnParallelLinear)
+        rows, columns = linear.weight.shape
+        shared = "b" if self._by_column else "a"
+        size, rank = groups.layout().tensor_model_parallel_size, groups.tensor_parallel_rank()
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(name.encode()))
+        whole = columns if self._by_column else columns * size
+        bound = 1 / math.sqrt(whole)  # that of nn.Linear
+        first = torch.empty(state.config.rank, whole, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+        first = first if self._by_column else first.chunk(size, 1)[rank]
+        self.a = nn.Parameter(first.to(linear.weight.device, dtype))
+        self.b = nn.Parameter(torch.zeros(rows, state.config.rank, dtype=dtype, device=linear.weight.device))
+        axis, parts = sharing_of(f"{name}.lora.{shared}")
+        set_tensor_model_parallel_attributes(getattr(self, shared), True, axis, parts)
+        other = self.a if self._by_column else self.b
+        # each process has made its gradient from its own positions
+        other.sequence_parallel = linear.sequence_parallel
+
+    def forward(self, x: Tensor, split: bool) -> Tensor:
+        """What is added to the layer's output.
+
+        Args:
+            x: the layer's input, ``[T, R, in]``: of this process's positions where ``split`` and the output is shared,
+                of its channels where the input is.
+            split: whether the layer works with sequence parallelism.
+        """
+        state = self._state
+        h = F.linear(x, self.a.to(x.dtype))  # [T, R, rank]
+        if self._by_column:
+            h = gather_from_sequence_parallel_region(h) if split else copy_to_tensor_model_parallel_region(h)
+        else:
+            h = reduce_scatter_to_sequence_parallel_region(h) if split else reduce_from_tensor_model_parallel_region(h)
+        if state.config.speech_only:
+            speech = state.speech
+            if split and not self._by_column:
+                speech = speech.chunk(groups.layout().tensor_model_parallel_size)[groups.tensor_parallel_rank()]
+            h = h * speech
+        return F.linear(h, self.b.to(h.dtype)) * state.config.scale
+
+    def delta(self) -> Tensor:
+        """What the adapter would add to the layer's weight."""
+        return self._state.config.scale * (self.b @ self.a)
+
+
+def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
+    """Puts adapters, which are trained, into frozen runs of layers; at first they add nothing.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or what is recomputed in backward would see the speech of another
+            microbatch.
+    """
+    if config.speech_only and chunks[0].config.recompute_granularity == "full":
+        raise ValueError(
+            "model.lora.speech_only does not go with model.activations_checkpoint_granularity=full: choose selective"
+        )
+    chosen = set(targets(chunks[0].architecture, config))
+    for chunk in chunks:
+        chunk.lora = state = LoraState(config)
+        for name, module in list(named_modules(chunk)):
+            if name in chosen:
+                module.lora = Lora(module, name, state)
+                module.register_forward_hook(_add)
+
+
+def _add(linear: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """A hook of the layer, so that it keeps its name and class."""
+    state = linear.lora._state
+    if not state.active or state.merged or (state.config.speech_only and state.speech is None):
+        return outputs
+    output, bias = outputs
+    return output + linear.lora(inputs[0], linear.sequence_parallel), bias
+
+
+def adapters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """This process's share of the adapters, by names that no layout changes."""
+    found = {}
+    for chunk in chunks:
+        for name, module in named_modules(chunk):
+            if isinstance(module, Lora):
+                found |= {f"{name}.{part}": value for part, value in module.named_parameters()}
+    return found
+
+
+@contextmanager
+def without_lora(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
+    """The LLM as it was, in the body.
+
+    Raises:
+        RuntimeError: if adapters are merged into its weights.
+    """
+    states = [chunk.lora for chunk in chunks if chunk.lora is not None]
+    if any(state.merged for state in states):
+        raise RuntimeError("the adapters are merged into the LLM's weights: unmerge them first")
+    before = [state.active for state in states]
+    for state in states:
+        state.active = False
+    try:
+        yield
+    finally:
+        for state, active in zip(states, before, strict=True):
+            state.active = active
+
+
+@torch.no_grad()
+def set_merged(chunks: Sequence[GPTDecoder], merged: bool) -> None:
+    """Adds the adapters to the LLM's weights, which then answers as fast as without them, or takes them out again.
+
+    In 16 bits that rounds, and taking them out does not give back the very same bits.
+
+    Raises:
+        ValueError: for adapters that see speech only: the weights are the same for text.
+    """
+    for chunk in chunks:
+        state = chunk.lora
+        if state is None or state.merged == merged:
+            continue
+        if state.config.speech_only:
+            raise ValueError("adapters with speech_only can't be merged: the LLM's weights serve text too")
+        for module in chunk.modules():
+            if isinstance(getattr(module, "lora", None), Lora):
+                added = module.lora.delta()
+                module.weight.copy_(module.weight.to(added.dtype) + (added if merged else -added))
+        state.merged = merged
