@@ -14,6 +14,7 @@ from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
@@ -44,6 +45,8 @@ class ModelConfig:
         chat: how prompt and speech are put into the LLM's chat format: see
             :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
         connector: the trainable part.
+        lora: adapters in the LLM, which are trained too: see :class:`nemo_mtbi.modules.lora.LoraConfig`; ``null``: the
+            LLM stays what it is.
         interleave: which rows get words as text; ``null`` leaves all rows speech.
         loss: what is minimized: see :class:`nemo_mtbi.losses.LossConfig`.
         generation: decoding, in validation and ``generate``.
@@ -71,6 +74,7 @@ class ModelConfig:
     pretrained_llm: str = MISSING
     chat: ChatConfig | None = None
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    lora: LoraConfig | None = None
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)

@@ -46,6 +46,7 @@ def configuration(folder, out, name):
                 "connector": {"hidden_size": 24},
                 "generation": {"max_new_tokens": 8},
                 "interleave": {"probability": 0.5},
+                "lora": {"rank": 3, "target_modules": ["linear_qkv", "mlp"]},
                 "tensor_model_parallel_size": tensor,
                 "pipeline_model_parallel_size": pipeline,
                 "dist_timeout": 60,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Loader:
     def identity(self, name: str, seed: int) -> str:
         """Hash of all that decides the answers of a system."""
         system = self._config.systems[name]
-        parts: list[Any] = [system.kind, self._config.max_new_tokens]
+        parts: list[Any] = [system.kind, self._config.max_new_tokens, *(["adapted"] if system.adapted else [])]
         if system.llm:
             parts.append(self._llm(system.llm, f"systems.{name}.llm").fingerprint)
             parts += [asdict(system.chat)] if system.chat else []
@@ -78,6 +78,7 @@ class Loader:
         model = self._restore(nemo) if nemo else None
         responder = model.responder() if system.llm is None else self._text_llm(name, system.llm)
         responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
+        responder = replace(responder, adapted=system.adapted or system.kind == "speech")
         if system.kind == "text":
             return TextSystem(responder)
         return SpeechSystem(responder) if system.kind == "speech" else self._cascade(name, responder, model)

@@ -31,6 +31,8 @@ class SystemConfig:
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
         chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
         asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
+        adapted: for ``text``: whether the adapters of the model ``of`` are on, as they are for its speech; without
+            them the LLM is what it was before training.
         against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
         hours: hours of speech that it was trained on, for the plot of behavior gap against hours.
         line: systems with the same value are one line of that plot.
@@ -43,6 +45,7 @@ class SystemConfig:
     llm: str | None = None
     chat: ChatConfig | None = None
     asr: str | None = None
+    adapted: bool = False
     against: str | None = None
     hours: float | None = None
     line: str | None = None
@@ -190,8 +193,7 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
         wanted = "speech" if key == "of" else "text"
         if other is not None and (other not in config.systems or config.systems[other].kind != wanted):
             raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
-    if system.chat and not system.llm:
-        raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
+    _check_llm(where, system)
     if system.kind == "speech":
         if not system.nemos or system.of or system.llm or system.asr:
             raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm nor asr")
@@ -201,6 +203,13 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
     needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr)
     if not system.of and not all(needed):
         raise ValueError(f"{where}: set of to a speech system, or {'llm' if system.kind == 'text' else 'llm and asr'}")
+
+
+def _check_llm(where: str, system: SystemConfig) -> None:
+    if system.chat and not system.llm:
+        raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
+    if system.adapted and (system.kind != "text" or not system.of):
+        raise ValueError(f"{where}.adapted is for the text system of a speech system: set kind to text, and of")
 
 
 def read_sets(config: EvalConfig) -> list[EvalSet]:

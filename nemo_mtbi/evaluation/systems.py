@@ -115,7 +115,8 @@ class TextSystem:
                 rows.append(replace(row, twin=twin))
                 compared.append(index)
         frames = self.responder.model.no_frames() if slots.frames is None else slots.frames
-        values = twin_divergences(self.responder.model, rows, frames, self.responder.config.batch_tokens)
+        with self.responder.adaptation():
+            values = twin_divergences(self.responder.model, rows, frames, self.responder.config.batch_tokens)
         for index, row, value in zip(compared, rows, values, strict=True):
             found[index] = Divergence(value, len(row.response))
         return found

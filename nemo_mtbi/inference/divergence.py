@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.layout import MicroBatch, Row, group_by_length
 from nemo_mtbi.losses import response_divergence
+from nemo_mtbi.modules.lora import without_lora
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
@@ -39,7 +40,8 @@ def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, 
     members = group_by_length([max(len(row.layout), len(row.twin.layout)) for row in rows], batch_tokens)
     values = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
     heard = _states(model, [[rows[i] for i in group] for group in members], frames)
-    read = _states(model, [[rows[i].twin for i in group] for group in members], model.no_frames())
+    with without_lora(model.chunks):  # the LLM itself
+        read = _states(model, [[rows[i].twin for i in group] for group in members], model.no_frames())
     with megatron_device(model.device):
         for group, *states in zip(members, heard, read, strict=False):  # off the last stage there are no states
             counts = [len(rows[i].response) for i in group]

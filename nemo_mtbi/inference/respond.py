@@ -7,6 +7,7 @@ Under tensor or pipeline parallelism all processes of a model replica ask the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.layout import group_by_length, speech
 from nemo_mtbi.inference.generate import Generated, GenerationConfig, check_prompts, evaluating, generate
+from nemo_mtbi.modules.lora import without_lora
 from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
 from nemo_mtbi.parallel.agreement import agreed
 
@@ -29,12 +31,14 @@ class Responder:
         chat: its chat format.
         config: decoding parameters.
         encode_seconds: longest padded audio, in seconds, that is encoded at once.
+        adapted: whether adapters in the LLM are on; without them it is the text LLM that it was.
     """
 
     model: SpeechLLM | LayoutDecoder
     chat: ChatFormat
     config: GenerationConfig
     encode_seconds: float = 300.0
+    adapted: bool = True
 
     def layouts(
         self, layouts: Sequence[Sequence[int]], frames: Tensor | None = None, progress: Callable | None = None
@@ -44,7 +48,12 @@ class Responder:
         Off the first stage ``frames`` are not read: what :meth:`encode` returns there will do.
         """
         frames = self.model.no_frames() if frames is None else frames
-        return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
+        with self.adaptation():
+            return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
+
+    def adaptation(self) -> AbstractContextManager:
+        """The LLM with or without adapters, in the body."""
+        return nullcontext() if self.adapted else without_lora(self.model.chunks)
 
     def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:
         """Answers to (prompt, transcript) pairs."""

@@ -26,14 +26,17 @@ from torch import Tensor
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.models.frozen import (
+    ADAPTERS,
     ENCODER_SETTINGS,
     ENCODER_WEIGHTS,
     INSIDE,
     LLM_SETTINGS,
     LLM_WEIGHTS,
     TOKENIZERS,
+    TRAINED,
     Restored,
-    check_connector,
+    adapter_weights,
+    check_trained,
     encoder_settings,
     restoring,
 )
@@ -46,8 +49,9 @@ from nemo_mtbi.modules.archive import (
     end_archive,
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.modules.lora import adapters
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
-from nemo_mtbi.modules.weights import gather_weights, named_weights, whole_shape
+from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights, whole_shape
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.strategy import MTBIStrategy
@@ -99,6 +103,7 @@ class MTBIArchive(SaveRestoreConnector):
         """What went wrong, on the first process. The first replica's processes give their shares of the LLM."""
         if groups.data_parallel_rank() > 0:
             return None
+        trained = gather_adapters(model)
         specs = llm_specs(model.speech_llm.chunks) if full else {}
         weights = gather_weights(model.speech_llm.chunks) if full else iter(())
         with led(weights) as weights:
@@ -106,7 +111,7 @@ class MTBIArchive(SaveRestoreConnector):
                 return None
             try:
                 with replacing(path) as file:
-                    write_model(file, model, full)
+                    write_model(file, model, trained, full)
                     if full:
                         add_tensors(file, LLM_WEIGHTS, specs, weights)
                     end_archive(file)
@@ -137,7 +142,7 @@ class MTBIArchive(SaveRestoreConnector):
                 # not by NeMo's from_config_dict, which builds a model that fails a second time
                 model = calling_cls(cfg=conf, trainer=trainer)
             model = model.to(map_location or ("cuda" if torch.cuda.is_available() else "cpu"))
-            load_connector(model, file.tensors(WEIGHTS), strict, f"the connector in {file.path}")
+            load_trained(model, file.tensors(WEIGHTS), strict, f"what is trained in {file.path}")
         calling_cls._set_model_restore_state(is_being_restored=False)
         logging.info(f"{calling_cls.__name__} was restored from {file.path}")
         return model
@@ -161,12 +166,26 @@ def connector_of(given: SaveRestoreConnector | None) -> MTBIArchive:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_model(file, model: MTBIModel, full: bool) -> None:
+def gather_adapters(model: MTBIModel) -> dict[str, Tensor]:
+    """Whole adapters by the names of stored weights, on the first process of the first replica.
+
+    Raises:
+        ValueError: if they are merged into the LLM's weights.
+    """
+    chunks = model.speech_llm.chunks
+    if any(chunk.lora is not None and chunk.lora.merged for chunk in chunks):
+        raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before saving")
+    found = gather_shares({name: value.detach() for name, value in adapters(chunks).items()}, 0)
+    return {ADAPTERS + name: value for name, value in found if value is not None}
+
+
+def write_model(file, model: MTBIModel, trained: Mapping[str, Tensor], full: bool) -> None:
     """Writes all but the LLM's weights; on the first process."""
     add_file(file, CONFIG, stored_config(model, full))
     for name, content in model.frozen.texts.items():
         add_file(file, name, content)
-    _add_state(file, WEIGHTS, model.state_dict(), shorten=False)
+    connector = {name: value for name, value in model.state_dict().items() if name.startswith(TRAINED)}
+    _add_state(file, WEIGHTS, {**connector, **trained}, shorten=False)
     if full:
         encoder = model.speech_llm.encoder
         add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
@@ -326,10 +345,10 @@ def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
     groups.initialize(ParallelConfig(**layout) if layout else None, run.get("dist_timeout"))
 
 
-def load_connector(
+def load_trained(
     model: MTBIModel, tensors: StoredTensors, strict: bool, what: str, only: Collection[str] | None = None
 ) -> None:
-    """Reads the connector's weights into a model; the same error in all processes of a replica if they do not fit.
+    """Reads connector and adapters into a model; the same error in all processes of a replica if they do not fit.
 
     Args:
         model: whole, or this process's share of it.
@@ -338,15 +357,20 @@ def load_connector(
         what: the stored weights, for messages.
         only: names that are wanted; ``None``: all.
     """
-    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    held = model.state_dict()
+    own = {name: tuple(value.shape) for name, value in held.items() if name.startswith(TRAINED)}
     own = groups.broadcast_object(own)  # the first stage has the connector
+    own |= adapter_weights(model.speech_llm.decoder.architecture, model.config.lora)
     own, found = (
         {name: shape for name, shape in shapes.items() if only is None or name in only}
         for shapes in (own, tensors.shapes)
     )
-    check_connector(own, found, strict, what)
+    check_trained(own, found, strict, what)
     used = own.keys() & found.keys()
-    state = {name: tensors.tensor(name) for name in sorted(used)} if model.speech_llm.connector is not None else {}
+    state = {name: torch.empty_like(value, device="cpu") for name, value in held.items() if name in used}
+    shares = {name.removeprefix(ADAPTERS): value for name, value in state.items() if name.startswith(ADAPTERS)}
+    load_shares(shares.items(), tensors, ADAPTERS)
+    state |= {name: tensors.tensor(name) for name in state if name.startswith(TRAINED)}
     model.load_state_dict(state, strict=False)
     left = sorted((own.keys() | found.keys()) - used)
     if left and groups.is_global_first():

@@ -27,7 +27,8 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import Connector
-from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
+from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
 from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
@@ -40,7 +41,8 @@ from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import decoder_parameters
 from nemo_mtbi.schema import read_section
 
-TRAINED = "speech_llm.connector."  # prefix of the weights that are trained and saved
+# Prefixes of the weights that are trained and saved.
+TRAINED, ADAPTERS = "speech_llm.connector.", "speech_llm.adapters."
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 # Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
@@ -125,9 +127,9 @@ class FrozenParts:
         shape, first_failure = groups.broadcast_object((encoder.shape if encoder else None, failure))
         if failure or first_failure:
             raise ValueError(failure or first_failure) from cause
-        self._check_connector(shape, text.decoder.config.hidden_size)
+        self._check_trained(shape, text.decoder.architecture)
         self._restored = None  # its file will be closed
-        return SpeechLLM(encoder, config.connector, text.chunks, shape), text
+        return SpeechLLM(encoder, config.connector, text.chunks, shape, config.lora), text
 
     def _reference(self, part: str) -> str:
         return str(getattr(self._config, f"pretrained_{part}"))
@@ -182,7 +184,7 @@ class FrozenParts:
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
         chat = self._config.chat
         if self._llm is not None:
-            return load_text_llm(self._llm, dtype, chat=chat, **self._config.megatron)
+            return load_text_llm(self._llm, dtype, chat=chat, **self._layers)
         file, tensors = self._archive("llm"), self._archive("llm").tensors(LLM_WEIGHTS)
         texts = {name: file.read(name, _TEXT_LIMIT) for name in (LLM_SETTINGS, *TOKENIZERS) if name in file}
         _check_architecture(texts[LLM_SETTINGS], tensors)
@@ -191,10 +193,15 @@ class FrozenParts:
                 (Path(folder) / Path(name).name).write_bytes(content)
             (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
             chat = chat if self._asks_for_another_chat() else None
-            text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._config.megatron)
+            text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._layers)
         load_weights(text.chunks, tensors)
         text.fingerprint = self.fingerprints["llm"]
         return text
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        """How the LLM's layers are built. Adapters stand behind norms, which Transformer Engine's layers fuse."""
+        return {"transformer_engine": HAVE_TE and self._config.lora is None, **self._config.megatron}
 
     def _asks_for_another_chat(self) -> bool:
         """Whether the archive that is restored was trained with another ``model.chat``."""
@@ -219,27 +226,34 @@ class FrozenParts:
             return load_speech_encoder(self._paths["asr"], dtype)
         return read_encoder(self._archive("asr"), dtype)
 
-    def _check_connector(self, shape: EncoderShape, hidden_size: int) -> None:
+    def _check_trained(self, shape: EncoderShape, architecture: DecoderConfig) -> None:
         """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
         if self._restored is None:
             return
         try:
             with torch.device("meta"):
-                connector = Connector(self._config.connector, shape.size, hidden_size, shape.frame_rate)
+                connector = Connector(self._config.connector, shape.size, architecture.hidden_size, shape.frame_rate)
         except RuntimeError as error:  # more numbers than can be counted
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
+        expected |= adapter_weights(architecture, self._config.lora)
         found = self._restored.file.tensors(WEIGHTS).shapes
-        check_connector(expected, found, self._restored.strict, f"the connector in {self._restored.file.path}")
+        check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
 
 
-def check_connector(
+def adapter_weights(architecture: DecoderConfig, config: LoraConfig | None) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of stored adapters."""
+    shapes = adapter_shapes(architecture, config) if config else {}
+    return {ADAPTERS + name: shape for name, shape in shapes.items()}
+
+
+def check_trained(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], strict: bool, what: str
 ) -> None:
-    """Compares the shapes of stored weights with those of the connector.
+    """Compares the shapes of stored weights with those of the model.
 
     Args:
-        expected: of the connector.
+        expected: of connector and adapters.
         found: of the stored weights.
         strict: whether names must be the same too.
         what: what holds them, for the message.
@@ -253,9 +267,10 @@ def check_connector(
     wrong = misfits(expected, found)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        key = "model.lora" if all(ADAPTERS in name for name in wrong) else "model.connector"
         raise ValueError(
-            f"{what} does not fit model.connector; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the "
-            "model.connector that it was trained with"
+            f"{what} does not fit {key}; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the {key} that it was "
+            "trained with"
         )
 
 

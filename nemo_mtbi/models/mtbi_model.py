@@ -24,9 +24,10 @@ from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
-from nemo_mtbi.models.frozen import TRAINED, FrozenParts, check_connector, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, TRAINED, FrozenParts, check_trained, refusal
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.encoder_cache import EncoderCache
+from nemo_mtbi.modules.lora import adapters, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.agreement import agreed
@@ -301,16 +302,31 @@ class MTBIModel(ModelPT):
 
     # ----- checkpoints: the frozen parts are referred to by path and hash, unless a .nemo is to be full
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        full = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in full.items() if name.startswith(TRAINED)}
+    def state_dict(self, *args, keep_vars: bool = False, **kwargs) -> dict[str, Tensor]:
+        """This process's share of what is trained, by names that no layout changes."""
+        full = super().state_dict(*args, keep_vars=keep_vars, **kwargs)
+        found = {name: value for name, value in full.items() if name.startswith(TRAINED)}
+        for name, value in adapters(self.speech_llm.chunks).items():
+            found[ADAPTERS + name] = value if keep_vars else value.detach()
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
-        if self.speech_llm.connector is None:
-            return super().load_state_dict({}, strict=False, **kwargs)  # the connector is on the first stage
-        own, found = ({name: tuple(x.shape) for name, x in state.items()} for state in (self.state_dict(), state_dict))
-        check_connector(own, found, strict, "the checkpoint")
-        return super().load_state_dict(state_dict, strict=False, **kwargs)
+        own = self.state_dict(keep_vars=True)
+        if own:  # nothing is trained on a later stage of a frozen LLM
+            shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (own, state_dict))
+            check_trained(*shapes, strict, "the checkpoint")
+        with torch.no_grad():
+            for name in own.keys() & state_dict.keys():
+                own[name].copy_(state_dict[name])
+        return super().load_state_dict({}, strict=False, **kwargs)
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the LLM's weights: answers as fast as without them, but no training and no saving."""
+        set_merged(self.speech_llm.chunks, True)
+
+    def unmerge_lora(self) -> None:
+        """Takes the adapters out of the LLM's weights again."""
+        set_merged(self.speech_llm.chunks, False)
 
     def save_to(self, save_path: str | Path, full: bool | None = None) -> None:
         """Writes a ``.nemo`` that fits every layout. All processes of the run call this together.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo.utils import logging
 
-from nemo_mtbi.models.archive import load_connector, read_config
+from nemo_mtbi.models.archive import load_trained, read_config
 from nemo_mtbi.models.frozen import INSIDE, refusal
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
 from nemo_mtbi.modules.tensor_file import ArchiveError
@@ -59,7 +59,7 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
             stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
             names = set(tensors.names()) | set(model.state_dict())
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
-            load_connector(model, tensors, strict, f"the connector in {path}", groups.broadcast_object(only))
+            load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))
     except ArchiveError as error:
         raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
     other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]

@@ -204,14 +204,32 @@ def _add(linear: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]
     return output + linear.lora(inputs[0], linear.sequence_parallel), bias
 
 
-def adapters(chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+def adapters(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
     """This process's share of the adapters, by names that no layout changes."""
-    found = {}
-    for chunk in chunks:
-        for name, module in named_modules(chunk):
-            if isinstance(module, Lora):
-                found |= {f"{name}.{part}": value for part, value in module.named_parameters()}
-    return found
+    return {
+        f"{name}.{part}": value
+        for chunk in chunks
+        for name, module in named_modules(chunk)
+        if isinstance(module, Lora)
+        for part, value in module.named_parameters()
+    }
+
+
+def adapter_parameters(architecture: DecoderConfig, config: LoraConfig, tensor: int, layers: Sequence[int]) -> int:
+    """Numbers of the adapters on one process.
+
+    Args:
+        architecture: of the LLM.
+        config: of the adapters.
+        tensor: tensor-parallel size.
+        layers: that the process holds.
+    """
+    held = tuple(f"decoder.layers.{layer}." for layer in layers)
+    return sum(
+        math.prod(shape) // (tensor if sharing_of(name) else 1)
+        for name, shape in adapter_shapes(architecture, config).items()
+        if name.startswith(held)
+    )
 
 
 @contextmanager

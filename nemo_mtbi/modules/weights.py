@@ -164,10 +164,16 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
 
 
 @torch.no_grad()
-def load_shares(owned: Iterable[tuple[str, Tensor]], source: WeightSource) -> None:
-    """Copies this process's share of stored tensors, by name; names and shapes must be right."""
+def load_shares(owned: Iterable[tuple[str, Tensor]], source: WeightSource, prefix: str = "") -> None:
+    """Copies this process's share of stored tensors, by name; names and shapes must be right.
+
+    Args:
+        owned: names that no layout changes, and what is filled.
+        source: of the whole tensors.
+        prefix: of their names there.
+    """
     for name, value in owned:
-        _copy_share(name, value, source)
+        _copy_share(name, value, source, prefix)
 
 
 def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
@@ -179,9 +185,10 @@ def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _copy_share(name: str, value: Tensor, source: WeightSource) -> None:
+def _copy_share(name: str, value: Tensor, source: WeightSource, prefix: str) -> None:
     """Fills ``value`` with this process's share."""
-    sharing, stored = sharing_of(name), source.shape(name)
+    sharing, name = sharing_of(name), prefix + name
+    stored = source.shape(name)
     if sharing is None:
         value.copy_(source.rows(name, 0, 0, stored[0]))
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_values import ALL, draw_adapters
 
 from nemo_mtbi.parallel.groups import ParallelConfig
 
@@ -42,12 +43,15 @@ def build(folder, layout=None, **changes):
         "pretrained_llm": f"{folder}/llm",
         "connector": {"hidden_size": 24},
         "generation": {"max_new_tokens": 8},
+        "lora": {"rank": 3, "target_modules": ALL, "speech_only": True},
         **asdict(layout or ParallelConfig()),
         "dist_timeout": 60.0,
         **changes,
     }
     seed_everything(3, verbose=False)
-    return MTBIModel(OmegaConf.create(section))
+    model = MTBIModel(OmegaConf.create(section))
+    draw_adapters(model.speech_llm.chunks)
+    return model
 
 
 @pytest.fixture(scope="module")

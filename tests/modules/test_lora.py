@@ -3,11 +3,11 @@
 
 import json
 import os
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from lora_values import ALL, draw_adapters
 
 from nemo_mtbi.data.layout import MicroBatch, make_row
 from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes, adapters, add_lora, set_merged, targets, without_lora
@@ -15,7 +15,6 @@ from nemo_mtbi.modules.weights import load_shares, sharing_of
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.testing import ARCHITECTURE, tiny_text_llm
 
-ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LAYOUTS = {
     "tp2": (ParallelConfig(2), 1),
     "tp2_sp": (ParallelConfig(2, sequence_parallel=True), 1),
@@ -32,21 +31,6 @@ CONFIGS = {
 FRAMES, STEPS = 7, 3
 
 
-class Whole:
-    """Adapters as they would be stored: each value a function of its name."""
-
-    def __init__(self, shapes):
-        self._shapes = shapes
-
-    def shape(self, name):
-        return self._shapes[name]
-
-    def rows(self, name, axis, start, stop):
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        whole = torch.randn(self._shapes[name], generator=generator, dtype=torch.float64) * 0.3
-        return whole.narrow(axis, start, stop - start)
-
-
 def build(folder, config, values=True):
     """A text LLM with adapters, whose values no layout changes."""
     from nemo_mtbi.modules.pretrained import load_text_llm
@@ -55,8 +39,7 @@ def build(folder, config, values=True):
     text = load_text_llm(folder, torch.float64)
     model = LayoutDecoder(text.chunks, LoraConfig(**config)).train()
     if values:
-        shapes = adapter_shapes(model.decoder.architecture, LoraConfig(**config))
-        load_shares(adapters(model.chunks).items(), Whole(shapes))
+        draw_adapters(model.chunks)
     return model
 
 
