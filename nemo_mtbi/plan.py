@@ -27,6 +27,7 @@ from nemo_mtbi.layout_table import RankFacts
 from nemo_mtbi.modules.connector import connector_stages
 from nemo_mtbi.modules.decoder import DecoderConfig
 from nemo_mtbi.modules.footprint import EncoderFacts, read_encoder, speech_parts
+from nemo_mtbi.modules.lora import adapted_memory
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.text_llm import TextLLMDirectory, open_text_llm
 from nemo_mtbi.parallel import memory
@@ -347,14 +348,15 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
         states=states,
     )
     stages = range(layout.pipeline_model_parallel_size)
+    adapted = adapted_memory(architecture, config.lora, layout) if config.lora else None
 
     def count(layout: ParallelConfig, granularity: str | None) -> list[StageMemory]:
-        given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity)
+        given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity, adapted=adapted)
         return [memory.stage_memory(architecture, layout, stage, **given) for stage in stages]
 
     granularity = config.activations_checkpoint_granularity
     plan.stages = count(layout, granularity)
-    plan.layer = memory.layer_terms(architecture, layout, number, granularity)
+    plan.layer = memory.layer_terms(architecture, layout, number, granularity, adapted)
     for split in (False, True) if tensor > 1 else (False,):
         for choice in GRANULARITIES:
             found = count(replace(layout, sequence_parallel=split), choice)

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
 from nemo_mtbi.modules.weights import named_modules, sharing_of
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.memory import Adapted, stage_runs
 
 LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
@@ -116,6 +118,28 @@ def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str,
         rows, columns = next(size for end, size in sizes.items() if name.endswith(end))
         shapes |= {f"{name}.lora.a": (config.rank, columns), f"{name}.lora.b": (rows, config.rank)}
     return shapes
+
+
+def adapted_memory(architecture: DecoderConfig, config: LoraConfig, layout: ParallelConfig) -> Adapted:
+    """What adapters add to the memory of the processes of a layout."""
+    chosen, layers = targets(architecture, config), architecture.num_layers
+    shapes = adapter_shapes(architecture, config)
+    widths = {name: shapes[f"{name}.lora.a"][1] for name in chosen}
+    by_column = [name for name in chosen if sharing_of(f"{name}.lora.a") is None]
+    by_row = [name for name in chosen if name not in by_column]
+    stages = [
+        [layer for run in stage_runs(layout, layers, stage) for layer in run]
+        for stage in range(layout.pipeline_model_parallel_size)
+    ]
+    tensor = layout.tensor_model_parallel_size
+    return Adapted(
+        parameters=tuple(adapter_parameters(architecture, config, tensor, held) for held in stages),
+        whole=-(-sum(widths[name] for name in by_column) // layers),
+        shared=-(-sum(widths[name] for name in by_row) // layers),
+        attended=-(-sum(widths[name] for name in by_row if name.endswith(LINEAR[1])) // layers),
+        gathered=-(-config.rank * len(by_column) // layers),
+        scattered=-(-config.rank * len(by_row) // layers),
+    )
 
 
 class Lora(nn.Module):

@@ -163,6 +163,26 @@ class SpeechParts:
 
 
 @dataclass(frozen=True)
+class Adapted:
+    """What adapters in the LLM add. Channels are those of a layer, on average over all layers.
+
+    Attributes:
+        parameters: trained, in float32, on one process of each stage.
+        whole: input channels of adapted layers that are whole on each tensor-parallel process.
+        shared: input channels of those that tensor-parallel processes share.
+        attended: how many of these attention gives, which keeps them itself unless it is recomputed.
+        gathered, scattered: channels between A and B of the former and the latter.
+    """
+
+    parameters: tuple[int, ...]
+    whole: int = 0
+    shared: int = 0
+    attended: int = 0
+    gathered: int = 0
+    scattered: int = 0
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """Bytes of one process of a stage, with their arithmetic.
 
@@ -201,6 +221,7 @@ def stage_memory(
     speech: SpeechParts,
     number: int = FLOAT32,
     granularity: str | None = None,
+    adapted: Adapted | None = None,
 ) -> StageMemory:
     """What one process of a stage holds.
 
@@ -212,35 +233,41 @@ def stage_memory(
         speech: the parts of the first stage.
         number: bytes of a number of the LLM.
         granularity: of recomputation: ``None``, ``selective`` (attention) or ``full`` (layers).
+        adapted: what adapters add; ``None``: there are none.
     """
     first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
     frozen = decoder_parameters(config, layout, stage)
     weights = [Term("LLM", ((frozen, "parameters"), (number, "B")))]
-    training: list[Term] = []
-    activations = activation_terms(config, layout, stage, load, number, granularity)
+    activations = activation_terms(config, layout, stage, load, number, granularity, adapted)
+    trained = (speech.connector_parameters if first else 0) + (adapted.parameters[stage] if adapted else 0)
+    training = [
+        Term(
+            f"weights, gradients and {speech.optimizer_states} optimizer states",
+            ((trained, "parameters"), (2 + speech.optimizer_states, "numbers"), (FLOAT32, "B")),
+        )
+    ]
     if first:
         weights.append(Term("encoder", ((speech.encoder_bytes, "B"),)))
-        copies = 2 + speech.optimizer_states
-        training = [
-            Term(
-                f"weights, gradients and {speech.optimizer_states} optimizer states",
-                ((speech.connector_parameters, "parameters"), (copies, "numbers"), (FLOAT32, "B")),
-            )
-        ]
         activations += speech.work
     return StageMemory(
         stage=stage,
         frozen=frozen + (speech.encoder_parameters if first else 0),
-        trained=speech.connector_parameters if first else 0,
+        trained=trained,
         weights=tuple(weights),
-        training=tuple(training),
+        training=tuple(training) if trained else (),
         activations=tuple(activations),
         logits=tuple(logit_terms(config, layout, load, number)) if last else (),
         generation=tuple(generation_terms(config, layout, load, number)),
     )
 
 
-def layer_terms(config: DecoderConfig, layout: ParallelConfig, number: int, granularity: str | None) -> list[Term]:
+def layer_terms(
+    config: DecoderConfig,
+    layout: ParallelConfig,
+    number: int,
+    granularity: str | None,
+    adapted: Adapted | None = None,
+) -> list[Term]:
     """Bytes that autograd keeps of one frozen layer for each position."""
     tensor, hidden, wide = layout.tensor_model_parallel_size, config.hidden_size, max(number, FLOAT32)
     split = tensor if layout.sequence_parallel else 1  # norms and residuals
@@ -263,6 +290,15 @@ def layer_terms(config: DecoderConfig, layout: ParallelConfig, number: int, gran
         cast = number < wide
         kept = heads * (1 + channels * (cast or groups > tensor)) + groups * (1 + channels * cast)
         terms.append(Term("norms of heads", ((kept, "numbers"), (wide, "B")), tensor))
+    if adapted:  # a frozen layer does not need its input
+        shared = adapted.shared - (adapted.attended if granularity is None else 0)
+        for name, channels, share in (
+            ("inputs of adapters", adapted.whole, split),
+            ("shared inputs of adapters", shared, tensor),
+            ("between A and B", adapted.gathered, 1),
+            ("between A and B, of shared inputs", adapted.scattered, split),
+        ):
+            terms.append(Term(name, ((channels, "channels"), (number, "B")), share))
     return terms
 
 
@@ -280,18 +316,23 @@ def in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:
 
 
 def activation_terms(
-    config: DecoderConfig, layout: ParallelConfig, stage: int, load: Load, number: int, granularity: str | None
+    config: DecoderConfig,
+    layout: ParallelConfig,
+    stage: int,
+    load: Load,
+    number: int,
+    granularity: str | None,
+    adapted: Adapted | None = None,
 ) -> list[Term]:
     """What a stage's layers keep of all microbatches in flight, and one layer at work."""
     stages, passes = layout.pipeline_model_parallel_size, in_flight(layout, stage, load.microbatches)
     layers, hidden = config.num_layers // (stages * layout.chunks), config.hidden_size
-    kept = total(layer_terms(config, layout, number, granularity))
+    kept = total(layer_terms(config, layout, number, granularity, adapted))
+    at_work = total(layer_terms(config, layout, number, None, adapted))
     flying = (passes, "in flight")
     terms = [
         Term("kept", (flying, (layers, "layers"), (load.positions, "positions"), (kept, "B"))),
-        Term(
-            "a layer at work", ((load.positions, "positions"), (total(layer_terms(config, layout, number, None)), "B"))
-        ),
+        Term("a layer at work", ((load.positions, "positions"), (at_work, "B"))),
     ]
     split = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     if stages > 1:

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_values import ALL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_mtbi.data.layout import collate, make_row, speech
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.lora import LoraConfig, adapted_memory, add_lora
 from nemo_mtbi.parallel import groups, memory
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.groups import ParallelConfig
@@ -165,6 +167,31 @@ def test_autograd_keeps_what_is_counted():
 @pytest.mark.parametrize("name", ["tp2", "tp2_sp"])
 def test_autograd_keeps_what_is_counted_under_tensor_parallelism(name, processes):
     processes(check_kept, name, timeout=120)
+
+
+def check_kept_with_adapters(name="one"):
+    """Worker: so it is with adapters behind each linear layer."""
+    layout, length = LAYOUTS[name], 40
+    groups.initialize(layout)
+    lora = LoraConfig(rank=3, target_modules=ALL)
+    for granularity in (None, "selective"):
+        decoder = GPTDecoder(LLM, torch.float32, **RECOMPUTE[granularity]).requires_grad_(False).train()
+        add_lora([decoder], lora)
+        adapted = adapted_memory(LLM, lora, layout)
+        assert adapted.parameters[0] == sum(value.numel() for value in decoder.parameters() if value.requires_grad)
+        terms = memory.activation_terms(LLM, layout, 0, Load(length, 1, 1, 1, 1), 4, granularity, adapted)
+        counted = sum(term.size for term in terms if term.name in ("kept", "final norm"))
+        assert counted == kept_of_one_row(decoder, length, torch.float32), granularity
+
+
+def test_autograd_keeps_what_is_counted_with_adapters():
+    check_kept_with_adapters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp2", "tp2_sp"])
+def test_adapters_are_counted_under_tensor_parallelism(name, processes):
+    processes(check_kept_with_adapters, name, timeout=120)
 
 
 @pytest.mark.parametrize("granularity", RECOMPUTE)
