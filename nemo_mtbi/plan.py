@@ -313,7 +313,8 @@ def make_plan(
         check_data(plan, cfg, config, encoder, llm)
     if divides:
         number = getattr(torch, frozen_dtype or config.frozen_dtype).itemsize
-        count_memory(plan, llm.architecture, encoder, config, number)
+        plan.attempt(count_memory, plan, llm.architecture, encoder, config, number)
+    if plan.stages:
         name_ranks(plan, llm.architecture, per_node, str(trainer.get("accelerator", "auto")))
     return plan
 

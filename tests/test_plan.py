@@ -194,6 +194,8 @@ def test_all_problems_are_told_and_not_only_the_first(planned):
         ({"virtual_pipeline_model_parallel_size": 2}, "both must be at least 2, or leave the former null"),
         ({"mirco_batch_tokens": 5}, "unknown key model.mirco_batch_tokens: did you mean 'micro_batch_tokens'"),
         ({"connector": {"frame_rate": 40}}, "model.connector.frame_rate 40.0 Hz can't be made"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "'q_proj', which matches no layer"),
+        ({"chat": {"format": "qwen", "system": "x"}}, "qwen has no plain system turn"),
         ({"train_ds": {"batch_tokens": 5, "batch_size": 5}}, "batch_size and batch_tokens are both set"),
         ({"train_ds": {"cuts_path": "/nowhere.jsonl"}}, "cuts_path: there is no '/nowhere.jsonl'"),
         ({"train_ds": {"ratio": 3}}, "unknown data key 'ratio'"),

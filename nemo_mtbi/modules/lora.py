@@ -57,6 +57,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"model.lora.rank is {self.rank}; it must be at least 1")
+        if not self.target_modules:
+            raise ValueError("model.lora.target_modules is empty: name linear layers, or leave model.lora out")
         for pattern in self.target_modules:
             try:
                 re.compile(pattern)
