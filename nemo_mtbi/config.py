@@ -14,6 +14,7 @@ from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.hf_encoder import EncoderConfig
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
@@ -40,7 +41,9 @@ class ModelConfig:
     """Everything that stands under ``model:``.
 
     Attributes:
-        pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, or ``demo``.
+        pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, directory of a Hugging Face encoder,
+            or ``demo``.
+        encoder: how a Hugging Face encoder is used: see :class:`nemo_mtbi.modules.hf_encoder.EncoderConfig`.
         pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
         chat: how prompt and speech are put into the LLM's chat format: see
             :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
@@ -72,6 +75,7 @@ class ModelConfig:
 
     pretrained_asr: str = MISSING
     pretrained_llm: str = MISSING
+    encoder: EncoderConfig | None = None
     chat: ChatConfig | None = None
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     lora: LoraConfig | None = None

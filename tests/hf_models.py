@@ -142,3 +142,57 @@ def hf_llm(
 def hf_config(folder: str | Path, family: str, **values: Any) -> None:
     """Writes the ``config.json`` from which the class of a tokenizer follows too."""
     Path(folder, "config.json").write_text(json.dumps({"model_type": family, **values}))
+
+
+# ----------------------------------------------------------------------------------------------------------- encoders
+
+WAVE = dict(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
+    conv_dim=(8,) * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=2,
+)
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {  # name: model_type and its configuration
+    "whisper": (
+        "whisper",
+        dict(
+            d_model=16,
+            encoder_layers=3,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=8,
+            vocab_size=40,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        ),
+    ),
+    "wav2vec2": ("wav2vec2", WAVE),
+    "hubert": ("hubert", {**WAVE, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "wavlm": ("wavlm", WAVE),
+    "wavlm_large": ("wavlm", {**WAVE, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+}
+
+
+def hf_encoder(folder: str | Path, name: str) -> Path:
+    """Writes a speech encoder with its feature extractor."""
+    import torch
+    from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+
+    family, values = ENCODERS[name]
+    torch.manual_seed(5)
+    AutoModel.from_config(AutoConfig.for_model(family, **copy.deepcopy(values))).eval().save_pretrained(str(folder))
+    normalize = values.get("feat_extract_norm") == "layer"
+    extractor = (
+        WhisperFeatureExtractor()
+        if family == "whisper"
+        else Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=normalize)
+    )
+    extractor.save_pretrained(str(folder))
+    return Path(folder)

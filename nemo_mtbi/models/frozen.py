@@ -28,12 +28,14 @@ from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import Connector
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
+from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
+from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
 from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
-from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES, file_digest
+from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES, file_digest, files_digest
 from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
 from nemo_mtbi.modules.weights import load_weights
 from nemo_mtbi.parallel import groups
@@ -157,7 +159,7 @@ class FrozenParts:
             raise ValueError(
                 f"{error}. If it has moved, restore with override_config_path={{'pretrained_{part}': its path}}"
             ) from error
-        if not (path.is_file() if part == "asr" else path.is_dir()):
+        if not (path.is_file() or is_hf_encoder(path) if part == "asr" else path.is_dir()):
             raise ValueError(f"{key}={reference}: {path} must be a {'file' if part == 'asr' else 'directory'}")
         return path
 
@@ -169,7 +171,7 @@ class FrozenParts:
             return wanted
         path = self._paths[part]
         try:
-            found = file_digest(path) if part == "asr" else self._llm.fingerprint
+            found = self._digest_of_encoder(path) if part == "asr" else self._llm.fingerprint
         except OSError as error:
             raise ValueError(f"model.pretrained_{part}={path} can't be read: {error}") from error
         if wanted not in (None, found):
@@ -180,6 +182,12 @@ class FrozenParts:
                 f"{'' if then == reference else f' ({then})'}: give the path of that one"
             )
         return found
+
+    def _digest_of_encoder(self, path: Path) -> str:
+        if path.is_file():
+            return file_digest(path)
+        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        return files_digest([path / name for name in ENCODER_FILES if (path / name).is_file()] + weights)
 
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
         chat = self._config.chat
@@ -223,7 +231,7 @@ class FrozenParts:
 
     def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
         if "asr" not in self.embedded:
-            return load_speech_encoder(self._paths["asr"], dtype)
+            return load_speech_encoder(self._paths["asr"], dtype, self._config.encoder)
         return read_encoder(self._archive("asr"), dtype)
 
     def _check_trained(self, shape: EncoderShape, architecture: DecoderConfig) -> None:
@@ -293,7 +301,13 @@ def _check_architecture(settings: bytes, tensors: StoredTensors) -> None:
 
 
 def encoder_settings(encoder: SpeechEncoder) -> bytes:
-    """What it takes to build front end and encoder, as YAML."""
+    """What it takes to build front end and encoder, as YAML.
+
+    Raises:
+        ValueError: for an encoder that is none of NeMo.
+    """
+    if isinstance(encoder, HFSpeechEncoder):
+        raise ValueError("a full .nemo holds encoders of NeMo only: save a small one, with full=False")
     parts = {name: getattr(encoder, name)._cfg for name in ("preprocessor", "encoder")}
     parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
     return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from nemo_mtbi.config import RUN_KEYS, parse_model_config
+from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
@@ -71,9 +73,11 @@ class MTBIModel(ModelPT):
         self.speech_llm, llm = frozen.load()
         self.speech_llm.loss = config.loss
         if config.encoder_cache and self.speech_llm.encoder is not None:
-            self.speech_llm.encoder_cache = EncoderCache(
-                config.encoder_cache, frozen.fingerprints["asr"], getattr(torch, config.frozen_dtype)
-            )
+            encoder = frozen.fingerprints["asr"]
+            if config.encoder is not None:
+                encoder = f"sha256:{digest_of([encoder, asdict(config.encoder)])}"
+            dtype = getattr(torch, config.frozen_dtype)
+            self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat
         self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()

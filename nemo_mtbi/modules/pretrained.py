@@ -20,6 +20,7 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.hf_encoder import EncoderConfig, HFSpeechEncoder, is_hf_encoder, load_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
@@ -148,9 +149,26 @@ def load_asr_model(name: str | Path):
         raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
 
 
-def load_speech_encoder(name: str | Path, dtype: torch.dtype = torch.float32) -> SpeechEncoder:
-    """Front end (float32) and encoder (``dtype``) of a NeMo ASR ``.nemo``, or of ``demo``."""
-    encoder = SpeechEncoder(load_asr_model(name))
+def load_speech_encoder(
+    name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
+) -> SpeechEncoder | HFSpeechEncoder:
+    """Front end (float32) and encoder (``dtype``).
+
+    Args:
+        name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
+        dtype: of the encoder's weights.
+        config: how a Hugging Face encoder is used.
+
+    Raises:
+        ValueError: if it can't be read, or ``config`` is given for another one.
+    """
+    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    if is_hf_encoder(path):
+        encoder = load_hf_encoder(path, config)
+    elif config is not None:
+        raise ValueError(f"model.encoder is for encoders of Hugging Face, and {path} is none: leave it out")
+    else:
+        encoder = SpeechEncoder(load_asr_model(name))
     encoder.encoder.to(dtype)
     return encoder
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,7 @@ class TextLLMDirectory(ABC):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of settings, weights and tokenizer."""
-        digest = hashlib.sha256()
-        for path in self._files():
-            digest.update(_hash(path, sampled=path.stat().st_size > HASHED_BYTES).digest())
-        return f"sha256:{digest.hexdigest()}"
+        return files_digest(self._files())
 
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
         """Settings and tokenizer, by names with which they and weights are a directory of ours."""
@@ -121,6 +118,14 @@ class TextLLMDirectory(ABC):
 def file_digest(path: Path) -> str:
     """Hash of a file that may be larger than memory."""
     return f"sha256:{_hash(path).hexdigest()}"
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(_hash(path, sampled=path.stat().st_size > HASHED_BYTES).digest())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _hash(path: Path, sampled: bool = False) -> Any:

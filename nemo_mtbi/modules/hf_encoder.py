@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speech encoders of Hugging Face: Whisper's, and those on the raw wave (WavLM, HuBERT, wav2vec 2.0)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.speech_encoder import EncoderShape
+
+CONFIG = "config.json"
+FILES = (CONFIG, "preprocessor_config.json")
+# Whisper: 80 or 128 mel channels each 10 ms, then convolutions of stride 1 and 2.
+_SHORTEST = 400  # samples that its short-time Fourier transform takes at least
+_WHISPER_STAGES = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
+
+
+@dataclass
+class EncoderConfig:
+    """How a Hugging Face encoder is used.
+
+    Attributes:
+        layers: hidden states that are given side by side, by the number of the layer (0: what enters the first one;
+            negative numbers count from the end); empty: the output of the last one.
+        pad: whether Whisper hears silence up to its 30 s, as in its own training. Without, short utterances cost less.
+        window_seconds: longer audio is cut into windows; for Whisper at most 30.
+        overlap_seconds: of neighboring windows. Each gives the frames up to the middle of the overlap.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    pad: bool = True
+    window_seconds: float = 30.0
+    overlap_seconds: float = 2.0
+
+    def __post_init__(self):
+        if not 0 <= self.overlap_seconds < self.window_seconds / 2:
+            raise ValueError(
+                f"model.encoder.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
+                f"window_seconds, {self.window_seconds / 2:g}"
+            )
+
+
+def is_hf_encoder(path: Path) -> bool:
+    """Whether a path is a directory of Hugging Face."""
+    return path.is_dir() and (path / CONFIG).is_file()
+
+
+def read_hf_config(path: Path) -> Mapping[str, Any]:
+    """The ``config.json`` of an encoder.
+
+    Raises:
+        ValueError: if it can't be read, or is of another kind.
+    """
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / CONFIG} can't be read: {error}") from error
+    if kind not in KINDS:
+        raise ValueError(f"{path}: model_type is {kind!r}; encoders are read of {', '.join(KINDS)}")
+    return config
+
+
+class HFSpeechEncoder(nn.Module, ABC):
+    """Front end (float32) and encoder of a Hugging Face model, frozen and always in ``eval()``.
+
+    An utterance is encoded as if it were alone: only windows of equal length share a batch, since none of these models
+    is indifferent to padding.
+
+    Args:
+        model: the encoder.
+        extractor: the feature extractor that belongs to it.
+        config: how it is used.
+        size: width of a hidden state.
+        num_layers: of the encoder.
+        stages: from samples to frames.
+
+    Raises:
+        ValueError: if a layer is not there, or windows overlap by less than what frames at their ends need.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        extractor: Any,
+        config: EncoderConfig,
+        size: int,
+        num_layers: int,
+        stages: tuple[LengthStage, ...],
+    ):
+        super().__init__()
+        self.encoder, self._extractor, self._config = model, extractor, config
+        wrong = [layer for layer in config.layers if not -num_layers - 1 <= layer <= num_layers]
+        if wrong:
+            raise ValueError(f"model.encoder.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
+        self._layers = [layer % (num_layers + 1) for layer in config.layers]
+        self.shape = EncoderShape(size * max(len(config.layers), 1), int(extractor.sampling_rate), stages)
+        self._counter = FrameCounter(stages, self.shape.sample_rate)
+        step = self._counter.samples_per_frame
+        self._window = int(config.window_seconds * self.shape.sample_rate) // step * step
+        self._overlap = int(config.overlap_seconds * self.shape.sample_rate) // (2 * step) * 2 * step
+        missing = self._window // step - self._counter(self._window)  # frames that reach beyond the end of a window
+        if self._overlap // 2 < missing * step:
+            raise ValueError(
+                f"model.encoder.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap by "
+                f"{2 * missing * step / self.shape.sample_rate:g} s or more"
+            )
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> HFSpeechEncoder:
+        """Stays in ``eval()``."""
+        return super().train(False)
+
+    @abstractmethod
+    def encode(self, samples: Tensor) -> list[Tensor]:
+        """Hidden states ``[W, E, D]`` of windows of equal length ``[W, N]``, from the input of the first layer on.
+
+        What follows the last layer (a norm) is part of the last of them. ``E`` may be larger than the windows' count.
+        """
+
+    @torch.no_grad()
+    def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            audio: ``[U, N]`` samples at ``sample_rate``.
+            lengths: ``[U]`` valid samples.
+
+        Returns:
+            ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
+        """
+        sizes = lengths.tolist()
+        windows = [(u, start, stop) for u, size in enumerate(sizes) for start, stop in self._windows(size)]
+        found: dict[tuple[int, int, int], Tensor] = {}
+        for size in sorted({stop - start for _, start, stop in windows}):
+            chosen = [window for window in windows if window[2] - window[1] == size]
+            states = self.encode(torch.stack([audio[u, start:stop] for u, start, stop in chosen]).float())
+            kept = [states[layer] for layer in self._layers] or states[-1:]
+            found |= zip(chosen, torch.cat(kept, -1), strict=True)  # [E, D] each
+        counts = [self._counter(size) for size in sizes]
+        longest = self._counter(audio.shape[1])
+        dtype = next(self.encoder.parameters()).dtype
+        encoded = torch.zeros(len(sizes), longest, self.shape.size, dtype=dtype, device=audio.device)
+        step, half = self._counter.samples_per_frame, self._overlap // 2
+        for utterance, count in enumerate(counts):
+            own = [window for window in windows if window[0] == utterance]  # none if it is too short for a frame
+            edges = [0, *((start + half) // step for _, start, _ in own[1:]), count]
+            for window, (first, last) in zip(own, pairwise(edges), strict=False):
+                offset = window[1] // step
+                encoded[utterance, first:last] = found[window][first - offset : last - offset]
+        return encoded, torch.tensor(counts, device=audio.device)
+
+    def _windows(self, samples: int) -> list[tuple[int, int]]:
+        """Where windows of an utterance begin and end."""
+        hop = self._window - self._overlap
+        starts = range(0, max(samples - self._overlap, 1), hop)
+        return [(start, min(start + self._window, samples)) for start in starts if self._counter(samples - start)]
+
+
+class WhisperEncoder(HFSpeechEncoder):
+    """Whisper's encoder (arXiv 2212.04356)."""
+
+    def __init__(self, model: nn.Module, extractor: Any, config: EncoderConfig):
+        if config.window_seconds > extractor.chunk_length:
+            raise ValueError(
+                f"model.encoder.window_seconds is {config.window_seconds:g}; Whisper hears {extractor.chunk_length} s"
+            )
+        sizes = model.config
+        super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)
+        # transformers before 5 ask for it
+        asked = inspect.signature(type(model.layers[0]).forward).parameters
+        self._masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in asked}
+
+    def encode(self, samples: Tensor) -> list[Tensor]:
+        encoder, device = self.encoder, samples.device
+        samples = nn.functional.pad(samples, (0, max(_SHORTEST - samples.shape[1], 0)))
+        padding = {"padding": "max_length"} if self._config.pad else {"padding": "longest", "truncation": False}
+        features = self._extractor(
+            list(samples.cpu().numpy()),
+            sampling_rate=self.shape.sample_rate,
+            return_tensors="pt",
+            device=str(device),
+            **padding,
+        ).input_features.to(device, next(encoder.parameters()).dtype)  # [W, mels, T]
+        # The model's own forward takes 30 s only.
+        x = nn.functional.gelu(encoder.conv1(features))
+        x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)  # [W, E, D]
+        x = x + encoder.embed_positions.weight[: x.shape[1]]
+        states = [x]
+        for layer in encoder.layers:
+            output = layer(states[-1], **self._masks)
+            states.append(output[0] if isinstance(output, tuple) else output)
+        states[-1] = encoder.layer_norm(states[-1])
+        return states
+
+
+class WaveEncoder(HFSpeechEncoder):
+    """Encoders on the raw wave: wav2vec 2.0 (arXiv 2006.11477), HuBERT (2106.07447) and WavLM (2110.13900)."""
+
+    def __init__(self, model: nn.Module, extractor: Any, config: EncoderConfig):
+        sizes = model.config
+        stages = tuple(map(LengthStage, sizes.conv_kernel, sizes.conv_stride))
+        super().__init__(model, extractor, config, sizes.hidden_size, sizes.num_hidden_layers, stages)
+
+    def encode(self, samples: Tensor) -> list[Tensor]:
+        if self._extractor.do_normalize:
+            # that of the extractor, on the device
+            mean, variance = samples.mean(1, keepdim=True), samples.var(1, unbiased=False, keepdim=True)
+            samples = (samples - mean) / (variance + 1e-7).sqrt()
+        dtype = next(self.encoder.parameters()).dtype
+        found = self.encoder(samples.to(dtype), output_hidden_states=True)
+        # transformers 5 gives the last one without the norm behind it
+        return [*found.hidden_states[:-1], found.last_hidden_state]
+
+
+KINDS: dict[str, type[HFSpeechEncoder]] = {
+    "whisper": WhisperEncoder,
+    "wav2vec2": WaveEncoder,
+    "hubert": WaveEncoder,
+    "wavlm": WaveEncoder,
+}
+
+
+def load_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
+    """Front end and encoder in a Hugging Face directory.
+
+    Args:
+        path: directory with ``config.json``, ``preprocessor_config.json`` and weights.
+        config: how it is used.
+
+    Raises:
+        ValueError: if something is missing, damaged or of another kind.
+    """
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    kind = read_hf_config(path)["model_type"]
+    try:
+        model = AutoModel.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        extractor = AutoFeatureExtractor.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the encoder in {path} can't be read: {str(error).splitlines()[0]}") from error
+    return KINDS[kind](model.encoder if kind == "whisper" else model, extractor, config or EncoderConfig())

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face encoders give what their own classes give for each utterance alone, and frames are counted exactly."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hf_models import ENCODERS, hf_encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.hf_encoder import EncoderConfig, HFSpeechEncoder, load_hf_encoder
+from nemo_mtbi.modules.pretrained import load_speech_encoder
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    for name in ENCODERS:
+        hf_encoder(folder / name, name)
+    return folder
+
+
+def noise(*sizes):
+    rng = np.random.default_rng(3)
+    return [(0.1 * rng.standard_normal(size)).astype(np.float32) for size in sizes]
+
+
+def padded(waves):
+    lengths = torch.tensor([len(wave) for wave in waves])
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(wave) for wave in waves], batch_first=True), lengths
+
+
+@torch.no_grad()
+def reference(path, wave, layers=(), pad=True):
+    """Frames by the model's own class."""
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    model, extractor = AutoModel.from_pretrained(path).eval(), AutoFeatureExtractor.from_pretrained(path)
+    if model.config.model_type == "whisper":
+        model = model.get_encoder()
+        if pad:
+            features = extractor(wave, sampling_rate=RATE, return_tensors="pt").input_features
+        else:
+            features = extractor(
+                wave, sampling_rate=RATE, return_tensors="pt", padding="longest", truncation=False
+            ).input_features
+            # a model of the same weights that was made for this length
+            count = features.shape[-1] // 2
+            model.config.max_source_positions = count
+            model.embed_positions = torch.nn.Embedding.from_pretrained(model.embed_positions.weight[:count])
+        out = model(features, output_hidden_states=True)
+    else:
+        values = extractor(wave, sampling_rate=RATE, return_tensors="pt").input_values
+        out = model(values, output_hidden_states=True)
+    states = [*out.hidden_states[:-1], out.last_hidden_state]
+    return torch.cat([states[n] for n in layers or [-1]], -1)[0]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_frames_are_those_of_the_reference(folder, name):
+    waves = noise(RATE, 3 * RATE // 2 + 77, 5000, RATE)
+    encoder = load_hf_encoder(folder / name)
+    encoded, lengths = encoder(*padded(waves))
+    for wave, frames, count in zip(waves, encoded, lengths.tolist(), strict=True):
+        wanted = reference(folder / name, wave)
+        assert count == (len(wave) // 160 + 1) // 2 if name == "whisper" else count == len(wanted)
+        torch.testing.assert_close(frames[:count], wanted[:count], rtol=0, atol=1e-4)
+        assert not frames[count:].any()
+
+
+def test_whisper_without_padding(folder):
+    waves = noise(RATE, 16_320)
+    encoder = load_hf_encoder(folder / "whisper", EncoderConfig(pad=False))
+    encoded, lengths = encoder(*padded(waves))
+    for wave, frames, count in zip(waves, encoded, lengths.tolist(), strict=True):
+        wanted = reference(folder / "whisper", wave, pad=False)
+        assert count == len(wanted)
+        torch.testing.assert_close(frames[:count], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["whisper", "wavlm", "hubert"])
+def test_layers_stand_side_by_side(folder, name):
+    (wave,) = noise(RATE)
+    encoder = load_hf_encoder(folder / name, EncoderConfig(layers=[0, 2, -1]))
+    encoded, lengths = encoder(*padded([wave]))
+    assert encoder.shape.size == 3 * 16
+    wanted = reference(folder / name, wave, layers=(0, 2, 3))
+    torch.testing.assert_close(encoded[0], wanted[: int(lengths)], rtol=0, atol=1e-4)
+    last = load_hf_encoder(folder / name)(*padded([wave]))[0]
+    torch.testing.assert_close(encoded[..., -16:], last, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- frames
+
+
+class Counting(HFSpeechEncoder):
+    """Its frames say which sample they begin at, within their window and as the window heard it."""
+
+    def __init__(self, stages, config):
+        extractor = type("", (), {"sampling_rate": RATE})()
+        super().__init__(torch.nn.Linear(1, 1), extractor, config, 2, 1, stages)
+
+    def encode(self, samples):
+        step = self._counter.samples_per_frame
+        count = self._counter(samples.shape[1])
+        inside = torch.arange(count, dtype=torch.float32) * step
+        return [torch.stack([torch.stack([inside, row[::step][:count]], -1) for row in samples])] * 2
+
+
+WHISPER = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
+WAVE_STAGES = tuple(map(LengthStage, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)))
+
+
+@given(
+    samples=st.integers(1, 60 * RATE),
+    stages=st.sampled_from([WHISPER, WAVE_STAGES]),
+    window=st.sampled_from([3.0, 7.7, 30.0]),
+    overlap=st.sampled_from([0.1, 0.5, 1.03]),
+)
+@settings(max_examples=150, deadline=None)
+def test_windows_give_each_frame_once(samples, stages, window, overlap):
+    """From 1 sample to 60 s: the count is exact, and frames come from at least half an overlap inside a window."""
+    config = EncoderConfig(window_seconds=window, overlap_seconds=overlap)
+    encoder = Counting(stages, config)
+    audio = torch.arange(samples, dtype=torch.float32)[None]
+    encoded, lengths = encoder(audio, torch.tensor([samples]))
+    count = FrameCounter(stages, RATE)(samples)
+    assert lengths.tolist() == [count] and encoded.shape == (1, count, 2)
+    assert encoded[0, :, 1].tolist() == [320.0 * n for n in range(count)]
+    inside = encoded[0, :, 0]
+    begins = (inside != torch.arange(count) * 320.0).nonzero()
+    if len(begins):
+        assert inside[begins[0]] >= encoder._overlap // 2
+
+
+@pytest.mark.parametrize("name", ["whisper", "wavlm"])
+@pytest.mark.parametrize("samples", [1, 159, 160, 161, 319, 320, 399, 400, 401, 719, 720, 721, 16000])
+def test_short_audio(folder, name, samples):
+    encoder = load_hf_encoder(folder / name, EncoderConfig(pad=False))
+    encoded, lengths = encoder(*padded(noise(samples)))
+    count = FrameCounter(encoder.shape.stages, RATE)(samples)
+    assert lengths.tolist() == [count] and encoded.shape == (1, count, 16)
+    assert encoded.isfinite().all()
+
+
+def test_long_audio_of_whisper(folder):
+    """Frames of the first window are those of the window alone."""
+    (wave,) = noise(32 * RATE)
+    encoded, lengths = load_hf_encoder(folder / "whisper")(*padded([wave]))
+    assert lengths.tolist() == [1600]
+    wanted = reference(folder / "whisper", wave[: 30 * RATE])
+    torch.testing.assert_close(encoded[0, :1450], wanted[:1450], rtol=0, atol=1e-4)
+
+
+def test_speech_from_a_directory_is_found_by_its_kind(folder):
+    encoder = load_speech_encoder(folder / "wavlm", torch.bfloat16, EncoderConfig(layers=[1]))
+    assert {value.dtype for value in encoder.parameters()} == {torch.bfloat16}
+    encoded, _ = encoder(*padded(noise(RATE)))
+    assert encoded.dtype == torch.bfloat16 and not encoder.train().training
+    assert not any(value.requires_grad for value in encoder.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("whisper", {"layers": [4]}, r"model.encoder.layers has 4, but the encoder has layers 0 to 3"),
+        ("whisper", {"window_seconds": 31.0}, "window_seconds is 31; Whisper hears 30 s"),
+        ("wavlm", {"overlap_seconds": 0.0}, "windows of this encoder must overlap by 0.04 s or more"),
+        ("wavlm", {"overlap_seconds": 20.0}, "must be at least 0 and below half of window_seconds, 15"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folder, name, values, message):
+    with pytest.raises(ValueError, match=message):
+        load_hf_encoder(folder / name, EncoderConfig(**values))
+
+
+def test_other_directories_are_refused(folder, tmp_path, llm_dir):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type is 'bert'; encoders are read of whisper"):
+        load_speech_encoder(tmp_path)
+    (tmp_path / "config.json").write_text((folder / "wavlm" / "config.json").read_text())
+    with pytest.raises(ValueError, match="the encoder in .* can't be read"):
+        load_speech_encoder(tmp_path)
+    with pytest.raises(ValueError, match="model.encoder is for encoders of Hugging Face"):
+        load_speech_encoder("demo", config=EncoderConfig())
