@@ -303,7 +303,7 @@ def make_plan(
         plan.refuse("trainer.accumulate_grad_batches must be 1: raise model.train_ds.batch_tokens for a larger step")
     config = check_model(plan, model)
     llm = read_llm(plan, model.get("pretrained_llm"), config.chat if config else None)
-    encoder = plan.attempt(read_encoder, model.get("pretrained_asr"))
+    encoder = plan.attempt(read_encoder, model.get("pretrained_asr"), config.encoder if config else None)
     divides = bool(plan.layout and llm) and check_architecture(plan, llm.architecture)
     if not (config and llm and encoder and plan.attempt(frame_counter, encoder, config)):
         return plan

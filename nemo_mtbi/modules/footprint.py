@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.hf_encoder import EncoderConfig, empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages
 from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
@@ -43,15 +44,29 @@ class EncoderFacts:
     convolution: int
 
 
-def read_encoder(name: str) -> EncoderFacts:
-    """Builds front end and encoder of a NeMo ASR ``.nemo`` from its configuration, with tensors that hold nothing.
+def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts:
+    """Builds front end and encoder from their configuration, with tensors that hold nothing.
+
+    Args:
+        name: NeMo ASR ``.nemo``, Hugging Face directory, or ``demo``.
+        config: how a Hugging Face encoder is used.
 
     Raises:
-        ValueError: if it is no archive of an ASR model with an encoder whose frames can be counted.
+        ValueError: if it is neither, or an encoder whose frames can't be counted.
     """
+    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    if is_hf_encoder(path):
+        with FakeTensorMode():
+            encoder = empty_hf_encoder(path, config)
+        values = [*encoder.parameters(), *encoder.buffers()]
+        numbers = sum(value.numel() for value in values)
+        return EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels)
+    return _read_nemo(name, path)
+
+
+def _read_nemo(name: str, path: Path) -> EncoderFacts:
     from nemo.core.classes.common import Serialization
 
-    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
     try:
         with tarfile.open(path) as archive:
             (member,) = (item for item in archive if Path(item.name).name == "model_config.yaml")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -85,9 +85,14 @@ class HFSpeechEncoder(nn.Module, ABC):
         num_layers: of the encoder.
         stages: from samples to frames.
 
+    Attributes:
+        first_channels: of the first convolution, whose output is the largest.
+
     Raises:
         ValueError: if a layer is not there, or windows overlap by less than what frames at their ends need.
     """
+
+    first_channels: int
 
     def __init__(
         self,
@@ -177,6 +182,7 @@ class WhisperEncoder(HFSpeechEncoder):
             )
         sizes = model.config
         super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)
+        self.first_channels = sizes.d_model
         # transformers before 5 ask for it
         asked = inspect.signature(type(model.layers[0]).forward).parameters
         self._masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in asked}
@@ -211,6 +217,7 @@ class WaveEncoder(HFSpeechEncoder):
         sizes = model.config
         stages = tuple(map(LengthStage, sizes.conv_kernel, sizes.conv_stride))
         super().__init__(model, extractor, config, sizes.hidden_size, sizes.num_hidden_layers, stages)
+        self.first_channels = sizes.conv_dim[0]
 
     def encode(self, samples: Tensor) -> list[Tensor]:
         if self._extractor.do_normalize:
@@ -241,12 +248,28 @@ def load_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeech
     Raises:
         ValueError: if something is missing, damaged or of another kind.
     """
-    from transformers import AutoFeatureExtractor, AutoModel
+    from transformers import AutoModel
+
+    return _assemble(path, config, lambda: AutoModel.from_pretrained(str(path), **_LOCAL))
+
+
+def empty_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
+    """The same with the weights that it is built with."""
+    from transformers import AutoConfig, AutoModel
+
+    return _assemble(path, config, lambda: AutoModel.from_config(AutoConfig.from_pretrained(str(path), **_LOCAL)))
+
+
+# Never from the hub, and no code that the folder holds.
+_LOCAL: dict[str, bool] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _assemble(path: Path, config: EncoderConfig | None, build: Callable[[], nn.Module]) -> HFSpeechEncoder:
+    from transformers import AutoFeatureExtractor
 
     kind = read_hf_config(path)["model_type"]
     try:
-        model = AutoModel.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        extractor = AutoFeatureExtractor.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        model, extractor = build(), AutoFeatureExtractor.from_pretrained(str(path), **_LOCAL)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"the encoder in {path} can't be read: {str(error).splitlines()[0]}") from error
     return KINDS[kind](model.encoder if kind == "whisper" else model, extractor, config or EncoderConfig())

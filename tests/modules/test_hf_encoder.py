@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.footprint import read_encoder
 from nemo_mtbi.modules.hf_encoder import EncoderConfig, HFSpeechEncoder, load_hf_encoder
 from nemo_mtbi.modules.pretrained import load_speech_encoder
 
@@ -163,6 +164,37 @@ def test_speech_from_a_directory_is_found_by_its_kind(folder):
     encoded, _ = encoder(*padded(noise(RATE)))
     assert encoded.dtype == torch.bfloat16 and not encoder.train().training
     assert not any(value.requires_grad for value in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["whisper", "wavlm"])
+def test_the_facts_of_a_plan_are_those_of_the_encoder(folder, name):
+    config = EncoderConfig(layers=[1, 2])
+    encoder, facts = load_hf_encoder(folder / name, config), read_encoder(str(folder / name), config)
+    assert facts.shape == encoder.shape
+    assert facts.numbers == sum(value.numel() for value in (*encoder.parameters(), *encoder.buffers()))
+
+
+@pytest.mark.parametrize("name", ["whisper", "wavlm"])
+def test_a_model_hears_by_it(folder, name, model_section, tmp_path):
+    """Training, ``.nemo`` and answers."""
+    from lightning.pytorch import Trainer
+
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+    from nemo_mtbi.parallel.strategy import MTBIStrategy
+
+    changes = {"pretrained_asr": str(folder / name), "encoder": {"layers": [1, 3], "pad": False}}
+    model = MTBIModel(model_section(**changes, encoder_cache=str(tmp_path / "cache")))
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    strategy = MTBIStrategy(model.config.layout)
+    Trainer(max_steps=2, accelerator="cpu", devices=1, strategy=strategy, **dict.fromkeys(off, False)).fit(model)
+    assert model.speech_llm.encoder_cache.misses
+    model.save_to(tmp_path / "model.nemo")
+    said = model.generate(noise(RATE), ["say it"])
+    restored = MTBIModel.restore_from(tmp_path / "model.nemo", map_location="cpu")
+    assert restored.generate(noise(RATE), ["say it"]) == said
+    with pytest.raises(ValueError, match="a full .nemo holds encoders of NeMo only"):
+        model.save_to(tmp_path / "full.nemo", full=True)
+    assert [path.name for path in tmp_path.glob("*.nemo")] == ["model.nemo"]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused
