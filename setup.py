@@ -31,6 +31,7 @@ setup(
         "lightning",
         "psutil",  # the checkpoint writer of Megatron imports it and does not require it
         "safetensors",
+        "transformers",  # tokenizers, and the encoders of Hugging Face
         "sentencepiece",
         "soundfile",
         "numpy",
