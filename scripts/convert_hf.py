@@ -62,6 +62,10 @@ def to_megatron(arguments: argparse.Namespace) -> None:
     found = HFDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
+    if found.architecture.num_experts:
+        raise ValueError(
+            f"{arguments.source} has experts: train with model.pretrained_llm={arguments.source} as it is"
+        )
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} is there: give a new folder")
     source, chat = found.weights(), found.chat()

@@ -8,6 +8,7 @@ each process reads its own share straight from the files.
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
+
+_EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 _GLOBAL = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight",),
@@ -49,12 +52,22 @@ _QK_NORM = {
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
 }
-# By ``model_type``: the tensors of a layer.
+_MLP = ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+_EXPERTS = {
+    "mlp.router.weight": ("mlp.gate.weight",),
+    "mlp.experts.local_experts.{expert}.linear_fc1.weight": (
+        "mlp.experts.{expert}.gate_proj.weight",
+        "mlp.experts.{expert}.up_proj.weight",
+    ),
+    "mlp.experts.local_experts.{expert}.linear_fc2.weight": ("mlp.experts.{expert}.down_proj.weight",),
+}
+# By ``model_type``: the tensors of a layer, and of each of its experts.
 FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
     "llama": _LAYER,
     "mistral": _LAYER,
     "qwen2": _LAYER | _QKV_BIAS,
     "qwen3": _LAYER | _QK_NORM,
+    "qwen3_moe": {name: theirs for name, theirs in _LAYER.items() if name not in _MLP} | _QK_NORM | _EXPERTS,
 }
 
 
@@ -98,7 +111,11 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
         problems.append(f"rope_type is {kind!r}, and only 'default' and 'llama3' are supported")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         problems.append("partial_rotary_factor is set: only whole heads are rotated")
-    missing = [key for key in _SIZES if not isinstance(config.get(key), int)]
+    experts = _experts(config) if "mlp.router.weight" in FAMILIES[family] else {}
+    if experts and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
+        problems.append("some layers have no experts (decoder_sparse_step, mlp_only_layers): only all or none can")
+    config = {**config, **experts}
+    missing = [key for key in (*_SIZES, *experts) if not isinstance(config.get(key), int)]
     problems += [f"{key} is missing" for key in missing]
     if problems:
         raise ValueError(f"this {family} LLM can't be expressed here: {'; '.join(problems)}")
@@ -118,11 +135,23 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
         qk_layernorm=_QK_NORM.keys() <= FAMILIES[family].keys(),
         add_qkv_bias=_QKV_BIAS.keys() <= FAMILIES[family].keys(),
         tie_embeddings=config.get("tie_word_embeddings", False),
+        num_experts=config["num_experts"] if experts else None,
+        experts_per_token=config["num_experts_per_tok"] if experts else 1,
+        normalize_experts=bool(config.get("norm_topk_prob", False)) if experts else True,
     )
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
 _SIZES += ("max_position_embeddings",)
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a mixture of experts; transformers 5 writes ``num_local_experts``, those before it ``num_experts``."""
+    return {
+        "num_experts": config.get("num_experts", config.get("num_local_experts")),
+        "num_experts_per_tok": config.get("num_experts_per_tok"),
+        "intermediate_size": config.get("moe_intermediate_size"),
+    }
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,15 +214,22 @@ def theirs_of(name: str, family: str) -> tuple[str, ...]:
     if name in _GLOBAL:
         return _GLOBAL[name]
     layers, number, rest = name.removeprefix("decoder.").split(".", 2)
+    expert = _EXPERT.search(rest)
+    rest = _EXPERT.sub("local_experts.{expert}.", rest)
     if layers != "layers" or rest not in FAMILIES[family]:
         raise KeyError(name)
-    return tuple(f"model.layers.{number}.{part}" for part in FAMILIES[family][rest])
+    parts = (part.replace("{expert}", expert[1] if expert else "") for part in FAMILIES[family][rest])
+    return tuple(f"model.layers.{number}.{part}" for part in parts)
 
 
 def canonical_names_of(architecture: DecoderConfig, family: str) -> list[str]:
     """Our names of all weights."""
     names = [name for name in _GLOBAL if not (architecture.tie_embeddings and name == "output_layer.weight")]
-    return names + [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in FAMILIES[family]]
+    layer = []
+    for name in FAMILIES[family]:
+        experts = range(architecture.num_experts or 0) if "{expert}" in name else ("",)
+        layer += [name.replace("{expert}", str(expert)) for expert in experts]
+    return names + [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in layer]
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -297,6 +333,7 @@ def _shape(name: str, architecture: DecoderConfig) -> tuple[int, ...]:
         "linear_qkv.weight": (qkv, a.hidden_size),
         "linear_qkv.bias": (qkv,),
         "linear_proj.weight": (a.hidden_size, width),
+        "router.weight": (a.num_experts, a.hidden_size),
         "linear_fc1.weight": (2 * a.ffn_hidden_size, a.hidden_size),
         "linear_fc2.weight": (a.hidden_size, a.ffn_hidden_size),
         "q_layernorm.weight": (a.kv_channels,),

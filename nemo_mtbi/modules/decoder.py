@@ -57,7 +57,12 @@ class Llama3Scaling:
 
 @dataclass
 class DecoderConfig:
-    """Architecture of a Llama-like GPT (RoPE, RMSNorm, SwiGLU, grouped queries). Stored beside its weights."""
+    """Architecture of a Llama-like GPT (RoPE, RMSNorm, SwiGLU, grouped queries). Stored beside its weights.
+
+    With ``num_experts`` each layer has as many feed-forward networks of ``ffn_hidden_size``, of which each position
+    goes through ``experts_per_token``, weighted by the router's probabilities: over all experts, or with
+    ``normalize_experts`` over those that were chosen.
+    """
 
     num_layers: int
     hidden_size: int
@@ -73,6 +78,9 @@ class DecoderConfig:
     qk_layernorm: bool = False
     add_qkv_bias: bool = False
     tie_embeddings: bool = True
+    num_experts: int | None = None
+    experts_per_token: int = 1
+    normalize_experts: bool = True
 
     def __post_init__(self):
         if isinstance(self.rope_scaling, Mapping):  # as YAML has it
@@ -136,8 +144,8 @@ class SDPACoreAttention(MegatronModule):
 def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> ModuleSpec:
     """Layers of Transformer Engine where it can be imported; else Megatron's own with our norm and SDPA."""
     if transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(config.num_experts, qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(config.num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = SDPACoreAttention
@@ -202,6 +210,15 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
     )
+    if config.num_experts is not None:
+        values |= dict(
+            num_moe_experts=config.num_experts,
+            moe_ffn_hidden_size=config.ffn_hidden_size,
+            moe_router_topk=config.experts_per_token,
+            moe_router_pre_softmax=not config.normalize_experts,
+            moe_router_dtype="fp64" if dtype == torch.float64 else "fp32",
+            moe_router_load_balancing_type="none",
+        )
     return TransformerConfig(**{**values, **overrides})
 
 
@@ -234,6 +251,10 @@ class GPTDecoder(GPTModel):
         layout.check_architecture(
             config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
         )
+        if config.num_experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+            raise ValueError(
+                "an LLM with experts needs model.sequence_parallel=true where tensor_model_parallel_size is above 1"
+            )
         megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(

@@ -212,6 +212,8 @@ def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
         raise ValueError(
             "model.lora.speech_only does not go with model.activations_checkpoint_granularity=full: choose selective"
         )
+    if chunks[0].architecture.num_experts and any("mlp" in name for name in targets(chunks[0].architecture, config)):
+        raise ValueError("model.lora.target_modules match experts, which take no adapters: name attention's layers")
     chosen = set(targets(chunks[0].architecture, config))
     for chunk in chunks:
         chunk.lora = state = LoraState(config)

@@ -34,6 +34,7 @@ _SHARED = {
 }
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
 
 
 class WeightSource(Protocol):
@@ -130,7 +131,7 @@ def sharing_of(name: str) -> tuple[int, int] | None:
     """
     linear, _, part = name.partition(".lora.")
     if not part:
-        return _SHARED.get(_LAYER.sub("", name))
+        return _SHARED.get(_EXPERT.sub("mlp.", _LAYER.sub("", name)))
     axis, parts = sharing_of(f"{linear}.weight")
     return (axis, parts) if part == ("b" if axis == 0 else "a") else None
 

@@ -51,16 +51,33 @@ class _NoRngTracker:
         pass
 
 
+class _NoStream:
+    """Stands for a CUDA stream, on which experts' tokens are counted: on the CPU a call returns when it is done."""
+
+    def wait_stream(self, stream: _NoStream) -> None:
+        pass
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _patch() -> None:
     """Puts the CPU's answers in the place of CUDA's; ``_patches.close()`` takes them away."""
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import layers, random
+    from megatron.core.transformer.moe import moe_utils
 
     tracker = _NoRngTracker()
     for target, name, value in (
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        (torch.cuda, "Stream", _NoStream),
+        (torch.cuda, "current_stream", lambda *args, **kwargs: _NoStream()),
+        (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
         (schedules, "torch", _CpuTorch()),
         (random, "_get_cuda_rng_state", lambda *args, **kwargs: None),
@@ -70,6 +87,8 @@ def _patch() -> None:
         (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
     ):
         _patches.enter_context(mock.patch.object(target, name, value))
+    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron asks for it where it could not import it
+        _patches.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
 
 
 @contextlib.contextmanager

@@ -70,7 +70,9 @@ def decoder_parameters(config: DecoderConfig, layout: ParallelConfig, stage: int
     qkv = (config.num_attention_heads + 2 * config.num_query_groups) * channels // tensor
     layer = hidden * qkv + (qkv if config.add_qkv_bias else 0)
     layer += config.num_attention_heads * channels // tensor * hidden
-    layer += 3 * hidden * config.ffn_hidden_size // tensor  # gate, value and output
+    experts = config.num_experts or 1
+    layer += experts * 3 * hidden * config.ffn_hidden_size // tensor  # gate, value and output
+    layer += config.num_experts * hidden if config.num_experts else 0  # the router is whole on each process
     layer += 2 * hidden + (2 * channels if config.qk_layernorm else 0)  # norms are whole on each process
     count = layer * config.num_layers // layout.pipeline_model_parallel_size
     table = _vocabulary_share(config, layout) * hidden
@@ -281,7 +283,12 @@ def layer_terms(
         Term("norms", ((2, "norms"), (hidden + 1, "channels"), (wide, "B")), split),
         Term("attention", ((kept, "heads"), (channels, "channels"), (number, "B")), tensor),
         Term("rotary tables", ((4, "tables"), (channels, "channels"), (number, "B"))),
-        Term("feed-forward", ((4, "copies"), (config.ffn_hidden_size, "channels"), (number, "B")), tensor),
+        # with experts about as much for each of those that a position goes through
+        Term(
+            "feed-forward",
+            ((4 * config.experts_per_token, "copies"), (config.ffn_hidden_size, "channels"), (number, "B")),
+            tensor,
+        ),
     ]
     if granularity is None:
         terms.append(Term("sums of attention", ((heads, "heads"), (wide, "B")), tensor))

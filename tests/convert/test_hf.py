@@ -2,6 +2,7 @@
 """Tiny Hugging Face LLMs of each family answer here, in every layout, as they do there."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.convert.hf import FAMILIES, HFWeights, architecture_of, canonical_names_of, read_config, segments
 from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.memory import decoder_parameters
 
 COMMON = {**LLM, "vocab_size": 97, "max_position_embeddings": 96}
 LLAMA3 = {
@@ -19,6 +21,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,  # so that tiny sequences have short, middle and long wavelengths
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MODELS = {  # name: model_type, and what it has beside COMMON
     "llama2": ("llama", {"num_key_value_heads": 4}),
     "llama3": ("llama", {"rope_theta": 5000.0, "rope_scaling": LLAMA3}),
@@ -27,8 +30,16 @@ MODELS = {  # name: model_type, and what it has beside COMMON
     "qwen2": ("qwen2", {"rms_norm_eps": 1e-6}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, **EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe_wide": ("qwen3_moe", {**EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": False}),
 }
-LAYOUTS = {"tp2": ParallelConfig(2), "pp2": ParallelConfig(1, 2)}
+LAYOUTS = {
+    "tp2": ParallelConfig(2),
+    "tp2_sp": ParallelConfig(2, sequence_parallel=True),  # what Megatron asks for with experts
+    "pp2": ParallelConfig(1, 2),
+}
+DENSE, SPARSE = ([name for name in MODELS if ("moe" in name) == sparse] for sparse in (False, True))
+CHOSEN = {"single": list(MODELS), "tp2": DENSE, "tp2_sp": SPARSE, "pp2": list(MODELS)}
 PROMPTS, NEW = 200, 64
 
 
@@ -76,7 +87,7 @@ def compare(folder, layout):
     from nemo_mtbi.parallel import groups
 
     groups.initialize(LAYOUTS.get(layout))
-    for name in MODELS:
+    for name in CHOSEN[layout]:
         source = HFWeights(f"{folder}/{name}")
         model = LayoutDecoder(build_decoder(source.architecture))
         load_weights(model.chunks, source)
@@ -135,6 +146,24 @@ def test_every_row_of_theirs_is_in_ours_once(folder, name):
         found += whole.reshape(len(whole), -1).sum(1).tolist()
     stored = [row for value in files.values() for row in value.reshape(len(value), -1).sum(1).tolist()]
     assert sorted(found) == sorted(stored)
+
+
+def test_experts_are_counted(folder):
+    """What a plan says of parameters, before anything is built."""
+    for name in SPARSE:
+        source = HFWeights(folder / name)
+        stored = sum(math.prod(source.shape(one)) for one in source.names())
+        assert decoder_parameters(source.architecture, ParallelConfig(), 0) == stored
+
+
+def test_some_layers_without_experts_are_refused():
+    config = {"model_type": "qwen3_moe", "hidden_act": "silu", **COMMON, **EXPERTS}
+    assert architecture_of(config).num_experts == 6
+    for change in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}):
+        with pytest.raises(ValueError, match="some layers have no experts"):
+            architecture_of({**config, **change})
+    with pytest.raises(ValueError, match="num_experts is missing"):
+        architecture_of({**config, "num_experts": None})
 
 
 def test_parts_are_those_of_the_whole(folder):
