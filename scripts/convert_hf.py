@@ -63,9 +63,7 @@ def to_megatron(arguments: argparse.Namespace) -> None:
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
     if found.architecture.num_experts:
-        raise ValueError(
-            f"{arguments.source} has experts: train with model.pretrained_llm={arguments.source} as it is"
-        )
+        raise ValueError(f"{arguments.source} has experts and is not converted: train with it as it is")
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} is there: give a new folder")
     source, chat = found.weights(), found.chat()
