@@ -18,6 +18,7 @@ from lhotse.lazy import count_newlines_fast
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
+from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
@@ -55,6 +56,7 @@ class GenerateTargetsConfig:
         output_dir: folder of the shards.
         pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
         chat: how prompts are put, as training will put them (``model.chat``); ``null``: as the LLM says.
+        frozen_dtype: of the LLM's weights: ``float32`` or ``bfloat16``.
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
@@ -72,6 +74,7 @@ class GenerateTargetsConfig:
     output_dir: str = MISSING
     pretrained_llm: str = "demo"
     chat: ChatConfig | None = None
+    frozen_dtype: str = "float32"
     tasks: str = "demo"
     cuts_path: Any = None
     manifest_filepath: Any = None
@@ -124,6 +127,8 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
     config = read_section(GenerateTargetsConfig, cfg)
+    if config.frozen_dtype not in FROZEN_DTYPES:
+        raise ValueError(f"frozen_dtype is {config.frozen_dtype!r}; it must be {' or '.join(FROZEN_DTYPES)}")
     given = [key for key in LOCATION_KEYS if getattr(config, key) is not None]
     if len(given) != 1:
         raise ValueError(
@@ -281,7 +286,9 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     plan.tasks(pool)
     groups.initialize(config.layout)
     share, source = config.share(), open_source(config)  # before an LLM is loaded
-    with text_responder(config.pretrained_llm, config.chat, config.generation) as (responder, llm):
+    loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)
+    origin = {} if config.frozen_dtype == "float32" else {"dtype": config.frozen_dtype}
+    with loaded as (responder, llm):
         responder.model.to(pick_device(config.cuda))
         if not groups.is_reader():
             follow(responder)
@@ -291,7 +298,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
                 "pool": pool,
                 "plan": plan,
                 "chat": responder.chat,
-                "provenance": {"llm": llm},
+                "provenance": {"llm": llm, **origin},
                 "respond": lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
             }
             return _make(config, source, share, asked, progress)

@@ -25,9 +25,9 @@ from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.data.step import Step, assumed_step, judge_step, steps_of_pass
 from nemo_mtbi.layout_table import RankFacts
 from nemo_mtbi.modules.connector import connector_stages
-from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.decoder import DecoderConfig, check_training
 from nemo_mtbi.modules.footprint import EncoderFacts, read_encoder, speech_parts
-from nemo_mtbi.modules.lora import adapted_memory
+from nemo_mtbi.modules.lora import adapted_memory, check_lora
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.text_llm import TextLLMDirectory, open_text_llm
 from nemo_mtbi.parallel import memory
@@ -127,6 +127,7 @@ def check_architecture(plan: Plan, config: DecoderConfig) -> bool:
     }
     fits = dict.fromkeys(sizes, plan.layout.model_parallel_size * plan.layout.chunks)
     before = len(plan.problems)
+    plan.attempt(check_training, config, plan.layout)
     for name, size in sizes.items():
         plan.attempt(plan.layout.check_architecture, **{**fits, name: size})
     return len(plan.problems) == before
@@ -349,7 +350,10 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
         states=states,
     )
     stages = range(layout.pipeline_model_parallel_size)
-    adapted = adapted_memory(architecture, config.lora, layout) if config.lora else None
+    adapted = None
+    if config.lora:
+        check_lora(architecture, config.lora, config.activations_checkpoint_granularity)
+        adapted = adapted_memory(architecture, config.lora, layout)
 
     def count(layout: ParallelConfig, granularity: str | None) -> list[StageMemory]:
         given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity, adapted=adapted)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 from lhotse import CutSet
 
@@ -229,10 +230,12 @@ def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:
 
 
 @contextlib.contextmanager
-def text_responder(llm: str, chat: ChatConfig | None, generation: GenerationConfig) -> Iterator[tuple[Responder, str]]:
-    """A text LLM alone, with its fingerprint."""
+def text_responder(
+    llm: str, chat: ChatConfig | None, generation: GenerationConfig, dtype: str = "float32"
+) -> Iterator[tuple[Responder, str]]:
+    """A text LLM alone, with its fingerprint; ``dtype`` is the name of that of its weights."""
     groups.initialize()
-    found = load_text_llm(llm, chat=chat)
+    found = load_text_llm(llm, getattr(torch, dtype), chat=chat)
     yield Responder(LayoutDecoder(found.chunks), found.chat, generation), found.fingerprint
 
 
@@ -262,6 +265,8 @@ def _adapt(config: DataConfig, pretrained_asr: str, corpora: Sequence[Path]) -> 
     if not adapt.steps:
         return pretrained_asr
     source = resolve(pretrained_asr, "model.pretrained_asr", "encoder.nemo")
+    if not source.is_file():
+        raise ValueError(f"data.adapt.steps trains NeMo's CTC models, and {source} is none: set data.adapt.steps=0")
     names = [corpus.name for corpus in corpora]
     key = {"source": digest_of(source.read_bytes().hex()), "corpora": names, "adapt": vars(adapt)}
 

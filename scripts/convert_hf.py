@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts LLMs between Hugging Face and Megatron, tensor by tensor: little memory is enough for any size.
+"""Converts LLMs between Hugging Face and Megatron; never more than a shard that is written is in memory.
 
   python scripts/convert_hf.py to-megatron Qwen2.5-7B-Instruct qwen2.5-7b    # for model.pretrained_llm=qwen2.5-7b
   python scripts/convert_hf.py to-hf qwen2.5-7b Qwen2.5-7B-again
@@ -29,6 +29,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("source", type=Path, help="directory of the LLM")
         command.add_argument("out", type=Path, help="new directory")
         command.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size of a file (%(default)s)")
+    forth.add_argument("--chat-format", metavar="NAME", help="NeMo's name, such as llama3; by default the template")
+    forth.add_argument("--system", metavar="TEXT", help="system prompt; by default the template's own")
     back.add_argument(
         "--config", type=Path, metavar="FILE", help="config.json to write; by default that of the directory"
     )
@@ -57,6 +59,7 @@ def size_of(source) -> int:
 
 def to_megatron(arguments: argparse.Namespace) -> None:
     from nemo_mtbi.convert.megatron import write_megatron
+    from nemo_mtbi.data.chat_template import ChatConfig
     from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory
 
     found = HFDirectory(arguments.source)
@@ -66,7 +69,8 @@ def to_megatron(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.source} has experts and is not converted: train with it as it is")
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} is there: give a new folder")
-    source, chat = found.weights(), found.chat()
+    config = ChatConfig(format=arguments.chat_format, system=arguments.system)
+    source, chat = found.weights(), found.chat(config)
     staging = arguments.out.with_name(f"{arguments.out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     staging.mkdir(parents=True)

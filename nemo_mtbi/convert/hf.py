@@ -106,6 +106,8 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False))
         if config.get(key, wanted) != wanted
     ]
+    if config.get("quantization_config"):
+        problems.append("its weights are quantized: give those in 16 bits")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         problems.append(f"rope_type is {kind!r}, and only 'default' and 'llama3' are supported")

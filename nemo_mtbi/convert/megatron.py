@@ -12,7 +12,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ SHARD_BYTES = 5 * 10**9
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
+def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    for axis, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, start, length)
+    return tensor
+
+
 class _Into(LoadPlanner):
     """Reads into one tensor."""
 
@@ -62,10 +69,7 @@ class _Into(LoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(axis, start, length)
-        return found
+        return _part(self._target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
@@ -101,6 +105,7 @@ class MegatronWeights:
         except OSError as error:
             raise ValueError(f"{path} is no distributed checkpoint: {error}") from error
         self._places = dict(self._find())
+        self._last: tuple[str, int, Tensor | None] = ("", 0, None)
         if not self._places:
             raise ValueError(f"{path} holds no GPT of Megatron: no tensor begins with {', '.join(_OF_THE_LLM)}")
 
@@ -135,12 +140,24 @@ class MegatronWeights:
             shape, offsets = [1, *shape], [layer, *offsets]
         target = torch.empty(shape, dtype=stored.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, stored, [chunk])
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target))
+            for item in create_read_items_for_chunk_list(key, stored, [chunk]):
+                found = _part(self._chunk(key, item.storage_index.index), item.storage_offsets, item.lengths)
+                _part(target, item.dest_offsets, item.lengths).copy_(found)
         except (OSError, RuntimeError, EOFError, KeyError) as error:
             raise ValueError(f"{self.path} is damaged: {key} can't be read ({error}); copy it again") from error
         return target if layer is None else target[0]
+
+    def _chunk(self, key: str, number: int) -> Tensor:
+        """What one process has saved of a tensor. Its rows are asked for one after the other: the last one is kept."""
+        if self._last[:2] != (key, number):
+            stored = self._metadata.state_dict_metadata[key]
+            chunk = stored.chunks[number]
+            whole = torch.empty(chunk.sizes, dtype=stored.properties.dtype)
+            items = create_read_items_for_chunk_list(key, replace(stored, chunks=[chunk]), [chunk])
+            self._reader.read_data(LoadPlan(items), _Into(whole))
+            self._last = key, number, whole
+        return self._last[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

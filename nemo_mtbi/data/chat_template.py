@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from nemo_mtbi.data.chat import AUDIO, PROMPT, ChatFormat
@@ -13,8 +14,9 @@ from nemo_mtbi.data.hf_tokenizer import HFTokenizer
 
 ANSWER = "{answer}"
 _PLACES = {"after": (PROMPT, AUDIO), "before": (AUDIO, PROMPT)}
-# Templates of Llama 3.2 and later name today's date where none is given: a prompt must not change over night.
-_FIXED = {"date_string": "26 Jul 2024"}
+# Some templates name today's date: a prompt must not change over night. This is the date of Llama 3.1's own.
+_DATE = datetime(2024, 7, 26)
+_FIXED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
 Render = Callable[[Sequence[dict[str, str]], bool], str]
 
 
@@ -66,6 +68,8 @@ def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
         missing = [slot for slot in slots if text.count(slot) != 1]
         if missing:
             raise ValueError(f"the chat format must say {' and '.join(missing)} exactly once, but gives {text!r}")
+    if (config.system or "").strip() not in asked:
+        raise ValueError(f"the chat format has no place for model.chat.system: it gives {asked!r}; leave it out")
     control = control_tokens(tokenizer)
     return ChatFormat(tuple(_split(asked, control)), _end(answered, control, tokenizer), tokenizer)
 
@@ -97,7 +101,7 @@ def _end(answered: str, control: Sequence[str], tokenizer: Any) -> str:
 def _by_template(tokenizer: Any, options: Mapping[str, Any]) -> Render:
     if not isinstance(tokenizer, HFTokenizer):
         raise ValueError(
-            "a SentencePiece tokenizer has no chat template: name a prompt format in model.chat.format, such as llama2"
+            "a SentencePiece tokenizer has no chat template: name a prompt format, as in model.chat={format: llama2}"
         )
     return lambda messages, generation: tokenizer.render(messages, generation, {**_FIXED, **options})
 

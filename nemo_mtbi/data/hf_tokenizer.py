@@ -39,8 +39,9 @@ class HFTokenizer:
         try:
             # never from the hub, and no code that the folder holds
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-            raise ValueError(f"the tokenizer in {folder} can't be read: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # damaged files raise what the libraries below happen to raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the tokenizer in {folder} can't be read: {reason}") from error
         self._control: dict[str, int] = dict(self.tokenizer.get_added_vocab())
 
     @property
@@ -88,7 +89,7 @@ class HFTokenizer:
         """
         if not self.tokenizer.chat_template:
             raise ValueError(
-                "the tokenizer has no chat template: name a prompt format in model.chat.format, such as llama3 or qwen"
+                "the tokenizer has no chat template: name a prompt format, as in model.chat={format: llama3}"
             )
         try:
             return self.tokenizer.apply_chat_template(

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.evaluation.settings import EvalConfig
@@ -28,7 +30,7 @@ class Backends:
     Attributes:
         restore: ``MTBIModel.restore_from``.
         transcribe: ``models.ctc.transcribe_ctc``.
-        digest: Hash of a file, ``models.frozen.file_digest``.
+        digest: Hash of a file, ``modules.text_llm.file_digest``.
     """
 
     restore: Callable[..., Any]
@@ -62,6 +64,7 @@ class Loader:
         if system.llm:
             parts.append(self._llm(system.llm, f"systems.{name}.llm").fingerprint)
             parts += [asdict(system.chat)] if system.chat else []
+            parts += [system.frozen_dtype] if system.frozen_dtype != "float32" else []
         if system.asr:
             parts.append(self._digest(str(resolve(system.asr, f"systems.{name}.asr", "encoder.nemo"))))
         nemo = self._nemo(name, seed)
@@ -96,7 +99,9 @@ class Loader:
         return self._restored[1]
 
     def _text_llm(self, name: str, llm: str) -> Responder:
-        found = load_text_llm(self._llm(llm, f"systems.{name}.llm"), chat=self._config.systems[name].chat)
+        system = self._config.systems[name]
+        directory, dtype = self._llm(llm, f"systems.{name}.llm"), getattr(torch, system.frozen_dtype)
+        found = load_text_llm(directory, dtype, chat=system.chat)
         for chunk in found.chunks:
             chunk.to(self._device)
         limits = {"max_new_tokens": self._config.max_new_tokens, "batch_tokens": self._config.batch_tokens}

@@ -30,6 +30,7 @@ class SystemConfig:
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
         chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
+        frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
         asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
         adapted: for ``text``: whether the adapters of the model ``of`` are on, as they are for its speech; without
             them the LLM is what it was before training.
@@ -44,6 +45,7 @@ class SystemConfig:
     of: str | None = None
     llm: str | None = None
     chat: ChatConfig | None = None
+    frozen_dtype: str = "float32"
     asr: str | None = None
     adapted: bool = False
     against: str | None = None
@@ -143,7 +145,8 @@ class EvalConfig:
     def text_of(self, name: str) -> str | None:
         """The text system that a system's behavior is measured against; None for text systems, or without any."""
         system = self.systems[name]
-        texts = [other for other, found in self.systems.items() if found.kind == "text"]
+        # not the LLM with adapters: that is what speech has made of it, not what there is to imitate
+        texts = [other for other, found in self.systems.items() if found.kind == "text" and not found.adapted]
         if system.kind == "text" or not texts:
             return None
         owner = system.of or name
@@ -206,10 +209,14 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
 
 
 def _check_llm(where: str, system: SystemConfig) -> None:
+    if system.frozen_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{where}.frozen_dtype is {system.frozen_dtype!r}; it must be float32 or bfloat16")
     if system.chat and not system.llm:
         raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
-    if system.adapted and (system.kind != "text" or not system.of):
-        raise ValueError(f"{where}.adapted is for the text system of a speech system: set kind to text, and of")
+    if system.adapted and (system.kind != "text" or not system.of or system.llm):
+        raise ValueError(
+            f"{where}.adapted is for the text system of a speech system: set kind to text and of, not llm"
+        )
 
 
 def read_sets(config: EvalConfig) -> list[EvalSet]:

@@ -82,7 +82,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _run_layers(
-    model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context
+    model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context, heard: bool
 ) -> Tensor | None:
     """Sends positions through all layers of the pipeline; each process runs its own.
 
@@ -92,6 +92,7 @@ def _run_layers(
         layout: ``[R, T]``, so that nobody has to be told the shape.
         attention: mask ``[R, 1, T, keys]``.
         context: the cache of all layers of this process, which are numbered over the whole pipeline.
+        heard: whether there may be speech among the positions.
 
     Returns:
         ``[T, R, H]`` on the last stage, ``None`` on the others.
@@ -106,7 +107,7 @@ def _run_layers(
             )
             dist.recv(received, source, group=group)
             chunk.set_input_tensor(received)
-        speech = speech_positions(chunk, layout)
+        speech = speech_positions(chunk, layout) if heard else None
         hidden = chunk.hidden(embeddings if chunk.pre_process else None, attention, context, speech)
         if chunk.post_process:
             return hidden
@@ -128,7 +129,7 @@ def _generate_batch(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     answers: list[Tensor] = []
     for step in range(max_new_tokens):
-        hidden = _run_layers(model, embeddings, layout, attention, context)  # [T, R, H], then [1, R, H]
+        hidden = _run_layers(model, embeddings, layout, attention, context, step == 0)  # [T, R, H], then [1, R, H]
         context.increment_sequence_len_offset(length)
         if hidden is None:
             token = torch.empty(rows, dtype=torch.int64, device=device)

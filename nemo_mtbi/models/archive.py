@@ -49,7 +49,7 @@ from nemo_mtbi.modules.archive import (
     end_archive,
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
-from nemo_mtbi.modules.lora import adapters
+from nemo_mtbi.modules.lora import adapters, is_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
 from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights, whole_shape
 from nemo_mtbi.parallel import groups
@@ -173,7 +173,7 @@ def gather_adapters(model: MTBIModel) -> dict[str, Tensor]:
         ValueError: if they are merged into the LLM's weights.
     """
     chunks = model.speech_llm.chunks
-    if any(chunk.lora is not None and chunk.lora.merged for chunk in chunks):
+    if is_merged(chunks):
         raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before saving")
     found = gather_shares({name: value.detach() for name, value in adapters(chunks).items()}, 0)
     return {ADAPTERS + name: value for name, value in found if value is not None}

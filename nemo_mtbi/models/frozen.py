@@ -104,6 +104,12 @@ class FrozenParts:
         self._config, self._restored = config, _restored.get()
         self.embedded = {part for part, inside in INSIDE.items() if self._reference(part) == inside}
         self._paths = {part: self._locate(part) for part in INSIDE if part not in self.embedded}
+        encoder = self._paths.get("asr")
+        if encoder is not None and encoder.is_dir() and (config.nemo_content == "full" or self.embedded):
+            raise ValueError(
+                f"a full .nemo holds encoders of NeMo only, and {encoder} is one of Hugging Face: set "
+                "model.nemo_content=small, and restore what came out of a full one with pretrained_llm too"
+            )
         self._llm = None if "llm" in self.embedded else find_text_llm(self._paths["llm"])
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
         self.texts: dict[str, bytes] = {}

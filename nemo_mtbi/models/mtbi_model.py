@@ -28,8 +28,9 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import ADAPTERS, TRAINED, FrozenParts, check_trained, refusal
 from nemo_mtbi.models.warm_start import warm_start
+from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.encoder_cache import EncoderCache
-from nemo_mtbi.modules.lora import adapters, set_merged
+from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.agreement import agreed
@@ -149,6 +150,9 @@ class MTBIModel(ModelPT):
                 "trainer.accumulate_grad_batches must be 1: a step is already split into microbatches; raise "
                 "model.train_ds.batch_tokens for a larger step"
             )
+        check_training(self.speech_llm.decoder.architecture, groups.layout())
+        if is_merged(self.speech_llm.chunks):
+            raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before training")
         share_parameters(self.trained)
         seed_processes()
 
@@ -315,6 +319,8 @@ class MTBIModel(ModelPT):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
+        if is_merged(self.speech_llm.chunks):
+            raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before loading")
         own = self.state_dict(keep_vars=True)
         if own:  # nothing is trained on a later stage of a frozen LLM
             shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (own, state_dict))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model``."""
+"""Starts connector and adapters from those of another ``.nemo``: NeMo's key ``init_from_nemo_model``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo.utils import logging
 
 from nemo_mtbi.models.archive import load_trained, read_config
-from nemo_mtbi.models.frozen import INSIDE, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, refusal
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
-    """Takes the connector's weights from other ``.nemo`` files, and nothing else of them.
+    """Takes the weights of connector and adapters from other ``.nemo`` files, and nothing else of them.
 
     Args:
         model: changed in place.
@@ -58,6 +58,8 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
         with NemoFile(path) as file:
             stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
             names = set(tensors.names()) | set(model.state_dict())
+            if not any(name.startswith(ADAPTERS) for name in tensors.names()):  # of a frozen LLM: new ones add nothing
+                names = {name for name in names if not name.startswith(ADAPTERS)}
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
             load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))
     except ArchiveError as error:

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -222,6 +223,19 @@ def transformer_config(
     return TransformerConfig(**{**values, **overrides})
 
 
+def check_training(config: DecoderConfig, layout: ParallelConfig) -> None:
+    """Whether an LLM can be trained with under a layout; it answers under any.
+
+    Raises:
+        ValueError: for experts that Megatron trains with sequence parallelism only.
+    """
+    if config.num_experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise ValueError(
+            "an LLM with experts is trained with model.sequence_parallel=true where "
+            "model.tensor_model_parallel_size is above 1"
+        )
+
+
 class GPTDecoder(GPTModel):
     """One run of the layers of a ``GPTModel``: all of them, or those of a stage of the pipeline.
 
@@ -251,10 +265,8 @@ class GPTDecoder(GPTModel):
         layout.check_architecture(
             config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
         )
-        if config.num_experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
-            raise ValueError(
-                "an LLM with experts needs model.sequence_parallel=true where tensor_model_parallel_size is above 1"
-            )
+        if config.num_experts and not hasattr(moe_utils, "te_general_gemm"):
+            moe_utils.te_general_gemm = None  # Megatron reads it also where it could not import it
         megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(

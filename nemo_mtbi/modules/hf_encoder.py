@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from nemo_mtbi.data.frames import FrameCounter, LengthStage
 from nemo_mtbi.modules.speech_encoder import EncoderShape
 
 CONFIG = "config.json"
+AT_ONCE = 300  # seconds of windows that are encoded at once: what a convolution gives of an hour fills 25 GB
 FILES = (CONFIG, "preprocessor_config.json")
 # Whisper: 80 or 128 mel channels each 10 ms, then convolutions of stride 1 and 2.
 _SHORTEST = 400  # samples that its short-time Fourier transform takes at least
@@ -74,8 +75,8 @@ def read_hf_config(path: Path) -> Mapping[str, Any]:
 class HFSpeechEncoder(nn.Module, ABC):
     """Front end (float32) and encoder of a Hugging Face model, frozen and always in ``eval()``.
 
-    An utterance is encoded as if it were alone: only windows of equal length share a batch, since none of these models
-    is indifferent to padding.
+    An utterance is encoded as if it were alone: only windows that are heard at equal length share a batch, since none
+    of these models is indifferent to padding.
 
     Args:
         model: the encoder.
@@ -108,7 +109,7 @@ class HFSpeechEncoder(nn.Module, ABC):
         wrong = [layer for layer in config.layers if not -num_layers - 1 <= layer <= num_layers]
         if wrong:
             raise ValueError(f"model.encoder.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
-        self._layers = [layer % (num_layers + 1) for layer in config.layers]
+        self._layers = [layer % (num_layers + 1) for layer in config.layers or (num_layers,)]
         self.shape = EncoderShape(size * max(len(config.layers), 1), int(extractor.sampling_rate), stages)
         self._counter = FrameCounter(stages, self.shape.sample_rate)
         step = self._counter.samples_per_frame
@@ -128,11 +129,20 @@ class HFSpeechEncoder(nn.Module, ABC):
         return super().train(False)
 
     @abstractmethod
-    def encode(self, samples: Tensor) -> list[Tensor]:
-        """Hidden states ``[W, E, D]`` of windows of equal length ``[W, N]``, from the input of the first layer on.
+    def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        """Hidden states ``[W, E, D]`` of windows of equal length ``[W, N]``.
 
-        What follows the last layer (a norm) is part of the last of them. ``E`` may be larger than the windows' count.
+        Args:
+            samples: of the windows.
+            wanted: numbers of layers: 0 is what enters the first one; a norm behind the last is part of it.
+
+        Returns:
+            One for each of ``wanted``; ``E`` may be larger than the windows' count.
         """
+
+    def heard(self, samples: int) -> int:
+        """Samples that the encoder hears of a window: more than it has where it is padded."""
+        return samples
 
     @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,11 +157,18 @@ class HFSpeechEncoder(nn.Module, ABC):
         sizes = lengths.tolist()
         windows = [(u, start, stop) for u, size in enumerate(sizes) for start, stop in self._windows(size)]
         found: dict[tuple[int, int, int], Tensor] = {}
-        for size in sorted({stop - start for _, start, stop in windows}):
-            chosen = [window for window in windows if window[2] - window[1] == size]
-            states = self.encode(torch.stack([audio[u, start:stop] for u, start, stop in chosen]).float())
-            kept = [states[layer] for layer in self._layers] or states[-1:]
-            found |= zip(chosen, torch.cat(kept, -1), strict=True)  # [E, D] each
+        for batch in self._batches(windows):
+            pieces = [audio[u, start:stop].float() for u, start, stop in batch]
+            padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+            frames = torch.cat(self.encode(padded, self._layers), -1)  # [W, E, D]
+            for window, own in zip(batch, frames, strict=True):
+                count = self._counter(window[2] - window[1])
+                if len(own) < count:
+                    raise RuntimeError(
+                        f"the encoder gives {len(own)} frames for {window[2] - window[1]} samples, but its "
+                        f"configuration says {count}: this kind of encoder is not supported"
+                    )
+                found[window] = own[:count]
         counts = [self._counter(size) for size in sizes]
         longest = self._counter(audio.shape[1])
         dtype = next(self.encoder.parameters()).dtype
@@ -164,6 +181,13 @@ class HFSpeechEncoder(nn.Module, ABC):
                 offset = window[1] // step
                 encoded[utterance, first:last] = found[window][first - offset : last - offset]
         return encoded, torch.tensor(counts, device=audio.device)
+
+    def _batches(self, windows: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+        """Windows that are heard at equal length, as many as memory allows."""
+        for size in sorted({self.heard(stop - start) for _, start, stop in windows}):
+            chosen = [window for window in windows if self.heard(window[2] - window[1]) == size]
+            most = max(AT_ONCE * self.shape.sample_rate // size, 1)
+            yield from (chosen[first : first + most] for first in range(0, len(chosen), most))
 
     def _windows(self, samples: int) -> list[tuple[int, int]]:
         """Where windows of an utterance begin and end."""
@@ -187,7 +211,10 @@ class WhisperEncoder(HFSpeechEncoder):
         asked = inspect.signature(type(model.layers[0]).forward).parameters
         self._masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in asked}
 
-    def encode(self, samples: Tensor) -> list[Tensor]:
+    def heard(self, samples: int) -> int:
+        return self._extractor.n_samples if self._config.pad else samples
+
+    def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         encoder, device = self.encoder, samples.device
         samples = nn.functional.pad(samples, (0, max(_SHORTEST - samples.shape[1], 0)))
         padding = {"padding": "max_length"} if self._config.pad else {"padding": "longest", "truncation": False}
@@ -202,12 +229,14 @@ class WhisperEncoder(HFSpeechEncoder):
         x = nn.functional.gelu(encoder.conv1(features))
         x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)  # [W, E, D]
         x = x + encoder.embed_positions.weight[: x.shape[1]]
-        states = [x]
-        for layer in encoder.layers:
-            output = layer(states[-1], **self._masks)
-            states.append(output[0] if isinstance(output, tuple) else output)
-        states[-1] = encoder.layer_norm(states[-1])
-        return states
+        kept = {0: x}
+        for number, layer in enumerate(encoder.layers, 1):
+            output = layer(x, **self._masks)
+            x = output[0] if isinstance(output, tuple) else output
+            if number in wanted:
+                kept[number] = x
+        kept[len(encoder.layers)] = encoder.layer_norm(x)
+        return [kept[number] for number in wanted]
 
 
 class WaveEncoder(HFSpeechEncoder):
@@ -219,15 +248,16 @@ class WaveEncoder(HFSpeechEncoder):
         super().__init__(model, extractor, config, sizes.hidden_size, sizes.num_hidden_layers, stages)
         self.first_channels = sizes.conv_dim[0]
 
-    def encode(self, samples: Tensor) -> list[Tensor]:
+    def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         if self._extractor.do_normalize:
             # that of the extractor, on the device
             mean, variance = samples.mean(1, keepdim=True), samples.var(1, unbiased=False, keepdim=True)
             samples = (samples - mean) / (variance + 1e-7).sqrt()
         dtype = next(self.encoder.parameters()).dtype
-        found = self.encoder(samples.to(dtype), output_hidden_states=True)
-        # transformers 5 gives the last one without the norm behind it
-        return [*found.hidden_states[:-1], found.last_hidden_state]
+        last = self.encoder.config.num_hidden_layers
+        found = self.encoder(samples.to(dtype), output_hidden_states=set(wanted) != {last})
+        # of the last one transformers 5 gives the state without the norm behind it
+        return [found.last_hidden_state if n == last else found.hidden_states[n] for n in wanted]
 
 
 KINDS: dict[str, type[HFSpeechEncoder]] = {
@@ -250,7 +280,15 @@ def load_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeech
     """
     from transformers import AutoModel
 
-    return _assemble(path, config, lambda: AutoModel.from_pretrained(str(path), **_LOCAL))
+    def build() -> nn.Module:
+        model, report = AutoModel.from_pretrained(str(path), output_loading_info=True, **_LOCAL)
+        # transformers draws what is missing; only the decoder of Whisper and masks of training may be
+        missing = [name for name in report["missing_keys"] if not name.startswith(("decoder.", "masked_spec_embed"))]
+        if missing:
+            raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
+        return model
+
+    return _assemble(path, config, build)
 
 
 def empty_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
@@ -270,6 +308,7 @@ def _assemble(path: Path, config: EncoderConfig | None, build: Callable[[], nn.M
     kind = read_hf_config(path)["model_type"]
     try:
         model, extractor = build(), AutoFeatureExtractor.from_pretrained(str(path), **_LOCAL)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"the encoder in {path} can't be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged files raise what the libraries below happen to raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the encoder in {path} can't be read: {reason}") from error
     return KINDS[kind](model.encoder if kind == "whisper" else model, extractor, config or EncoderConfig())

@@ -105,6 +105,26 @@ def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
     return [name for name in known if any(re.search(pattern, name) for pattern in config.target_modules)]
 
 
+def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str | None) -> None:
+    """Whether an LLM can take adapters.
+
+    Args:
+        architecture: of the LLM.
+        config: of the adapters.
+        granularity: of recomputation.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or experts, or what is recomputed in backward would see the speech of
+            another microbatch.
+    """
+    if config.speech_only and granularity == "full":
+        raise ValueError(
+            "model.lora.speech_only does not go with model.activations_checkpoint_granularity=full: choose selective"
+        )
+    if architecture.num_experts and any("mlp" in name for name in targets(architecture, config)):
+        raise ValueError("model.lora.target_modules match experts, which take no adapters: name attention's layers")
+
+
 def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of all adapters of the whole LLM, in a single process."""
     a, heads = architecture, architecture.kv_channels or architecture.hidden_size // architecture.num_attention_heads
@@ -205,15 +225,9 @@ def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
     """Puts adapters, which are trained, into frozen runs of layers; at first they add nothing.
 
     Raises:
-        ValueError: if a pattern matches nothing, or what is recomputed in backward would see the speech of another
-            microbatch.
+        ValueError: as :func:`check_lora`.
     """
-    if config.speech_only and chunks[0].config.recompute_granularity == "full":
-        raise ValueError(
-            "model.lora.speech_only does not go with model.activations_checkpoint_granularity=full: choose selective"
-        )
-    if chunks[0].architecture.num_experts and any("mlp" in name for name in targets(chunks[0].architecture, config)):
-        raise ValueError("model.lora.target_modules match experts, which take no adapters: name attention's layers")
+    check_lora(chunks[0].architecture, config, chunks[0].config.recompute_granularity)
     chosen = set(targets(chunks[0].architecture, config))
     for chunk in chunks:
         chunk.lora = state = LoraState(config)
@@ -260,6 +274,11 @@ def adapter_parameters(architecture: DecoderConfig, config: LoraConfig, tensor: 
     )
 
 
+def is_merged(chunks: Sequence[GPTDecoder]) -> bool:
+    """Whether the weights of the LLM hold its adapters."""
+    return any(chunk.lora is not None and chunk.lora.merged for chunk in chunks)
+
+
 @contextmanager
 def without_lora(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
     """The LLM as it was, in the body.
@@ -268,7 +287,7 @@ def without_lora(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
         RuntimeError: if adapters are merged into its weights.
     """
     states = [chunk.lora for chunk in chunks if chunk.lora is not None]
-    if any(state.merged for state in states):
+    if is_merged(chunks):
         raise RuntimeError("the adapters are merged into the LLM's weights: unmerge them first")
     before = [state.active for state in states]
     for state in states:

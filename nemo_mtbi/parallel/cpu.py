@@ -69,7 +69,6 @@ def _patch() -> None:
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import layers, random
-    from megatron.core.transformer.moe import moe_utils
 
     tracker = _NoRngTracker()
     for target, name, value in (
@@ -87,8 +86,6 @@ def _patch() -> None:
         (layers, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker),
     ):
         _patches.enter_context(mock.patch.object(target, name, value))
-    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron asks for it where it could not import it
-        _patches.enter_context(mock.patch.object(moe_utils, "te_general_gemm", None, create=True))
 
 
 @contextlib.contextmanager

@@ -106,11 +106,11 @@ class Counting(HFSpeechEncoder):
         extractor = type("", (), {"sampling_rate": RATE})()
         super().__init__(torch.nn.Linear(1, 1), extractor, config, 2, 1, stages)
 
-    def encode(self, samples):
+    def encode(self, samples, wanted):
         step = self._counter.samples_per_frame
         count = self._counter(samples.shape[1])
         inside = torch.arange(count, dtype=torch.float32) * step
-        return [torch.stack([torch.stack([inside, row[::step][:count]], -1) for row in samples])] * 2
+        return [torch.stack([torch.stack([inside, row[::step][:count]], -1) for row in samples])]
 
 
 WHISPER = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
