@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lhotse.cut import Cut
@@ -105,7 +105,7 @@ def run_benchmark(
         by_text = bar.add_task("answers to text", total=len(rows))
         by_speech = bar.add_task("answers to speech", total=len(rows))
         read = [(row.prompt, texts[row.utterance]) for row in rows]
-        text = replace(responder, adapted=False).text(read, lambda n: bar.advance(by_text, n))
+        text = responder.without_adapters().text(read, lambda n: bar.advance(by_text, n))
         speech = responder.speech(
             samples, [(row.prompt, row.utterance) for row in rows], lambda n: bar.advance(by_speech, n)
         )

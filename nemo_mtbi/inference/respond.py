@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -50,6 +50,10 @@ class Responder:
         frames = self.model.no_frames() if frames is None else frames
         with self.adaptation():
             return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
+
+    def without_adapters(self) -> Responder:
+        """The text LLM that it was."""
+        return replace(self, adapted=False)
 
     def adaptation(self) -> AbstractContextManager:
         """The LLM with or without adapters, in the body."""

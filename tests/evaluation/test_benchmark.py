@@ -49,6 +49,9 @@ class FakeResponder:
         self.texts = {cut.num_samples: cut.supervisions[0].text for cut in cuts}
         self.heard, self.progress = [], {"text": 0, "speech": 0}
 
+    def without_adapters(self):
+        return self
+
     def text(self, requests, progress):
         progress(len(requests))
         self.progress["text"] += len(requests)
