@@ -251,7 +251,7 @@ def test_illegal_target_configurations(corpus, keys, tmp_path, changes, message)
     [
         ({"plan": {"sed": 1}}, "unknown key plan.sed: did you mean 'seed'"),
         ({"plan": 3}, "plan must hold keys and values, got 3"),
-        ({"zzz": 1}, "unknown key zzz: known keys: output_dir, pretrained_llm, tasks, cuts_path"),
+        ({"zzz": 1}, "unknown key zzz: known keys: output_dir, pretrained_llm, chat"),
         (
             {"tarred_audio_filepaths": "x.tar", "manifest_filepath": "m.json"},
             "tarred_audio_filepaths is not supported",
