@@ -47,8 +47,9 @@ setup(
         "tensorboard",
     ],
     extras_require={
+        "prepare": ["praatio"],  # TextGrids
         "demo": ["espeakng-loader"],  # brings espeak-ng, which is GPL
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "build"],
+        "test": ["praatio", "pytest", "pytest-xdist", "hypothesis", "ruff", "import-linter", "build"],
         "serve": ["grpcio", "nvidia-riva-client"],
         # By URL: PyPI's `apex` is another project.
         "apex": ["apex @ git+https://github.com/NVIDIA/apex"],

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,9 @@ from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
-from nemo_mtbi.data.target_shards import read_targets
+from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
 from nemo_mtbi.data.targets import generate_targets
+from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
@@ -32,7 +32,6 @@ from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.recipe import load_pool, text_responder
 from nemo_mtbi.schema import read_section
 
-JOINED = "cuts.jsonl.gz"  # all shards in one file, which NeMo's cuts_path takes
 SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
 
 
@@ -352,16 +351,9 @@ def publish(folder: Path, shar_path: Any = None) -> str:
     All ranks may do this; they write the same.
     """
     folder = folder.absolute()
-    shards = sorted(folder.glob("cuts-*.jsonl.gz"))
-    name = JOINED if shar_path is None else SHAR_CONFIG
-    scratch = folder / f"{name}.{os.getpid()}.tmp"
     if shar_path is None:
-        with open(scratch, "wb") as joined:
-            for shard in shards:
-                with open(shard, "rb") as file:
-                    shutil.copyfileobj(file, joined)  # gzip files, one behind the other, are a gzip file
-    else:
-        fields = {**shar_fields(shar_path), "cuts": [str(shard) for shard in shards]}
-        scratch.write_text(yaml.safe_dump([{"type": "lhotse_shar", "shar_path": fields}], sort_keys=False))
-    os.replace(scratch, folder / name)
-    return f"{'cuts_path' if shar_path is None else 'input_cfg'}={folder / name}"
+        return f"cuts_path={join_shards(folder)}"
+    fields = {**shar_fields(shar_path), "cuts": [str(shard) for shard in sorted(folder.glob("cuts-*.jsonl.gz"))]}
+    with replacing(folder / SHAR_CONFIG) as file:
+        file.write(yaml.safe_dump([{"type": "lhotse_shar", "shar_path": fields}], sort_keys=False).encode())
+    return f"input_cfg={folder / SHAR_CONFIG}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,10 @@ from lhotse.serialization import deserialize_item, load_jsonl
 
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
 from nemo_mtbi.data.corpus import write_cuts
+from nemo_mtbi.durable import replacing
 
 INDEX_FILE = "targets.json"
+JOINED = "cuts.jsonl.gz"  # all shards in one file, which NeMo's cuts_path takes
 FORMAT = 1  # of the index and of the partial file
 
 
@@ -59,6 +62,16 @@ def write_shard(path: Path, cuts: Iterable[Cut]) -> None:
     scratch = path.with_name(path.name + ".tmp")
     write_cuts(scratch, cuts)
     _publish(scratch, path)
+
+
+def join_shards(folder: str | Path) -> Path:
+    """Writes all shards of a folder into one file, and returns its path."""
+    path = Path(folder).absolute() / JOINED
+    with replacing(path) as joined:
+        for shard in sorted(path.parent.glob("cuts-*.jsonl.gz")):
+            with open(shard, "rb") as file:
+                shutil.copyfileobj(file, joined)  # gzip files, one behind the other, are a gzip file
+    return path
 
 
 def write_index(out_dir: str | Path, *, shards: int, cuts: int, behaviors_from: dict, rank: int = 0) -> None:

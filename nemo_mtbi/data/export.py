@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts with their audio in few large files, for clusters: Lhotse Shar, and NeMo's tarred manifests.
+
+Word times, behaviors and all else that a cut carries travel along.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from lhotse import CutSet, MonoCut
+
+from nemo_mtbi.data.target_shards import split_into_shards
+
+FORMATS = ("shar", "tarred")
+
+
+def export(cuts: Iterable[MonoCut], out_dir: str | Path, form: str, shard_size: int, progress=iter) -> dict[str, Any]:
+    """Writes cuts and audio.
+
+    Args:
+        cuts: single recordings.
+        out_dir: must be empty or missing.
+        form: ``shar`` or ``tarred``.
+        shard_size: cuts in a shard.
+        progress: wraps the cuts.
+
+    Returns:
+        An entry of NeMo's ``input_cfg`` that reads them.
+
+    Raises:
+        ValueError: unknown form, a folder that is not empty, or no cuts.
+    """
+    out_dir = Path(out_dir).absolute()
+    if form not in FORMATS:
+        raise ValueError(f"the form is {form!r}; it must be {' or '.join(FORMATS)}")
+    if shard_size < 1:
+        raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    entry = (_shar if form == "shar" else _tarred)(progress(cuts), out_dir, shard_size)
+    if not any(out_dir.iterdir()):
+        raise ValueError("there are no cuts to write")
+    return entry
+
+
+def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
+    CutSet(cuts).to_shar(out_dir, fields={"recording": "flac"}, shard_size=shard_size)
+    return {"type": "lhotse_shar", "shar_path": str(out_dir)}
+
+
+def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
+    shards = 0
+    for shards, shard in enumerate(split_into_shards(cuts, shard_size), start=1):
+        number = shards - 1
+        with (
+            tarfile.open(out_dir / f"audio_{number}.tar", "w") as tar,
+            open(out_dir / f"manifest_{number}.json", "w", encoding="utf-8") as manifest,
+        ):
+            for index, cut in enumerate(shard):
+                name, content = f"{number:05d}-{index:06d}.flac", _flac(cut)
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                line = {"audio_filepath": name, "duration": cut.duration, "shard_id": number, **_fields(cut)}
+                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+    every = f"_OP_0..{shards - 1}_CL_"
+    return {
+        "type": "nemo_tarred",
+        "manifest_filepath": f"{out_dir}/manifest_{every}.json",
+        "tarred_audio_filepaths": f"{out_dir}/audio_{every}.tar",
+    }
+
+
+def _flac(cut: MonoCut) -> bytes:
+    """16-bit FLAC at the cut's own rate."""
+    stream = io.BytesIO()
+    samples = np.clip(cut.load_audio().mean(axis=0), -1.0, 1.0)
+    soundfile.write(stream, samples, cut.sampling_rate, format="FLAC", subtype="PCM_16")
+    return stream.getvalue()
+
+
+def _fields(cut: MonoCut) -> dict[str, Any]:
+    """All else of a line. NeMo manifests count word times from the start of the utterance."""
+    (segment,) = cut.supervisions
+    fields: dict[str, Any] = {"id": cut.id, "text": segment.text}
+    fields |= {key: value for key in ("language", "speaker") if (value := getattr(segment, key))}
+    if "language" in fields:
+        fields["lang"] = fields.pop("language")
+    if segment.alignment:
+        fields["alignment"] = {
+            kind: [list(item._replace(start=round(item.start - cut.start, 6))) for item in items]
+            for kind, items in segment.alignment.items()
+        }
+    return {**(segment.custom or {}), **(cut.custom or {}), **fields}

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a corpus as it is published to cuts: any recipe of Lhotse, and NeMo manifests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lhotse import CutSet, MonoCut, RecordingSet, SupervisionSet
+
+
+def recipe_names() -> list[str]:
+    """The recipes of the installed Lhotse."""
+    import lhotse.recipes
+
+    return sorted(name.removeprefix("prepare_") for name in dir(lhotse.recipes) if name.startswith("prepare_"))
+
+
+def cuts_of_recipe(name: str, corpus_dir: str | Path, options: Mapping[str, Any] = {}) -> dict[str, CutSet]:  # noqa: B006 (only read)
+    """The parts of a corpus by a recipe of Lhotse, one cut for each utterance.
+
+    Args:
+        name: such as ``librispeech``; :func:`recipe_names` has all.
+        corpus_dir: the corpus as it was downloaded.
+        options: further arguments of the recipe.
+
+    Raises:
+        ValueError: unknown recipe, one without transcripts, or arguments that it does not take.
+    """
+    import lhotse.recipes
+
+    if name not in recipe_names():
+        raise ValueError(f"Lhotse has no recipe {name!r}; it has {', '.join(recipe_names())}")
+    if not Path(corpus_dir).is_dir():
+        raise ValueError(f"{corpus_dir} is no folder: give the corpus as it was downloaded")
+    try:
+        made = getattr(lhotse.recipes, f"prepare_{name}")(corpus_dir, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"Lhotse's recipe {name} refuses: {error}") from error
+    parts = dict(_parts(made))
+    if not parts:
+        raise ValueError(f"Lhotse's recipe {name} gives no recordings with transcripts: it is not for this")
+    return {part: _utterances(manifests) for part, manifests in parts.items()}
+
+
+def _parts(made: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The manifests of each part; recipes nest them by language, microphone and split."""
+    if isinstance(made, Mapping):
+        if isinstance(made.get("recordings"), RecordingSet) and isinstance(made.get("supervisions"), SupervisionSet):
+            yield name or "all", made
+        else:
+            for key, value in made.items():
+                yield from _parts(value, f"{name}_{key}" if name else str(key))
+
+
+def _utterances(manifests: Mapping[str, Any]) -> CutSet:
+    cuts = CutSet.from_manifests(recordings=manifests["recordings"], supervisions=manifests["supervisions"])
+    return in_order(cuts.trim_to_supervisions(keep_overlapping=False))
+
+
+def in_order(cuts: CutSet) -> CutSet:
+    """By the id of the utterance, which becomes that of the cut: recipes read folders in any order."""
+    named = (cut.with_id(cut.supervisions[0].id) for cut in cuts)
+    return CutSet.from_cuts(sorted(named, key=lambda cut: cut.id))
+
+
+def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text") -> CutSet:
+    """The entries of NeMo manifests (JSON lines), with absolute paths and without audio.
+
+    Raises:
+        ValueError: if one can't be read.
+    """
+    from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
+
+    found: list[MonoCut] = []
+    for path in paths:
+        try:
+            entries = list(LazyNeMoIterator(str(path), text_field=text_field, metadata_only=False, shard_seed=0))
+        except Exception as error:  # NeMo's reader has its own kinds for a file that is not what it is said to be
+            raise ValueError(f"{path} can't be read as a NeMo manifest: {type(error).__name__}: {error}") from error
+        for cut in entries:
+            for source in cut.recording.sources:
+                source.source = os.path.abspath(source.source)
+        found += entries
+    return CutSet.from_cuts(found)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Word times from elsewhere: CTM, TextGrids (Montreal Forced Aligner) and LibriSpeech-Alignments, and transcripts.
+
+Aligners write words in their own way: upper case, without punctuation, with silences between. A speech LLM's teacher
+wants the transcript as people write it. :func:`fit_words` puts the times of the one on the words of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lhotse import MonoCut, SupervisionSegment
+from lhotse.supervision import AlignmentItem
+from lhotse.utils import fastcopy
+
+Times = Mapping[str, Sequence[AlignmentItem]]  # by the id of an utterance, or of a recording
+SILENCES = {"", "<eps>", "<sil>", "sil", "sp", "spn", "<unk>"}
+_TOLERANCE = 0.02  # seconds by which a word may stand over its utterance's edges
+
+
+def bare(word: str) -> str:
+    """A word without case, accents' encodings and punctuation, to compare."""
+    return "".join(c for c in unicodedata.normalize("NFKC", word).casefold() if c.isalnum())
+
+
+def fit_words(words: Sequence[str], items: Sequence[AlignmentItem]) -> list[AlignmentItem] | None:
+    """The times of ``items`` on ``words``.
+
+    Args:
+        words: of the transcript, with case and punctuation.
+        items: of an aligner, silences among them.
+
+    Returns:
+        One item for each word, a word without letters or digits (a dash) lasting no time; ``None`` if they are not the
+        same words in the same order.
+    """
+    spoken = [item for item in items if item.symbol.strip().lower() not in SILENCES and bare(item.symbol)]
+    if [bare(word) for word in words if bare(word)] != [bare(item.symbol) for item in spoken]:
+        return None
+    times = iter(spoken)
+    fitted: list[AlignmentItem] = []
+    now = spoken[0].start if spoken else 0.0
+    for word in words:
+        item = next(times)._replace(symbol=word) if bare(word) else AlignmentItem(word, now, 0.0)
+        now = item.end
+        fitted.append(item)
+    return fitted
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+def read_times(path: str | Path) -> Times:
+    """Word times of a CTM file, of a folder of TextGrids, or of a folder of LibriSpeech-Alignments.
+
+    Raises:
+        ValueError: if it is none of them, or a line is malformed.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_ctm(path)
+    if texts := sorted(path.rglob("*.alignment.txt")):
+        from lhotse.recipes.librispeech import parse_alignments
+
+        return {name: items for text in texts for name, items in parse_alignments(text).items()}
+    if grids := sorted(path.rglob("*.TextGrid")):
+        return {grid.stem: _read_textgrid(grid) for grid in grids}
+    raise ValueError(f"{path} is no CTM file and no folder with .TextGrid or .alignment.txt files: check the path")
+
+
+def _read_ctm(path: Path) -> Times:
+    """``recording channel start duration word [confidence]`` in each line."""
+    found: dict[str, list[AlignmentItem]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        parts = line.split()
+        if not parts or parts[0].startswith(";;"):
+            continue
+        try:
+            name, _, start, duration, word, *score = parts
+            item = AlignmentItem(word, float(start), float(duration), float(score[0]) if score else None)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is no line of a CTM file: {line!r}") from error
+        found.setdefault(name, []).append(item)
+    return {name: sorted(items, key=lambda item: item.start) for name, items in found.items()}
+
+
+def _read_textgrid(path: Path) -> list[AlignmentItem]:
+    try:
+        from praatio import textgrid
+    except ModuleNotFoundError as error:
+        raise RuntimeError("reading TextGrids needs praatio: pip install nemo_mtbi[prepare]") from error
+    grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)
+    tiers = [name for name in grid.tierNames if name.lower() in ("words", "word") or name.lower().endswith("- words")]
+    if len(tiers) != 1:
+        raise ValueError(f"{path} has the tiers {', '.join(grid.tierNames)}: one must be named words")
+    return [AlignmentItem(e.label, e.start, round(e.end - e.start, 6)) for e in grid.getTier(tiers[0]).entries]
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """Transcripts by utterance.
+
+    Args:
+        path: a NeMo manifest (the stem of ``audio_filepath`` is the id), JSON lines with ``id`` and ``text``, or lines
+            of ``id text``.
+
+    Raises:
+        ValueError: if a line is none of them, or an id comes twice.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            if line.lstrip().startswith("{"):
+                entry = json.loads(line)
+                name, text = entry.get("id") or Path(entry["audio_filepath"]).stem, entry["text"]
+            else:
+                name, text = line.split(maxsplit=1)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} has no id and text: {line[:80]!r}") from error
+        if name in found:
+            raise ValueError(f"{path}, line {number}: a second text of {name}")
+        found[name] = text
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- cuts
+
+
+def with_texts(cuts: Iterable[MonoCut], texts: Mapping[str, str], counts: Counter) -> Iterator[MonoCut]:
+    """The cuts with these transcripts, by the id of the supervision; those that have none are left out and counted."""
+    for cut in cuts:
+        missing = [segment.id for segment in cut.supervisions if segment.id not in texts]
+        if missing:
+            counts["left out, without a text"] += 1
+        else:
+            yield fastcopy(cut, supervisions=[fastcopy(s, text=texts[s.id]) for s in cut.supervisions])
+
+
+def with_times(cuts: Iterable[MonoCut], times: Times | None, counts: Counter) -> Iterator[MonoCut]:
+    """The cuts with word times that fit their transcripts; what does not fit is counted.
+
+    Args:
+        cuts: with transcripts.
+        times: by the id of a supervision or of a recording, from the start of the recording; ``None``: those that the
+            supervisions have.
+        counts: ``with word times``, ``without``, ``word times of another transcript``.
+    """
+    for cut in cuts:
+        yield fastcopy(cut, supervisions=[_timed(cut, segment, times, counts) for segment in cut.supervisions])
+
+
+def _timed(cut: MonoCut, segment: SupervisionSegment, times: Times | None, counts: Counter) -> SupervisionSegment:
+    kept = {kind: items for kind, items in (segment.alignment or {}).items() if kind != "word"}
+    start = cut.start + segment.start  # in the recording
+    if times is None:
+        items = (segment.alignment or {}).get("word", ())
+    else:
+        inside = (start - _TOLERANCE, start + segment.duration + _TOLERANCE)
+        found = times.get(segment.id) or times.get(segment.recording_id) or ()
+        items = [item for item in found if inside[0] <= item.start and item.end <= inside[1]]
+    fitted = fit_words((segment.text or "").split(), items) if items else None
+    if fitted:
+        counts["with word times"] += 1
+        kept["word"] = fitted
+    else:
+        counts["word times of another transcript" if items else "without word times"] += 1
+    return fastcopy(segment, alignment=kept or None)

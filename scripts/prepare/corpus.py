@@ -1,0 +1,100 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts of a corpus as it is published, with transcripts for a text LLM and word times.
+
+  python scripts/prepare/corpus.py librispeech LibriSpeech --out corpora/librispeech
+  python scripts/prepare/corpus.py librispeech LibriSpeech --out corpora/librispeech --times LibriSpeech-Alignments \\
+      --texts librispeech-pc/train-clean-100.json
+  python scripts/prepare/corpus.py manifest train.json more.json --out corpora/own --times words.ctm
+
+The first word is a recipe of Lhotse (an unknown one lists all) or `manifest`. Each part of the corpus becomes
+OUT/PART.jsonl.gz. Without word times go on with scripts/align.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="of Lhotse, or `manifest`")
+    parser.add_argument("source", nargs="+", type=Path, help="folder of the corpus, or NeMo manifests")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cuts")
+    parser.add_argument(
+        "--times", type=Path, metavar="PATH", help="CTM file, or folder of TextGrids or of LibriSpeech-Alignments"
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="cased and punctuated transcripts: NeMo manifests, or lines of `id text`; those without are left out",
+    )
+    parser.add_argument("--lower", action="store_true", help="transcripts in lower case: better than in upper case")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="further argument of the recipe"
+    )
+    parser.add_argument("--text-field", default="text", metavar="KEY", help="of NeMo manifests (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def prepare(arguments: argparse.Namespace) -> Counter:
+    """Writes the parts; returns what was counted.
+
+    Raises:
+        ValueError: if something does not fit; the message says what.
+    """
+    import yaml
+    from lhotse import CutSet
+
+    from nemo_mtbi.data.corpus import write_cuts
+    from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe
+    from nemo_mtbi.data.word_alignments import read_texts, read_times, with_texts, with_times
+
+    times = read_times(arguments.times) if arguments.times else None
+    texts = {name: text for path in arguments.texts or () for name, text in read_texts(path).items()}
+    if arguments.recipe == "manifest":
+        parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field)}
+    else:
+        if len(arguments.source) != 1:
+            raise ValueError("a recipe takes one folder")
+        options = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in arguments.option)}
+        parts = cuts_of_recipe(arguments.recipe, arguments.source[0], options)
+    counts: Counter = Counter()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for part, cuts in parts.items():
+        if texts:
+            cuts = with_texts(cuts, texts, counts)
+        if arguments.lower:
+            cuts = CutSet(cuts).transform_text(str.lower)
+        kept = list(with_times(cuts, times, counts))
+        counts["utterances"] += len(kept)
+        counts["in upper case"] += sum(s.text.isupper() for cut in kept for s in cut.supervisions if s.text)
+        write_cuts(arguments.out / f"{part}.jsonl.gz", kept)
+        print(f"{arguments.out / part}.jsonl.gz: {len(kept)} utterances", flush=True)
+    return counts
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        counts = prepare(arguments)
+    except (ValueError, RuntimeError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    for name, count in sorted(counts.items()):
+        if count:
+            print(f"  {name}: {count}")
+    if counts["in upper case"]:
+        print("a text LLM answers transcripts in upper case differently: give --texts with case, or --lower")
+    if counts["without word times"]:
+        print("word times make interleaving possible: go on with scripts/align.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shar and tarred copies of a corpus train as the corpus itself, alone and blended."""
+
+import runpy
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from nemo_mtbi.data.export import export
+from nemo_mtbi.data.loader import build_dataloader
+
+sources = runpy.run_path(str(Path(__file__).with_name("loader_sources.py")))
+
+
+@pytest.fixture
+def dataset(chat, frames):
+    return sources["make_dataset"](chat, frames)
+
+
+def said(batch):
+    """What the rows of a batch are about, in any order; tarred cuts are named after their file."""
+    return Counter((row.task, row.instruction, row.reference, row.transcript) for row in batch.rows)
+
+
+@pytest.mark.parametrize("form", ["shar", "tarred"])
+def test_word_times_and_behaviors_travel(corpus, dataset, form, tmp_path):
+    cuts = corpus.cuts(7)
+    entry = export(cuts, tmp_path / "out", form, 3)
+    plain = build_dataloader({"cuts_path": corpus.jsonl(cuts), "batch_size": 7}, dataset, train=False)
+    large = build_dataloader({"input_cfg": [entry], "batch_size": 7}, dataset, train=False)
+    (one,), (other,) = plain, large
+    assert len(one.rows) == len(other.rows) == 70
+    assert said(one) == said(other)
+    assert one.stats["interleaved_rows"] and other.stats["interleaved_rows"]
+    assert not one.stats.get("no_alignment") and not other.stats.get("no_alignment")
+    theirs = {row.transcript: other.audio[row.utterance] for row in other.rows}
+    for row in one.rows:
+        assert float((one.audio[row.utterance] - theirs[row.transcript]).abs().max()) < 1e-4  # 16 bits
+
+
+def test_a_part_of_a_recording_keeps_its_word_times(corpus, dataset, tmp_path):
+    cut = corpus.cut(0, seconds=2.0, text="a b c d")
+    part = cut.truncate(offset=1.0, duration=1.0, preserve_id=True)
+    part.supervisions[0].start, part.supervisions[0].duration, part.supervisions[0].text = 0.0, 1.0, "c d"
+    part.supervisions[0].alignment["word"] = part.supervisions[0].alignment["word"][2:]
+    entry = export([part], tmp_path / "out", "tarred", 5)
+    (batch,) = build_dataloader({"input_cfg": [entry], "batch_size": 1}, dataset, train=False)
+    assert not batch.stats.get("no_alignment")
+
+
+def test_a_blend_of_three_has_the_weights_as_shares(corpus, dataset, tmp_path):
+    """NeMo manifest + tar, Shar, and cuts, as in a run on several corpora."""
+    weights = {"tarred": 0.5, "shar": 0.3, "plain": 0.2}
+    entries = []
+    for name, weight in weights.items():
+        cuts = corpus.cuts(6, prefix=name, seconds=0.4, text="go on")
+        if name == "plain":
+            entry = {"type": "lhotse", "cuts_path": corpus.jsonl(cuts, name)}
+        else:
+            entry = export(cuts, tmp_path / name, name, 4)
+        entries.append({**entry, "weight": weight})
+    config = {"input_cfg": entries, "batch_size": 50, "rows_per_cut": 1, "seed": 1}
+    config["force_iterable_dataset"] = True  # NeMo's key for streams and manifests in one blend
+    loader = build_dataloader(config, dataset)
+    seen = Counter()
+    for batch in islice(loader, 120):
+        seen.update(source_of(cut) for cut in batch.cut_ids)
+    total = sum(seen.values())
+    assert total == 6000
+    assert {name: seen[name] / total for name in weights} == pytest.approx(weights, abs=0.02)
+
+
+def source_of(cut_id):
+    """Tarred cuts are named after their file."""
+    return next((name for name in ("shar", "plain") if cut_id.startswith(name)), "tarred")
+
+
+def test_a_temperature_evens_the_weights(corpus, dataset):
+    """NeMo's own key: weights to the power of it."""
+    entries = [
+        {"type": "lhotse", "cuts_path": corpus.jsonl(corpus.cuts(2, prefix=name), name), "weight": weight}
+        for name, weight in (("often", 0.9), ("rare", 0.1))
+    ]
+    config = {"input_cfg": entries, "batch_size": 50, "rows_per_cut": 1, "reweight_temperature": 0.5}
+    ids = [cut for batch in islice(build_dataloader(config, dataset), 60) for cut in batch.cut_ids]
+    share = sum(cut.startswith("rare") for cut in ids) / len(ids)
+    assert share == pytest.approx(0.1**0.5 / (0.1**0.5 + 0.9**0.5), abs=0.02)
+
+
+def test_what_can_not_be_written(corpus, tmp_path):
+    cuts = corpus.cuts(2)
+    with pytest.raises(ValueError, match="must be shar or tarred"):
+        export(cuts, tmp_path / "a", "zip", 3)
+    with pytest.raises(ValueError, match="shard size is 0"):
+        export(cuts, tmp_path / "a", "shar", 0)
+    with pytest.raises(ValueError, match="is not empty"):
+        export(cuts, corpus.folder, "shar", 3)
+    for form in ("shar", "tarred"):
+        with pytest.raises(ValueError, match="no cuts to write"):
+            export([], tmp_path / form, form, 3)
