@@ -25,7 +25,7 @@ PART, LLM, ASR = "train-clean-100", "Qwen2.5-7B-Instruct", "stt_en_fastconformer
 SHORT = {
     "mtbi_train.py": (
         "data=null benchmark.enabled=false model.connector.hidden_size=32 model.micro_batch_tokens=2000 "
-        "model.train_ds.batch_tokens=1500 model.train_ds.num_workers=0 model.validation_ds.num_workers=0 "
+        "model.train_ds.batch_tokens=1500 model.train_ds.num_workers=0 ++model.validation_ds.num_workers=0 "
         "model.validation_ds.batch_tokens=2000 model.generation.max_new_tokens=4 trainer.max_steps=2 "
         "trainer.val_check_interval=2 trainer.accelerator=cpu trainer.precision=32-true "
         "exp_manager.checkpoint_callback_params.async_save=false"
@@ -108,7 +108,7 @@ def test_a_corpus(corpus, place):
 def test_an_llm(corpus, place):
     train, to_megatron, to_hf, lora = commands("Your own LLM")
     asr = f"model.pretrained_asr={ASR}"
-    run(place, train, asr, "model.targets={allow_foreign: true}", *DATA)  # a system prompt of its own
+    run(place, train, asr, "+model.targets={allow_foreign: true}", *DATA)  # a system prompt of its own
     run(place, to_megatron)
     run(place, to_hf)
     same = [load_file(place / name / "model.safetensors") for name in (LLM, "Qwen2.5-7B-again")]

@@ -26,7 +26,7 @@ from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
-from nemo_mtbi.modules.connector import Connector
+from nemo_mtbi.modules.connector import build_connector
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
 from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
 from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder
@@ -246,7 +246,9 @@ class FrozenParts:
             return
         try:
             with torch.device("meta"):
-                connector = Connector(self._config.connector, shape.size, architecture.hidden_size, shape.frame_rate)
+                connector = build_connector(
+                    self._config.connector, shape.size, architecture.hidden_size, shape.frame_rate
+                )
         except RuntimeError as error:  # more numbers than can be counted
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainable connector: encoder frames in, LLM embeddings out."""
+"""The trainable connector: encoder frames in, LLM embeddings out.
+
+One interface for all kinds: a reduction of the frame rate, whose number of frames is known without running it, then a
+norm and an MLP.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import LengthStage
 
-KINDS = ("conv", "stack")
+KINDS = ("conv", "stack", "qformer", "conformer", "cif")
+_POWERS_OF_TWO = ("conv", "conformer")  # kinds made of stages of stride 2
 
 
 @dataclass
@@ -19,18 +26,24 @@ class ConnectorConfig:
 
     Attributes:
         kind: ``conv``: strided convolutions (BLSP, arXiv 2309.00916); ``stack``: frame stacking and an MLP (Ultravox,
-            AZeroS, arXiv 2601.06086).
-        frame_rate: wanted rate in hertz. The encoder's rate divided by a whole number (``stack``) or by a power of two
-            (``conv``) must come within 20% of it.
-        hidden_size: width of the convolutions and of the MLP.
-        kernel_size: of each convolution, odd (``conv`` only).
-        dropout: on the MLP's hidden layer.
+            AZeroS, arXiv 2601.06086); ``qformer``: a query that attends to each window of frames (SALMONN, arXiv
+            2310.13289); ``conformer``: convolutions and NeMo's Conformer, as SALM's modality adapter; ``cif``: frames are weighted and
+            summed until their weights reach 1, so that where sound changes more vectors stand (arXiv 1905.11235).
+        frame_rate: wanted rate in hertz. The encoder's rate divided by a whole number, or by a power of two for
+            ``conv`` and ``conformer``, must come within 20% of it.
+        hidden_size: width of convolutions, attention and of the MLP.
+        kernel_size: of each convolution, odd (``conv``, ``conformer`` and ``cif``).
+        layers: of ``qformer`` and ``conformer``.
+        heads: of their attention; they divide ``hidden_size``.
+        dropout: on hidden layers.
     """
 
     kind: str = "conv"
     frame_rate: float = 6.25
     hidden_size: int = 512
     kernel_size: int = 3
+    layers: int = 2
+    heads: int = 8
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -40,6 +53,10 @@ class ConnectorConfig:
             raise ValueError(
                 f"model.connector.kernel_size is {self.kernel_size}; it must be odd to keep frames centred"
             )
+        if self.layers < 1:
+            raise ValueError(f"model.connector.layers is {self.layers}; it must be at least 1")
+        if self.kind in ("qformer", "conformer") and (self.heads < 1 or self.hidden_size % self.heads):
+            raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
 
     def reduction(self, encoder_rate: float) -> int:
         """Encoder frames per connector frame.
@@ -47,7 +64,7 @@ class ConnectorConfig:
         Raises:
             ValueError: if no allowed reduction comes within 20% of the wanted rate.
         """
-        factors = range(1, 65) if self.kind == "stack" else [2**n for n in range(7)]
+        factors = [2**n for n in range(7)] if self.kind in _POWERS_OF_TWO else range(1, 65)
         best = min(factors, key=lambda factor: abs(encoder_rate / factor - self.frame_rate))
         if abs(encoder_rate / best - self.frame_rate) > 0.2 * self.frame_rate:
             reachable = ", ".join(f"{encoder_rate / factor:g}" for factor in factors[:5])
@@ -61,39 +78,52 @@ class ConnectorConfig:
 def connector_stages(config: ConnectorConfig, encoder_rate: float) -> tuple[LengthStage, ...]:
     """What the connector does to a number of frames, known without building it."""
     reduction = config.reduction(encoder_rate)
+    if config.kind in ("qformer", "cif"):  # the last window may be short
+        return (LengthStage(reduction, reduction, ceil=True),)
     if config.kind == "stack":
         return (LengthStage(reduction, reduction),)
     kernel = config.kernel_size
     return tuple(LengthStage(kernel, 2, padding=kernel - 1) for _ in range(reduction.bit_length() - 1))
 
 
-class Connector(nn.Module):
+class Connector(nn.Module, ABC):
     """Reduces the frame rate and projects to the LLM's embedding size.
 
     Args:
         config: its shape.
-        input_size: width of an encoder frame, ``D``.
-        output_size: width of an LLM embedding, ``H``.
         encoder_rate: encoder frames per second.
+
+    Attributes:
+        reduction: encoder frames for each of its own.
+        stages: what it does to a number of frames.
     """
 
-    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+    def __init__(self, config: ConnectorConfig, encoder_rate: float):
         super().__init__()
         self.reduction = config.reduction(encoder_rate)
-        self.stacking = self.reduction if config.kind == "stack" else 1
-        width, kernel = config.hidden_size, config.kernel_size
         self.stages = connector_stages(config, encoder_rate)
-        self.convs = nn.ModuleList()
-        if config.kind == "conv":
-            for n in range(len(self.stages)):
-                self.convs.append(nn.Conv1d(width if n else input_size, width, kernel, stride=2, padding=kernel // 2))
-            flat = width if len(self.convs) else input_size
-        else:
-            flat = input_size * self.stacking
-        self.norm = nn.LayerNorm(flat)
+
+    def project(self, config: ConnectorConfig, width: int, output_size: int) -> None:
+        """Makes norm and MLP behind what :meth:`reduce` gives, of this width."""
+        self.norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(flat, width), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(width, output_size)
+            nn.Linear(width, config.hidden_size),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden_size, output_size),
         )
+
+    @abstractmethod
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """Fewer frames.
+
+        Args:
+            frames: ``[U, E, D]``, zero behind their lengths.
+            lengths: ``[U]`` valid encoder frames.
+
+        Returns:
+            ``[U, C, W]``; what stands behind the length that ``stages`` count is arbitrary.
+        """
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -104,19 +134,173 @@ class Connector(nn.Module):
         Returns:
             ``[U, C, H]`` connector frames and their ``[U]`` valid lengths. Padding never reaches a valid frame.
         """
-        x = frames.masked_fill(_padding(frames, lengths), 0.0)  # [U, E, D]
-        for conv, stage in zip(self.convs, self.stages, strict=False):  # stacking is a stage without one
+        x = self.reduce(frames.masked_fill(padding(frames, lengths), 0.0), lengths)  # [U, C, W]
+        return self.mlp(self.norm(x)), self.count(lengths)
+
+    def count(self, lengths: Tensor) -> Tensor:
+        """``[U]`` connector frames of so many encoder frames."""
+        for stage in self.stages:
+            lengths = _stage(stage, lengths)
+        return lengths
+
+
+class ConvConnector(Connector):
+    """Strided convolutions."""
+
+    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+        super().__init__(config, encoder_rate)
+        width, kernel = config.hidden_size, config.kernel_size
+        self.convs = nn.ModuleList(
+            nn.Conv1d(width if n else input_size, width, kernel, stride=2, padding=kernel // 2)
+            for n in range(len(self.stages))
+        )
+        self.project(config, width if self.stages else input_size, output_size)
+
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        x = frames
+        for conv, stage in zip(self.convs, self.stages, strict=True):
             x = F.gelu(conv(x.transpose(1, 2)).transpose(1, 2))  # [U, C, W]
-            lengths = (lengths + stage.padding - stage.kernel).div(stage.stride, rounding_mode="floor") + 1
-            x = x.masked_fill(_padding(x, lengths), 0.0)
-        if self.stacking > 1:
-            lengths = lengths // self.stacking
-            whole = x.shape[1] // self.stacking
-            x = x[:, : whole * self.stacking].reshape(x.shape[0], whole, self.stacking * x.shape[2])  # [U, C, S * D]
-        return self.mlp(self.norm(x)), lengths.clamp(min=0)
+            lengths = _stage(stage, lengths)
+            x = x.masked_fill(padding(x, lengths), 0.0)
+        return x
 
 
-def _padding(x: Tensor, lengths: Tensor) -> Tensor:
+class StackConnector(Connector):
+    """Frames side by side."""
+
+    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+        super().__init__(config, encoder_rate)
+        self.project(config, input_size * self.reduction, output_size)
+
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        whole = frames.shape[1] // self.reduction
+        width = self.reduction * frames.shape[2]
+        return frames[:, : whole * self.reduction].reshape(frames.shape[0], whole, width)  # [U, C, S * D]
+
+
+class QFormerConnector(Connector):
+    """A learned query attends to the frames of each window, layer by layer."""
+
+    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+        super().__init__(config, encoder_rate)
+        width = config.hidden_size
+        self.widen = nn.Linear(input_size, width)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.places = nn.Parameter(0.02 * torch.randn(self.reduction, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                width, config.heads, 4 * width, config.dropout, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(config.layers)
+        )
+        self.project(config, width, output_size)
+
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        utterances, steps, _ = frames.shape
+        windows = -(-steps // self.reduction)
+        x = F.pad(self.widen(frames), (0, 0, 0, windows * self.reduction - steps))
+        x = x.unflatten(1, (windows, self.reduction)) + self.places  # [U, C, S, W]
+        absent = padding(x.flatten(1, 2), lengths).view(utterances * windows, self.reduction)
+        absent = absent & ~absent.all(1, keepdim=True)  # a window without a frame attends to anything: it is left out
+        query = self.query.expand(utterances * windows, 1, -1)
+        for layer in self.layers:
+            query = layer(query, x.flatten(0, 1), memory_key_padding_mask=absent)  # [U * C, 1, W]
+        return query.view(utterances, windows, -1)
+
+
+class CIFConnector(Connector):
+    """Continuous integrate-and-fire: frames are summed by weights that a convolution gives.
+
+    A vector is complete when the weights since the last one have reached 1. They are scaled such that an utterance has
+    as many vectors as the frame rate says, which is therefore known beforehand; where they stand is learned.
+    """
+
+    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+        super().__init__(config, encoder_rate)
+        kernel = config.kernel_size
+        self.weigh = nn.Sequential(
+            nn.Conv1d(input_size, config.hidden_size, kernel, padding=kernel // 2),
+            nn.GELU(),
+            nn.Conv1d(config.hidden_size, 1, 1),
+        )
+        self.project(config, input_size, output_size)
+
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        outside = padding(frames, lengths).squeeze(-1)  # [U, E]
+        weights = self.weigh(frames.transpose(1, 2)).squeeze(1).float().sigmoid() + 1e-4  # [U, E]
+        weights = weights.masked_fill(outside, 0.0)
+        counts = self.count(lengths).to(weights.dtype)
+        scale = counts / weights.sum(1).clamp(min=1e-4)
+        ends = (weights * scale[:, None]).cumsum(1)  # [U, E]
+        starts = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+        slots = torch.arange(-(-frames.shape[1] // self.reduction), device=frames.device)[:, None].to(ends.dtype)
+        # how much of a frame's weight falls between slot and slot + 1
+        shares = torch.minimum(ends[:, None], slots + 1) - torch.maximum(starts[:, None], slots)  # [U, C, E]
+        return shares.clamp(min=0).to(frames.dtype) @ frames
+
+
+class ConformerConnector(ConvConnector):
+    """Strided convolutions, then NeMo's Conformer over the whole utterance."""
+
+    def __init__(self, config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float):
+        from nemo.collections.asr.modules import ConformerEncoder
+
+        super().__init__(config, input_size, output_size, encoder_rate)
+        width = config.hidden_size
+        self.conformer = ConformerEncoder(
+            feat_in=width if self.stages else input_size,
+            n_layers=config.layers,
+            d_model=width,
+            n_heads=config.heads,
+            subsampling_factor=1,
+            conv_norm_type="layer_norm",  # a batch norm would mix utterances
+            conv_kernel_size=9,
+            dropout=config.dropout,
+            dropout_pre_encoder=config.dropout,
+            dropout_emb=0.0,
+            dropout_att=config.dropout,
+        )
+        self.conformer.sync_max_audio_length = False  # see SpeechEncoder
+        self.project(config, width, output_size)
+
+    def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        x = super().reduce(frames, lengths)
+        encoded, _ = self.conformer(audio_signal=x.transpose(1, 2), length=self.count(lengths))  # [U, W, C]
+        return encoded.transpose(1, 2)
+
+
+_CLASSES: dict[str, type[Connector]] = {
+    "conv": ConvConnector,
+    "stack": StackConnector,
+    "qformer": QFormerConnector,
+    "conformer": ConformerConnector,
+    "cif": CIFConnector,
+}
+
+
+def build_connector(config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float) -> Connector:
+    """A connector with new weights.
+
+    Args:
+        config: its shape.
+        input_size: width of an encoder frame, ``D``.
+        output_size: width of an LLM embedding, ``H``.
+        encoder_rate: encoder frames per second.
+
+    Raises:
+        ValueError: if it can't reach its frame rate.
+    """
+    return _CLASSES[config.kind](config, input_size, output_size, encoder_rate)
+
+
+def padding(x: Tensor, lengths: Tensor) -> Tensor:
     """Mask ``[U, T, 1]``, true where ``x`` (``[U, T, *]``) lies past its length."""
     steps = lengths.new_ones(x.shape[1]).cumsum(0) - 1
     return (steps[None, :] >= lengths[:, None]).unsqueeze(-1)
+
+
+def _stage(stage: LengthStage, lengths: Tensor) -> Tensor:
+    """The stage's number of frames, as :class:`LengthStage` counts it, for a tensor of lengths; 0 stays 0."""
+    span = lengths + stage.padding - stage.kernel
+    up = stage.stride - 1 if stage.ceil else 0
+    return ((span + up).div(stage.stride, rounding_mode="floor") + 1).clamp(min=0).masked_fill(lengths <= 0, 0)

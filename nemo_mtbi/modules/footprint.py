@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
 from nemo_mtbi.modules.hf_encoder import EncoderConfig, empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages
@@ -120,7 +120,7 @@ def speech_parts(
     """
     shape = encoder.shape
     with FakeTensorMode():
-        connector = Connector(config, shape.size, hidden, shape.frame_rate)
+        connector = build_connector(config, shape.size, hidden, shape.frame_rate)
         steps = frames * connector.reduction
         # the lengths decide about values only; a real tensor, since its values are read
         kept = kept_bytes(connector, torch.zeros(1, steps, shape.size), torch.tensor([steps]))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.losses import COMPARED_AT_ONCE, LossConfig, hidden_distance, response_cross_entropy, response_divergence
-from nemo_mtbi.modules.connector import Connector, ConnectorConfig, connector_stages
+from nemo_mtbi.modules.connector import Connector, ConnectorConfig, build_connector, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.encoder_cache import EncoderCache
 from nemo_mtbi.modules.lora import LoraConfig, add_lora, without_lora
@@ -181,7 +181,9 @@ class SpeechLLM(LayoutDecoder):
             with torch.random.fork_rng():
                 # The first weights depend on the seed alone, and not on how much of the LLM this process has drawn.
                 torch.manual_seed(torch.initial_seed())
-                self.connector = Connector(connector, shape.size, self.decoder.config.hidden_size, shape.frame_rate)
+                self.connector = build_connector(
+                    connector, shape.size, self.decoder.config.hidden_size, shape.frame_rate
+                )
 
     def encode(self, batch: StepBatch) -> Tensor:
         """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to the connector.

@@ -3,50 +3,11 @@
 
 import pytest
 import torch
-from nemo.collections.asr.models import EncDecCTCModel, EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
-from omegaconf import OmegaConf, open_dict
+from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
+from nemo_models import LETTERS, characters, transducer
 
 from nemo_mtbi.alignment.ctc import CTCModel
-from nemo_mtbi.models.ctc import write_tokenizer
-from nemo_mtbi.testing import WORDS, tiny_asr_config
-
-LETTERS = [" ", *"abcdefghijklmnopqrstuvwxyz", "'"]
-_RNNT = {
-    "decoder": {
-        "_target_": "nemo.collections.asr.modules.RNNTDecoder",
-        "normalization_mode": None,
-        "random_state_sampling": False,
-        "blank_as_pad": True,
-        "prednet": {"pred_hidden": 8, "pred_rnn_layers": 1, "t_max": None, "dropout": 0.0},
-    },
-    "joint": {
-        "_target_": "nemo.collections.asr.modules.RNNTJoint",
-        "log_softmax": None,
-        "fuse_loss_wer": False,
-        "jointnet": {"joint_hidden": 8, "activation": "relu", "dropout": 0.0},
-    },
-    "model_defaults": {"enc_hidden": 16, "pred_hidden": 8, "joint_hidden": 8},
-    "decoding": {"strategy": "greedy_batch", "greedy": {"max_symbols": 5}},
-    "loss": {"loss_name": "default"},
-}
-
-
-def transducer(kind, folder):
-    config = tiny_asr_config(write_tokenizer(folder, WORDS, 64))
-    with open_dict(config):
-        head = config.pop("decoder")
-        config = OmegaConf.merge(config, _RNNT)
-        config.aux_ctc = {"ctc_loss_weight": 0.3, "decoder": head, "decoding": {"strategy": "greedy_batch"}}
-    return kind(config)
-
-
-def characters():
-    config = tiny_asr_config("unused")
-    with open_dict(config):
-        config.pop("tokenizer")
-        config.decoder.vocabulary, config.decoder.num_classes = LETTERS, len(LETTERS)
-        config.labels = LETTERS
-    return EncDecCTCModel(config)
+from nemo_mtbi.testing import WORDS
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
 
-SHAPES = [("conv", 3), ("conv", 5), ("conv", 1), ("stack", 3)]
+SHAPES = [("conv", 3), ("conv", 5), ("conv", 1), ("stack", 3), ("qformer", 3), ("conformer", 3), ("cif", 3)]
 
 
 def connector(kind, kernel=3, rate=6.25, encoder_rate=12.5, seed=0):
     torch.manual_seed(seed)
-    config = ConnectorConfig(kind=kind, frame_rate=rate, hidden_size=6, kernel_size=kernel)
-    return Connector(config, input_size=4, output_size=5, encoder_rate=encoder_rate).double().eval()
+    config = ConnectorConfig(kind=kind, frame_rate=rate, hidden_size=6, kernel_size=kernel, heads=2)
+    return build_connector(config, input_size=4, output_size=5, encoder_rate=encoder_rate).double().eval()
 
 
 def noise(lengths, seed=0):
@@ -72,6 +72,43 @@ def test_frame_order_and_position_matter():
     torch.testing.assert_close(out[0], model.mlp(model.norm(by_hand)), rtol=0, atol=1e-12)
 
 
+def test_a_query_sees_the_frames_of_its_window_only():
+    model = connector("qformer", rate=12.5 / 4)
+    frames = noise([12]).requires_grad_(True)
+    out, _ = model(frames, torch.tensor([12]))
+    out[0, 1].square().sum().backward()
+    assert [bool(row.any()) for row in frames.grad[0]] == [False] * 4 + [True] * 4 + [False] * 4
+
+
+class Weights(torch.nn.Module):
+    """Gives the logits of chosen weights, whatever the frames are."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.logits = torch.logit(torch.tensor(weights, dtype=torch.float64) - 1e-4).view(1, 1, -1)
+
+    def forward(self, frames):
+        return self.logits
+
+
+def test_integrate_and_fire_by_hand():
+    """Five frames at half the rate are three vectors; the second frame belongs to the first two of them."""
+    model = connector("cif", rate=12.5 / 2)
+    frames = noise([5])
+    model.weigh = Weights([0.6, 0.6, 0.8, 0.5, 0.5])
+    a, b, c, d, e = frames[0]
+    by_hand = torch.stack([0.6 * a + 0.4 * b, 0.2 * b + 0.8 * c, 0.5 * d + 0.5 * e])
+    torch.testing.assert_close(model.reduce(frames, torch.tensor([5]))[0], by_hand, rtol=0, atol=1e-6)
+
+
+def test_equal_weights_are_means_of_windows():
+    model = connector("cif", rate=12.5 / 4)
+    model.weigh = Weights([0.5] * 12)
+    frames = noise([12])
+    means = frames.view(1, 3, 4, -1).mean(2)
+    torch.testing.assert_close(model.reduce(frames, torch.tensor([12])), means, rtol=0, atol=1e-6)
+
+
 def test_an_utterance_shorter_than_a_stack_gives_no_frame():
     frames, lengths = connector("stack", rate=3.125)(noise([3]), torch.tensor([3]))
     assert frames.shape == (1, 0, 5)
@@ -108,7 +145,11 @@ def test_a_rate_that_the_encoder_cannot_give_is_refused_with_those_it_can(settin
         ConnectorConfig(**settings).reduction(encoder_rate)
 
 
-@pytest.mark.parametrize("settings, key", [({"kind": "linear"}, "kind"), ({"kernel_size": 4}, "kernel_size")])
+WRONG = [({"kind": "linear"}, "kind"), ({"kernel_size": 4}, "kernel_size"), ({"layers": 0}, "layers")]
+WRONG += [({"kind": "qformer", "heads": 7}, "heads"), ({"kind": "conformer", "heads": 0}, "heads")]
+
+
+@pytest.mark.parametrize("settings, key", WRONG)
 def test_wrong_shapes_are_refused_by_the_name_of_their_key(settings, key):
     with pytest.raises(ValueError, match=f"model.connector.{key}"):
         ConnectorConfig(**settings)

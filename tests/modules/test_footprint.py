@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemo_mtbi.modules.connector import Connector, ConnectorConfig
+from nemo_mtbi.modules.connector import KINDS, ConnectorConfig, build_connector
 from nemo_mtbi.modules.footprint import kept_bytes, read_encoder, speech_parts
 from nemo_mtbi.modules.pretrained import load_speech_encoder
 from nemo_mtbi.parallel.memory import total
@@ -27,11 +27,11 @@ def test_an_encoder_without_weights_is_like_the_loaded_one(archive):
     assert facts.numbers * 2 + facts.fixed_bytes == held
 
 
-@pytest.mark.parametrize("kind", ["conv", "stack"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_connector_counts_as_built(kind, archive):
     facts, config = read_encoder(archive), ConnectorConfig(kind, hidden_size=24)
     parts = speech_parts(facts, config, 32, frames=10, number=2, share=2, states=2)
-    connector = Connector(config, facts.shape.size, 32, facts.shape.frame_rate)
+    connector = build_connector(config, facts.shape.size, 32, facts.shape.frame_rate)
     assert parts.connector_parameters == sum(value.numel() for value in connector.parameters())
     steps = 10 * connector.reduction
     kept = kept_bytes(connector, torch.randn(1, steps, facts.shape.size), torch.tensor([steps]))

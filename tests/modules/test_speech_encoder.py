@@ -3,9 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
+from nemo.collections.asr.parts.submodules.subsampling import calc_length
+from nemo_models import canary, characters, transducer
 from torch import nn
 
 from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.modules.pretrained import load_speech_encoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.testing import tiny_asr_model
 
@@ -54,6 +60,50 @@ def test_padding_changes_nothing(encoder):
         assert count.item() == counts[u]
         torch.testing.assert_close(together[u, :count], alone[0, :count], rtol=0, atol=1e-5)
         torch.testing.assert_close(wider[u, :count], alone[0, :count], rtol=0, atol=1e-5)
+
+
+KINDS = {
+    "ctc": tiny_asr_model,
+    "characters": lambda folder: characters(),
+    "transducer": lambda folder: transducer(EncDecRNNTBPEModel, folder),
+    "hybrid": lambda folder: transducer(EncDecHybridRNNTCTCBPEModel, folder),
+    "canary": canary,
+    "limited_context": lambda folder: transducer(
+        EncDecRNNTBPEModel, folder, att_context_size=[6, 2], att_context_style="chunked_limited"
+    ),
+    "local": lambda folder: tiny_asr_model(folder, self_attention_model="rel_pos_local_attn", att_context_size=[8, 8]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_encoder_of_every_kind_of_nemo_is_that_of_its_file(kind, tmp_path):
+    """Also those whose attention sees a part of the utterance only: it sees the same part here."""
+    model = KINDS[kind](tmp_path / "tokenizer")
+    model.eval()
+    model.save_to(str(tmp_path / "asr.nemo"))
+    encoder = load_speech_encoder(tmp_path / "asr.nemo")
+    audio, lengths = sound([40000, 23456])
+    features, counts = model.preprocessor(input_signal=audio, length=lengths)
+    expected, expected_lengths = model.encoder(audio_signal=features, length=counts)
+    found, found_lengths = encoder(audio, lengths)
+    assert found_lengths.tolist() == expected_lengths.tolist()
+    torch.testing.assert_close(found, expected.transpose(1, 2).detach(), rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 60 * 16000))
+def test_frames_are_those_of_nemo_up_to_a_minute(encoder, samples):
+    """By NeMo's own functions of lengths, which are what it masks by."""
+    features = encoder.preprocessor.featurizer.get_seq_len(torch.tensor([samples]))
+    stem = encoder.encoder.pre_encode
+    (frames,) = calc_length(
+        features,
+        all_paddings=stem._left_padding + stem._right_padding,
+        kernel_size=stem._kernel_size,
+        stride=stem._stride,
+        ceil_mode=stem._ceil_mode,
+        repeat_num=stem._sampling_num,
+    )
+    assert FrameCounter(encoder.shape.stages, 16000)(samples) == max(int(frames), 0)
 
 
 SUBSAMPLING = [("dw_striding", 8), ("dw_striding", 4), ("striding", 4), ("striding", 2)]
