@@ -14,8 +14,8 @@ from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
-from nemo_mtbi.modules.hf_encoder import EncoderConfig
 from nemo_mtbi.modules.lora import LoraConfig
+from nemo_mtbi.modules.windows import EncoderConfig
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 

@@ -277,12 +277,39 @@ def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provena
     )
 
 
+def training_costs(config: Mapping[str, Any], dataset: MTBIDataset, most: int | None = None) -> tuple[list[int], Any]:
+    """What the first cuts of the training data cost: positions of all rows of a cut.
+
+    Args:
+        config: see :func:`build_dataloader`.
+        dataset: for its chat format and frame counter.
+        most: how many cuts; ``None``: NeMo's ``num_cuts_for_bins_estimate``.
+
+    Returns:
+        The costs, and NeMo's full configuration.
+
+    Raises:
+        ValueError: as :func:`build_dataloader`, whoever made the behaviors.
+    """
+    from nemo_mtbi.register import register
+
+    register()
+    full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
+    check_source(full)
+    draw = _draw_config(full, rows_per_cut, dataset, expected={}, allow_foreign=True)
+    return _costs(DrawnSource(full, draw, dataset, 0, 1), most or full.num_cuts_for_bins_estimate), full
+
+
+def _costs(source: DrawnSource, most: int) -> list[int]:
+    rows, _ = source.open(0, source.full.seed)  # the same rows on all ranks
+    return [DrawnRows.of(cut).cost for cut in islice(rows, most)]
+
+
 def _fit_buckets(source: DrawnSource) -> None:
     """Reads the first cuts: to find the buckets, and to fail now and clearly where they cannot be used."""
     full = source.full
     estimate = full.use_bucketing and full.bucket_duration_bins is None
-    rows, _ = source.open(0, full.seed)  # the same rows on all ranks, which keep in step by the number of the bucket
-    costs = [DrawnRows.of(cut).cost for cut in islice(rows, full.num_cuts_for_bins_estimate if estimate else 1)]
+    costs = _costs(source, full.num_cuts_for_bins_estimate if estimate else 1)  # ranks keep in step by the bucket
     if estimate:
         full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
         full.use_bucketing = full.bucket_duration_bins is not None

@@ -54,8 +54,8 @@ class Loader:
         self._digest = lru_cache(maxsize=None)(lambda path: backends.digest(Path(path).expanduser()))
 
     def seeds(self, name: str) -> int:
-        """How many seeds a system has; the cascade and the text have one, that of the first model."""
-        return max(1, len(self._config.systems[name].nemos))
+        """How many seeds a system has."""
+        return self._config.seeds(name)
 
     def identity(self, name: str, seed: int) -> str:
         """Hash of all that decides the answers of a system."""
@@ -87,10 +87,7 @@ class Loader:
         return SpeechSystem(responder) if system.kind == "speech" else self._cascade(name, responder, model)
 
     def _nemo(self, name: str, seed: int) -> str | None:
-        system = self._config.systems[name]
-        if system.kind == "speech":
-            return system.nemos[seed]
-        return self._config.systems[system.of].nemos[0] if system.of else None
+        return next(iter(self._config.models(name)[seed:]), None)
 
     def _restore(self, path: str) -> Any:
         if self._restored is None or self._restored[0] != path:

@@ -68,7 +68,7 @@ def summarize(config: EvalConfig, answered: Sequence[Answered], resampling: Resa
     systems = {}
     for name, system in config.systems.items():
         found = {"kind": system.kind, "of": system.of, "against": config.text_of(name), "hours": system.hours}
-        systems[name] = {**found, "line": system.line, "seeds": max(1, len(system.nemos))}
+        systems[name] = {**found, "line": system.line, "seeds": config.seeds(name)}
     sets = {part.chosen.name: _set_figures(config, part, resampling) for part in answered}
     return {"title": config.title, "systems": systems, "sets": sets, "not_measured": list(NOT_MEASURED)}
 

@@ -142,6 +142,18 @@ class EvalConfig:
         first = [(name, self.compare_with) for name in self.systems if self.compare_with not in (None, name)]
         return list(dict.fromkeys([*first, *map(tuple, self.compare)]))
 
+    def models(self, name: str) -> list[str]:
+        """The ``.nemo`` files that a system answers with, one for each seed; empty if it needs none."""
+        system = self.systems[name]
+        if system.kind == "speech":
+            return system.nemos
+        nemos = self.systems[system.of].nemos if system.of else []
+        return nemos if system.adapted else nemos[:1]  # without adapters the LLM is the same for all of them
+
+    def seeds(self, name: str) -> int:
+        """How many seeds a system has."""
+        return max(1, len(self.models(name)))
+
     def text_of(self, name: str) -> str | None:
         """The text system that a system's behavior is measured against; None for text systems, or without any."""
         system = self.systems[name]

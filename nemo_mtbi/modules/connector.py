@@ -27,8 +27,9 @@ class ConnectorConfig:
     Attributes:
         kind: ``conv``: strided convolutions (BLSP, arXiv 2309.00916); ``stack``: frame stacking and an MLP (Ultravox,
             AZeroS, arXiv 2601.06086); ``qformer``: a query that attends to each window of frames (SALMONN, arXiv
-            2310.13289); ``conformer``: convolutions and NeMo's Conformer, as SALM's modality adapter; ``cif``: frames are weighted and
-            summed until their weights reach 1, so that where sound changes more vectors stand (arXiv 1905.11235).
+            2310.13289); ``conformer``: convolutions and NeMo's Conformer, as SALM's modality adapter; ``cif``: frames
+            are weighted and summed until their weights reach 1, so that vectors stand where the sound changes (arXiv
+            1905.11235).
         frame_rate: wanted rate in hertz. The encoder's rate divided by a whole number, or by a power of two for
             ``conv`` and ``conformer``, must come within 20% of it.
         hidden_size: width of convolutions, attention and of the MLP.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
-from nemo_mtbi.modules.hf_encoder import EncoderConfig, empty_hf_encoder, is_hf_encoder
+from nemo_mtbi.modules.hf_encoder import empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages
+from nemo_mtbi.modules.windows import AT_ONCE, EncoderConfig
 from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
 
 
@@ -35,6 +36,8 @@ class EncoderFacts:
         numbers: parameters and buffers of the encoder that take its dtype.
         fixed_bytes: of what keeps its dtype.
         convolution: numbers that the first convolution gives for each pair of feature frames.
+        windowed: whether it hears windows, of which only some are encoded at once.
+        padded: whether each window is filled up to 30 s.
     """
 
     shape: EncoderShape
@@ -42,6 +45,15 @@ class EncoderFacts:
     numbers: int
     fixed_bytes: int
     convolution: int
+    windowed: bool = False
+    padded: bool = False
+
+    def at_once(self, features: int) -> int:
+        """Feature frames that are encoded together, of those of a step."""
+        most = AT_ONCE * self.shape.sample_rate // self.shape.stages[0].stride
+        if self.padded:
+            return most
+        return min(features, most) if self.windowed else features
 
 
 def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts:
@@ -49,7 +61,7 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
 
     Args:
         name: NeMo ASR ``.nemo``, Hugging Face directory, or ``demo``.
-        config: how a Hugging Face encoder is used.
+        config: how it is used.
 
     Raises:
         ValueError: if it is neither, or an encoder whose frames can't be counted.
@@ -60,8 +72,9 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
             encoder = empty_hf_encoder(path, config)
         values = [*encoder.parameters(), *encoder.buffers()]
         numbers = sum(value.numel() for value in values)
-        return EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels)
-    return _read_nemo(name, path)
+        padded = encoder.heard(1) > 1
+        return EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels, True, padded)
+    return replace(_read_nemo(name, path), windowed=config is not None)
 
 
 def _read_nemo(name: str, path: Path) -> EncoderFacts:
@@ -131,7 +144,12 @@ def speech_parts(
         Term("frames and gradient", ((2, "tensors"), (frames, "frames"), (hidden, "channels"), (FLOAT32, "B"))),
         Term(
             "encoder's first convolution",
-            ((2, "tensors"), (frames * per_frame // 2, "steps"), (encoder.convolution, "numbers"), (number, "B")),
+            (
+                (2, "tensors"),
+                (encoder.at_once(frames * per_frame) // 2, "steps"),
+                (encoder.convolution, "numbers"),
+                (number, "B"),
+            ),
             share,
         ),
     )

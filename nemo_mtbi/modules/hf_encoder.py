@@ -6,9 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +15,13 @@ from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
 from nemo_mtbi.modules.speech_encoder import EncoderShape
+from nemo_mtbi.modules.windows import EncoderConfig, Windows
 
 CONFIG = "config.json"
-AT_ONCE = 300  # seconds of windows that are encoded at once: what a convolution gives of an hour fills 25 GB
 FILES = (CONFIG, "preprocessor_config.json")
 # Whisper: 80 or 128 mel channels each 10 ms, then convolutions of stride 1 and 2.
 _SHORTEST = 400  # samples that its short-time Fourier transform takes at least
 _WHISPER_STAGES = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
-
-
-@dataclass
-class EncoderConfig:
-    """How a Hugging Face encoder is used.
-
-    Attributes:
-        layers: hidden states that are given side by side, by the number of the layer (0: what enters the first one;
-            negative numbers count from the end); empty: the output of the last one.
-        pad: whether Whisper hears silence up to its 30 s, as in its own training. Without, short utterances cost less.
-        window_seconds: longer audio is cut into windows; for Whisper at most 30.
-        overlap_seconds: of neighboring windows. Each gives the frames up to the middle of the overlap.
-    """
-
-    layers: list[int] = field(default_factory=list)
-    pad: bool = True
-    window_seconds: float = 30.0
-    overlap_seconds: float = 2.0
-
-    def __post_init__(self):
-        if not 0 <= self.overlap_seconds < self.window_seconds / 2:
-            raise ValueError(
-                f"model.encoder.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
-                f"window_seconds, {self.window_seconds / 2:g}"
-            )
 
 
 def is_hf_encoder(path: Path) -> bool:
@@ -74,9 +47,6 @@ def read_hf_config(path: Path) -> Mapping[str, Any]:
 
 class HFSpeechEncoder(nn.Module, ABC):
     """Front end (float32) and encoder of a Hugging Face model, frozen and always in ``eval()``.
-
-    An utterance is encoded as if it were alone: only windows that are heard at equal length share a batch, since none
-    of these models is indifferent to padding.
 
     Args:
         model: the encoder.
@@ -111,16 +81,7 @@ class HFSpeechEncoder(nn.Module, ABC):
             raise ValueError(f"model.encoder.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
         self._layers = [layer % (num_layers + 1) for layer in config.layers or (num_layers,)]
         self.shape = EncoderShape(size * max(len(config.layers), 1), int(extractor.sampling_rate), stages)
-        self._counter = FrameCounter(stages, self.shape.sample_rate)
-        step = self._counter.samples_per_frame
-        self._window = int(config.window_seconds * self.shape.sample_rate) // step * step
-        self._overlap = int(config.overlap_seconds * self.shape.sample_rate) // (2 * step) * 2 * step
-        missing = self._window // step - self._counter(self._window)  # frames that reach beyond the end of a window
-        if self._overlap // 2 < missing * step:
-            raise ValueError(
-                f"model.encoder.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap by "
-                f"{2 * missing * step / self.shape.sample_rate:g} s or more"
-            )
+        self._windows = Windows(FrameCounter(stages, self.shape.sample_rate), config, self.shape.size)
         self.requires_grad_(False)
         self.eval()
 
@@ -154,46 +115,11 @@ class HFSpeechEncoder(nn.Module, ABC):
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
-        sizes = lengths.tolist()
-        windows = [(u, start, stop) for u, size in enumerate(sizes) for start, stop in self._windows(size)]
-        found: dict[tuple[int, int, int], Tensor] = {}
-        for batch in self._batches(windows):
-            pieces = [audio[u, start:stop].float() for u, start, stop in batch]
-            padded = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-            frames = torch.cat(self.encode(padded, self._layers), -1)  # [W, E, D]
-            for window, own in zip(batch, frames, strict=True):
-                count = self._counter(window[2] - window[1])
-                if len(own) < count:
-                    raise RuntimeError(
-                        f"the encoder gives {len(own)} frames for {window[2] - window[1]} samples, but its "
-                        f"configuration says {count}: this kind of encoder is not supported"
-                    )
-                found[window] = own[:count]
-        counts = [self._counter(size) for size in sizes]
-        longest = self._counter(audio.shape[1])
-        dtype = next(self.encoder.parameters()).dtype
-        encoded = torch.zeros(len(sizes), longest, self.shape.size, dtype=dtype, device=audio.device)
-        step, half = self._counter.samples_per_frame, self._overlap // 2
-        for utterance, count in enumerate(counts):
-            own = [window for window in windows if window[0] == utterance]  # none if it is too short for a frame
-            edges = [0, *((start + half) // step for _, start, _ in own[1:]), count]
-            for window, (first, last) in zip(own, pairwise(edges), strict=False):
-                offset = window[1] // step
-                encoded[utterance, first:last] = found[window][first - offset : last - offset]
-        return encoded, torch.tensor(counts, device=audio.device)
+        return self._windows.encode(audio, lengths, self._encode, self.heard)
 
-    def _batches(self, windows: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-        """Windows that are heard at equal length, as many as memory allows."""
-        for size in sorted({self.heard(stop - start) for _, start, stop in windows}):
-            chosen = [window for window in windows if self.heard(window[2] - window[1]) == size]
-            most = max(AT_ONCE * self.shape.sample_rate // size, 1)
-            yield from (chosen[first : first + most] for first in range(0, len(chosen), most))
-
-    def _windows(self, samples: int) -> list[tuple[int, int]]:
-        """Where windows of an utterance begin and end."""
-        hop = self._window - self._overlap
-        starts = range(0, max(samples - self._overlap, 1), hop)
-        return [(start, min(start + self._window, samples)) for start in starts if self._counter(samples - start)]
+    def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
+        samples = nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
+        return torch.cat(self.encode(samples, self._layers), -1)  # [W, E, D]
 
 
 class WhisperEncoder(HFSpeechEncoder):

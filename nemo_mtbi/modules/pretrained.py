@@ -20,7 +20,7 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig, GPTDecoder, build_decoder
-from nemo_mtbi.modules.hf_encoder import EncoderConfig, HFSpeechEncoder, is_hf_encoder, load_hf_encoder
+from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
@@ -33,6 +33,7 @@ from nemo_mtbi.modules.text_llm import (
     settings_yaml,
 )
 from nemo_mtbi.modules.weights import canonical_name, load_weights
+from nemo_mtbi.modules.windows import EncoderConfig
 from nemo_mtbi.parallel import groups
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
@@ -157,18 +158,16 @@ def load_speech_encoder(
     Args:
         name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
         dtype: of the encoder's weights.
-        config: how a Hugging Face encoder is used.
+        config: how it is used; ``None``: Hugging Face's by the defaults, NeMo's on whole utterances.
 
     Raises:
-        ValueError: if it can't be read, or ``config`` is given for another one.
+        ValueError: if it can't be read, or ``config`` asks for what it does not have.
     """
     path = resolve(name, "model.pretrained_asr", "encoder.nemo")
     if is_hf_encoder(path):
         encoder = load_hf_encoder(path, config)
-    elif config is not None:
-        raise ValueError(f"model.encoder is for encoders of Hugging Face, and {path} is none: leave it out")
     else:
-        encoder = SpeechEncoder(load_asr_model(name))
+        encoder = SpeechEncoder(load_asr_model(name), config)
     encoder.encoder.to(dtype)
     return encoder
 

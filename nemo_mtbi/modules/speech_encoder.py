@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.windows import EncoderConfig, Windows
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,17 @@ class SpeechEncoder(nn.Module):
 
     Args:
         asr_model: any NeMo ASR model with ``preprocessor`` and ``encoder``; its decoder is not kept.
+        config: longer audio is heard in windows; ``None``: every utterance as a whole.
 
     Raises:
-        ValueError: if the lengths that the modules report can't be counted exactly without running them.
+        ValueError: if ``config`` asks for layers, or the lengths that the modules report can't be counted exactly
+            without running them.
     """
 
-    def __init__(self, asr_model: nn.Module):
+    def __init__(self, asr_model: nn.Module, config: EncoderConfig | None = None):
         super().__init__()
+        if config and config.layers:
+            raise ValueError("model.encoder.layers is for encoders of Hugging Face: leave it out for one of NeMo")
         self.preprocessor = asr_model.preprocessor
         self.encoder = asr_model.encoder
         stages = (*front_end_stages(self.preprocessor), *subsampling_stages(self.encoder))
@@ -53,7 +58,14 @@ class SpeechEncoder(nn.Module):
         self.encoder.sync_max_audio_length = False
         self.requires_grad_(False)
         self.eval()
+        self._windows: Windows | None = None
         self._check_stages()
+        if config:
+            self._windows = Windows(self._counter, config, self.shape.size)
+
+    @property
+    def _counter(self) -> FrameCounter:
+        return FrameCounter(self.shape.stages, self.shape.sample_rate)
 
     def train(self, mode: bool = True) -> SpeechEncoder:
         """Stays in ``eval()``: dither, dropout and batch statistics belong to the encoder's own training."""
@@ -69,6 +81,16 @@ class SpeechEncoder(nn.Module):
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
+        if self._windows:
+            return self._windows.encode(audio, lengths, self._encode)
+        return self._hear(audio, lengths)
+
+    def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Windows of equal length."""
+        samples = torch.stack(list(pieces))
+        return self._hear(samples, torch.full((len(pieces),), samples.shape[1], device=samples.device))[0]
+
+    def _hear(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(audio.device.type, enabled=False):
             features, feature_lengths = self.preprocessor(input_signal=audio.float(), length=lengths)
         features = features.to(next(self.encoder.parameters()).dtype)
@@ -77,7 +99,7 @@ class SpeechEncoder(nn.Module):
 
     def _check_stages(self) -> None:
         """Compares the counted frames with those of the modules at lengths around every rounding edge."""
-        counter = FrameCounter(self.shape.stages, self.shape.sample_rate)
+        counter = self._counter
         step = counter.samples_per_frame
         samples = [8 * step + offset for offset in (-1, 0, 1, step // 2, step - 1, step)]
         audio = torch.zeros(len(samples), max(samples))

@@ -36,6 +36,11 @@ PLAN = (
 )
 
 
+# With adapters in the LLM, which then learns to listen, and may forget how to read.
+LORA = ("mtbi", "imitation", "transcription_sft", "continuation")
+LORA_SEEDS = range(3)
+ADAPTERS = "{rank: 8, alpha: 16, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
+
 # What is tested beside all against mtbi-100 (hypotheses H3 and H4).
 PAIRS = [("mtbi-10", f"{rival}-10") for rival in ("transcription_sft", "continuation", "imitation")]
 PAIRS += [("mtbi-50", "imitation-100"), ("mtbi-50", "mtbi-100")]
@@ -50,11 +55,17 @@ class Run:
     rival: str
     percent: int
     seed: int
+    lora: bool = False
+
+    @property
+    def line(self) -> str:
+        """Runs that differ in nothing but the seed and the amount of speech."""
+        return f"{self.rival}+lora" if self.lora else self.rival
 
     @property
     def system(self) -> str:
         """The name of its row: runs that differ in nothing but the seed share it."""
-        return f"{self.rival}-{self.percent}"
+        return f"{self.line}-{self.percent}"
 
     @property
     def name(self) -> str:
@@ -84,6 +95,7 @@ class Run:
             "exp_manager.resume_if_exists=true",
             "benchmark.enabled=false",
             *PROFILE,
+            *([f"model.lora={ADAPTERS}"] if self.lora else []),
             *extra,
         ]
 
@@ -91,14 +103,15 @@ class Run:
 def runs(only: str = "") -> list[Run]:
     """All trainings, the first seed of each before the second of any: what is interrupted can be looked at."""
     found = [Run(rival, percent, seed) for percent, rivals, seeds in PLAN for rival in rivals for seed in seeds]
+    found += [Run(rival, 100, seed, lora=True) for rival in LORA for seed in LORA_SEEDS]
     return sorted((run for run in found if only in run.system), key=lambda run: run.seed)
 
 
 def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
     """The configuration of ``examples/mtbi_eval.py``: a system for each rival and amount, a .nemo for each seed."""
     systems: dict[str, dict] = {}
-    for run in sorted(made, key=lambda run: (-run.percent, ALL.index(run.rival), run.seed)):
-        system = systems.setdefault(run.system, {"kind": "speech", "nemo": [], "line": run.rival, "logs": []})
+    for run in sorted(made, key=lambda run: (run.lora, -run.percent, ALL.index(run.rival), run.seed)):
+        system = systems.setdefault(run.system, {"kind": "speech", "nemo": [], "line": run.line, "logs": []})
         system["hours"] = round(hours * run.percent / 100, 3)
         system["nemo"].append(str(run.nemo(out)))
         if run.percent == 100 and run.seed == 0:
@@ -106,6 +119,8 @@ def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
     first = next(iter(systems))
     systems["cascade"] = {"kind": "cascade", "llm": "demo", "asr": "demo"}
     systems["text"] = {"kind": "text", "llm": "demo"}
+    for name in [name for name in systems if "+lora" in name]:  # what has become of the LLM's answers to text
+        systems[f"text of {name}"] = {"kind": "text", "of": name, "adapted": True}
     (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
     pool = yaml.safe_load((ROOT / "nemo_mtbi" / "assets" / "demo" / "tasks.yaml").read_text())
     names = [task["name"] for task in pool["tasks"]]
@@ -131,11 +146,12 @@ def parts_of(settings: dict) -> dict[str, dict]:
     """
     systems = settings["systems"]
     alone = {"resamples": 1, "compare": [], "compare_with": None, "examples": 0}
-    return {
-        name: {**settings, **alone, "systems": {name: systems[name], "text": systems["text"]}}
-        for name in systems
-        if name != "text"
-    }
+    parts = {}
+    for name, system in systems.items():
+        if name != "text" and not system.get("adapted"):
+            family = {name: system, "text": systems["text"], f"text of {name}": systems.get(f"text of {name}")}
+            parts[name] = {**settings, **alone, "systems": {key: value for key, value in family.items() if value}}
+    return parts
 
 
 def hours_of_speech(out: Path) -> float:

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from hf_models import ENCODERS, hf_encoder
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.modules.footprint import read_encoder
-from nemo_mtbi.modules.hf_encoder import EncoderConfig, HFSpeechEncoder, load_hf_encoder
+from nemo_mtbi.modules.hf_encoder import load_hf_encoder
 from nemo_mtbi.modules.pretrained import load_speech_encoder
+from nemo_mtbi.modules.windows import EncoderConfig
 
 RATE = 16_000
 
@@ -99,46 +98,6 @@ def test_layers_stand_side_by_side(folder, name):
 # ------------------------------------------------------------------------------------------------------------- frames
 
 
-class Counting(HFSpeechEncoder):
-    """Its frames say which sample they begin at, within their window and as the window heard it."""
-
-    def __init__(self, stages, config):
-        extractor = type("", (), {"sampling_rate": RATE})()
-        super().__init__(torch.nn.Linear(1, 1), extractor, config, 2, 1, stages)
-
-    def encode(self, samples, wanted):
-        step = self._counter.samples_per_frame
-        count = self._counter(samples.shape[1])
-        inside = torch.arange(count, dtype=torch.float32) * step
-        return [torch.stack([torch.stack([inside, row[::step][:count]], -1) for row in samples])]
-
-
-WHISPER = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
-WAVE_STAGES = tuple(map(LengthStage, (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)))
-
-
-@given(
-    samples=st.integers(1, 60 * RATE),
-    stages=st.sampled_from([WHISPER, WAVE_STAGES]),
-    window=st.sampled_from([3.0, 7.7, 30.0]),
-    overlap=st.sampled_from([0.1, 0.5, 1.03]),
-)
-@settings(max_examples=150, deadline=None)
-def test_windows_give_each_frame_once(samples, stages, window, overlap):
-    """From 1 sample to 60 s: the count is exact, and frames come from at least half an overlap inside a window."""
-    config = EncoderConfig(window_seconds=window, overlap_seconds=overlap)
-    encoder = Counting(stages, config)
-    audio = torch.arange(samples, dtype=torch.float32)[None]
-    encoded, lengths = encoder(audio, torch.tensor([samples]))
-    count = FrameCounter(stages, RATE)(samples)
-    assert lengths.tolist() == [count] and encoded.shape == (1, count, 2)
-    assert encoded[0, :, 1].tolist() == [320.0 * n for n in range(count)]
-    inside = encoded[0, :, 0]
-    begins = (inside != torch.arange(count) * 320.0).nonzero()
-    if len(begins):
-        assert inside[begins[0]] >= encoder._overlap // 2
-
-
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 @pytest.mark.parametrize("samples", [1, 159, 160, 161, 319, 320, 399, 400, 401, 719, 720, 721, 16000])
 def test_short_audio(folder, name, samples):
@@ -221,5 +180,5 @@ def test_other_directories_are_refused(folder, tmp_path, llm_dir):
     (tmp_path / "config.json").write_text((folder / "wavlm" / "config.json").read_text())
     with pytest.raises(ValueError, match="the encoder in .* can't be read"):
         load_speech_encoder(tmp_path)
-    with pytest.raises(ValueError, match="model.encoder is for encoders of Hugging Face"):
-        load_speech_encoder("demo", config=EncoderConfig())
+    with pytest.raises(ValueError, match="model.encoder.layers is for encoders of Hugging Face"):
+        load_speech_encoder("demo", config=EncoderConfig(layers=[-1]))

@@ -13,6 +13,7 @@ from torch import nn
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.modules.pretrained import load_speech_encoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.modules.windows import EncoderConfig
 from nemo_mtbi.testing import tiny_asr_model
 
 
@@ -88,6 +89,27 @@ def test_the_encoder_of_every_kind_of_nemo_is_that_of_its_file(kind, tmp_path):
     found, found_lengths = encoder(audio, lengths)
     assert found_lengths.tolist() == expected_lengths.tolist()
     torch.testing.assert_close(found, expected.transpose(1, 2).detach(), rtol=0, atol=1e-5)
+
+
+def test_long_audio_is_heard_in_windows(tmp_path):
+    """Of an encoder whose frames see 1.4 s about them, windows that overlap by 4 s give the frames of the whole."""
+    model = tiny_asr_model(
+        tmp_path, self_attention_model="rel_pos_local_attn", att_context_size=[8, 8], conv_kernel_size=5
+    )
+    model.preprocessor.featurizer.normalize = None  # by the mean of what is heard, which windows have of their own
+    whole = SpeechEncoder(model)
+    cut = SpeechEncoder(model, EncoderConfig(window_seconds=10.0, overlap_seconds=4.0))
+    audio, lengths = sound([16000 * 25 + 123, 16000 * 10, 3000, 16000 * 11, 90])
+    expected, counts = whole(audio, lengths)
+    found, found_counts = cut(audio, lengths)
+    assert found_counts.tolist() == counts.tolist() and found.shape == expected.shape
+    for u, count in enumerate(counts.tolist()):
+        torch.testing.assert_close(found[u, :count], expected[u, :count], rtol=0, atol=1e-5)
+
+
+def test_layers_are_for_others(asr_model):
+    with pytest.raises(ValueError, match="model.encoder.layers is for encoders of Hugging Face"):
+        SpeechEncoder(asr_model, EncoderConfig(layers=[1]))
 
 
 @given(st.integers(1, 60 * 16000))

@@ -20,10 +20,11 @@ def script():
 
 def test_the_plan(script):
     found = script["runs"]()
-    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3
+    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + 4 * 3
     assert [run.seed for run in found] == sorted(run.seed for run in found)
     assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {run.rival for run in found}
     assert {run.system for run in script["runs"]("mtbi_kl")} == {"mtbi_kl-100"}
+    assert {run.system for run in script["runs"]("+lora")} == {f"{rival}+lora-100" for rival in script["LORA"]}
 
 
 def test_commands_can_be_read_by_the_example(script, tmp_path):
@@ -67,11 +68,12 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     found = script["evaluation"](tmp_path, script["runs"](), 4.0)
     assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
-    assert len(found["systems"]) == 8 + 3 * 4 + 2
+    assert len(found["systems"]) == 8 + 3 * 4 + 2 + 2 * 4
     parts = script["parts_of"](found)
-    assert set(parts) == set(found["systems"]) - {"text"}
+    assert set(parts) == {name for name in found["systems"] if not name.startswith("text")}
     for name, part in parts.items():
-        assert set(parse_eval_config(part).systems) == {name, "text"} and part["sets"] == found["sets"]
+        family = {name, "text", *([f"text of {name}"] if "+lora" in name else [])}
+        assert set(parse_eval_config(part).systems) == family and part["sets"] == found["sets"]
     assert found["sets"]["letters"]["only"] == ["spell"] and len(found["sets"]["test"]["only"]) == 25
     assert "spell" not in found["sets"]["test"]["only"]
     system = found["systems"]["continuation-30"]
