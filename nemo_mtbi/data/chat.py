@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat formats: where the prompt, the speech and the answer stand in a sequence."""
+"""Chat formats: where prompts, speech and answers stand in a sequence."""
 
 from __future__ import annotations
 
@@ -8,8 +8,25 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
+
+from nemo_mtbi.data.layout import IGNORE
 
 PROMPT, AUDIO = "{prompt}", "{audio}"
+Content = str | tuple[int, ...]  # text, or layout values of speech
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange of a conversation.
+
+    Attributes:
+        contents: what the user gives, in order; at least one.
+        answer: what is answered.
+    """
+
+    contents: tuple[Content, ...]
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,7 @@ class ChatFormat:
         turn: each part is the slot ``{prompt}``, the slot ``{audio}``, a token of the vocabulary (its exact name, such
             as ``<|im_start|>``) or literal text.
         end: the token that ends an answer.
+        more: the same for each further turn, from behind ``end`` on; empty where the LLM knows single turns only.
         tokenizer: any NeMo ``TokenizerSpec`` (``text_to_ids``, ``ids_to_text``, ``token_to_id``), or a
             :class:`nemo_mtbi.data.hf_tokenizer.HFTokenizer`.
 
@@ -30,11 +48,13 @@ class ChatFormat:
     turn: tuple[str, ...]
     end: str
     tokenizer: object
+    more: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for slot in (PROMPT, AUDIO):
-            if list(self.turn).count(slot) != 1:
-                raise ValueError(f"the chat format {list(self.turn)} must hold {slot} exactly once")
+        for parts in (self.turn, *([self.more] if self.more else [])):
+            for slot in (PROMPT, AUDIO):
+                if list(parts).count(slot) != 1:
+                    raise ValueError(f"the chat format {list(parts)} must hold {slot} exactly once")
         if self._token(self.end) is None:
             raise ValueError(f"the chat format ends with {self.end!r}, which is no token of the LLM's vocabulary")
 
@@ -43,12 +63,6 @@ class ChatFormat:
         index = self.tokenizer.token_to_id(text)
         unknown = getattr(self.tokenizer, "unk_id", None)
         return None if index is None or index == unknown else int(index)
-
-    def _kind(self, part: str) -> str:
-        """What a part is: ``{audio}``, ``token`` or ``text``."""
-        if part == AUDIO:
-            return AUDIO
-        return "token" if part != PROMPT and self._token(part) is not None else "text"
 
     @property
     def end_id(self) -> int:
@@ -83,18 +97,59 @@ class ChatFormat:
 
     def prompt(self, prompt: str, audio: Sequence[int]) -> list[int]:
         """Layout of a turn: ``audio`` holds speech values, token ids, or both (interleaved)."""
+        contents = {PROMPT: prompt, AUDIO: tuple(audio)}
+        return self._layout(self.turn, [contents[part] for part in self.turn if part in contents])
+
+    def conversation(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        """Layout and labels of a whole conversation: every answer is predicted, from all that was before it.
+
+        Contents of a turn stand in their order, with what this format puts between prompt and speech between them.
+
+        Raises:
+            ValueError: if there is no turn, one without contents, or the LLM knows no further turns.
+        """
+        if not turns or not all(turn.contents for turn in turns):
+            raise ValueError("a conversation needs turns, and each turn something that the user says")
+        if len(turns) > 1 and not self.more:
+            raise ValueError(
+                f"a conversation has {len(turns)} turns, but the chat format of this LLM has one: train on single "
+                "turns, or set model.chat={format: …} to a format that has more"
+            )
+        values: list[int] = []
+        labels: list[int] = []
+        for number, turn in enumerate(turns):
+            prompt = self._layout(self.more if number else self.turn, turn.contents)
+            answer = self.response(turn.answer)
+            values += prompt + answer
+            labels += [IGNORE] * len(prompt) + answer
+        return values[:-1], labels[1:]
+
+    def _layout(self, parts: Sequence[str], contents: Sequence[Content]) -> list[int]:
+        """The parts of a turn with its contents in the place of the slots."""
+        first, second = (index for index, part in enumerate(parts) if part in (PROMPT, AUDIO))
+        between = [self._item(part) for part in parts[first + 1 : second]]
+        items = [self._item(part) for part in parts[:first]]
+        for number, content in enumerate(contents):
+            items += between if number else []
+            items.append(("text" if isinstance(content, str) else "speech", content))
+        items += [self._item(part) for part in parts[second + 1 :]]
         layout: list[int] = []
         heard = False
-        for kind, parts in groupby(self.turn, self._kind):
-            if kind == AUDIO:
-                layout += audio
+        for kind, group in groupby(items, lambda item: item[0]):
+            found = [value for _, value in group]
+            if kind == "text":  # texts beside each other are encoded together, as the LLM's tokenizer saw them
+                layout += self.encode_after("".join(found)) if heard else self.encode("".join(found))
             elif kind == "token":
-                layout += [self._token(part) for part in parts]
-            else:  # texts beside each other are encoded together, as the tokenizer of the LLM has always seen them
-                text = "".join(prompt if part == PROMPT else part for part in parts)
-                layout += self.encode_after(text) if heard else self.encode(text)
-            heard = kind == AUDIO
+                layout += found
+            else:
+                layout += [value for values in found for value in values]
+            heard = kind == "speech"
         return layout
+
+    def _item(self, part: str) -> tuple[str, Any]:
+        """A part of the format: a token of the vocabulary, or text."""
+        token = self._token(part)
+        return ("text", part) if token is None else ("token", token)
 
     def response(self, text: str, truncated: bool = False) -> list[int]:
         """Token ids of an answer with the end token; a truncated answer teaches no end."""

@@ -60,10 +60,12 @@ def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
             tokenizer's.
     """
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
-    messages.append({"role": "user", "content": config.separator.join(_PLACES[config.audio])})
+    user = {"role": "user", "content": config.separator.join(_PLACES[config.audio])}
+    messages.append(user)
     render = _by_formatter(config.format, tokenizer) if config.format else _by_template(tokenizer, config.options)
     asked = render(messages, True)
-    answered = render([*messages, {"role": "assistant", "content": ANSWER}], False)
+    answer = {"role": "assistant", "content": ANSWER}
+    answered = render([*messages, answer], False)
     for text, slots in ((asked, (PROMPT, AUDIO)), (answered, (ANSWER,))):
         missing = [slot for slot in slots if text.count(slot) != 1]
         if missing:
@@ -71,7 +73,20 @@ def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
     if (config.system or "").strip() not in asked:
         raise ValueError(f"the chat format has no place for model.chat.system: it gives {asked!r}; leave it out")
     control = control_tokens(tokenizer)
-    return ChatFormat(tuple(_split(asked, control)), _end(answered, control, tokenizer), tokenizer)
+    end = _end(answered, control, tokenizer)
+    more = _further(render, [*messages, answer, user], control, end)
+    return ChatFormat(tuple(_split(asked, control)), end, tokenizer, more)
+
+
+def _further(render: Render, messages: Sequence[dict[str, str]], control: Sequence[str], end: str) -> tuple[str, ...]:
+    """The parts of a further turn, from behind the end of an answer on; none if the format has single turns only."""
+    try:
+        _, *rest = render(messages, True).split(ANSWER)
+    except ValueError:
+        return ()
+    found, *parts = _split(rest[0], control) if len(rest) == 1 else [None]
+    whole = found == end and all(parts.count(slot) == 1 for slot in (PROMPT, AUDIO))
+    return tuple(parts) if whole else ()
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:

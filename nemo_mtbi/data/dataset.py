@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from lhotse.utils import fix_random_seed
 
 from nemo_mtbi.data.behaviors import Behavior
 from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_row
 from nemo_mtbi.data.draw import DrawnRows, check_policy
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.interleave import (
@@ -29,7 +30,7 @@ from nemo_mtbi.data.interleave import (
     speech_only,
     text_only,
 )
-from nemo_mtbi.data.layout import Row, RowInfo, StepBatch, collate
+from nemo_mtbi.data.layout import IGNORE, Row, RowInfo, StepBatch, collate
 from nemo_mtbi.data.tasks import stable_rng
 
 # What Lhotse raises for a missing, foreign or damaged file. No RuntimeError: it raises that where a library is missing
@@ -84,6 +85,26 @@ def check_samples(samples: torch.Tensor, name: str, frames: FrameCounter) -> tor
     return samples
 
 
+@dataclass
+class _Step:
+    """A step that is being built: see :func:`nemo_mtbi.data.layout.collate`."""
+
+    audio: list[torch.Tensor] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    infos: list[RowInfo] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    stats: Counter = field(default_factory=Counter)
+
+    def hear(self, audio: Sequence[torch.Tensor], drawn: DrawnRows, frames: FrameCounter) -> int:
+        """Adds utterances; returns the index of the first of them."""
+        first = len(self.audio)
+        self.audio += audio
+        self.counts += [frames(len(samples)) for samples in audio]
+        self.ids += [drawn.cut_id] * len(audio)
+        return first
+
+
 class MTBIDataset(torch.utils.data.Dataset):
     """Maps the cuts that a sampler chose (with rows drawn by ``DrawRows``) to a :class:`StepBatch`.
 
@@ -126,37 +147,54 @@ class MTBIDataset(torch.utils.data.Dataset):
         Raises:
             BadAudioError: under ``on_bad_audio: raise``.
         """
-        skipped, stats = Counter(), Counter()
-        audio, counts, rows, infos, ids = [], [], [], [], []
+        skipped, step = Counter(), _Step()
         for cut in cuts:
             drawn = DrawnRows.of(cut)
             skipped.update(drawn.skipped)
             try:
-                samples = load_samples(cut, self.frames)
+                if drawn.conversation is None:
+                    self._add_behaviors(step, cut, drawn)
+                else:
+                    self._add_conversation(step, drawn, drawn.conversation)
             except BadAudioError as error:
                 if self.on_bad_audio == "raise":
                     raise BadAudioError(
                         error.reason, f"{error}; mend the data, or set on_bad_audio: skip to leave it out"
                     ) from error
                 skipped[error.reason] += 1
-                continue
-            heard = self._hear(drawn, len(samples), stats)
-            if self.with_rows:
-                num_frames = self.frames(len(samples))
-                infos += [self._info(drawn, behavior, len(audio), num_frames) for behavior in drawn.behaviors]
-            firsts: dict[tuple[tuple[int, int], ...], int] = {}  # rows that hear the same pieces share them
-            for row in heard:
-                if row.pieces not in firsts:
-                    firsts[row.pieces] = len(audio)
-                    audio += [samples[start:end] for start, end in row.pieces]
-            rows += self._rows(drawn, heard, [firsts[row.pieces] if row.pieces else None for row in heard])
-            counts += [self.frames(len(piece)) for piece in audio[len(counts) :]]
-            ids += [drawn.cut_id] * (len(audio) - len(ids))
-        if not rows:
+        if not step.rows:
             return StepBatch.empty(dict(skipped))
-        batch = collate(audio, counts, rows, self.micro_batch_tokens, ids)
-        batch.rows, batch.stats, batch.skipped = infos, dict(stats), dict(skipped)
+        batch = collate(step.audio, step.counts, step.rows, self.micro_batch_tokens, step.ids)
+        batch.rows, batch.stats, batch.skipped = step.infos, dict(step.stats), dict(skipped)
         return batch
+
+    def _add_behaviors(self, step: _Step, cut: Cut, drawn: DrawnRows) -> None:
+        """The rows of an utterance; it is heard once by all of them."""
+        samples = load_samples(cut, self.frames)
+        heard = self._hear(drawn, len(samples), step.stats)
+        if self.with_rows:
+            num_frames = self.frames(len(samples))
+            step.infos += [self._info(drawn, behavior, len(step.audio), num_frames) for behavior in drawn.behaviors]
+        firsts: dict[tuple[tuple[int, int], ...], int] = {}  # rows that hear the same pieces share them
+        for row in heard:
+            if row.pieces not in firsts:
+                firsts[row.pieces] = step.hear([samples[start:end] for start, end in row.pieces], drawn, self.frames)
+        step.rows += self._rows(drawn, heard, [firsts[row.pieces] if row.pieces else None for row in heard])
+
+    def _add_conversation(self, step: _Step, drawn: DrawnRows, conversation: Conversation) -> None:
+        """The one row of a conversation, and all that it hears."""
+        audio = [load_samples(cut, self.frames) for cut in conversation.cuts()]
+        counts = [self.frames(len(samples)) for samples in audio]
+        first = step.hear(audio, drawn, self.frames)
+        row = conversation_row(conversation, self.chat, counts, first if audio else None, self.with_twins)
+        step.rows.append(row)
+        step.stats["conversations"] += 1
+        if self.with_rows:
+            last = conversation.exchanges[-1]
+            asked = max(index for index, label in enumerate(row.labels) if label == IGNORE)
+            said = " ".join(item for item in last.contents if isinstance(item, str))
+            prompt = row.layout[: asked + 2]  # all before the last answer
+            step.infos.append(RowInfo(first, drawn.cut_id, CONVERSATION, prompt, said, last.answer, False, ""))
 
     def _hear(self, drawn: DrawnRows, num_samples: int, stats: Counter) -> Sequence[HeardRow]:
         """What stands in the audio slot of each row, and which pieces of the audio it hears."""

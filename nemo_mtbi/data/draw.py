@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.behaviors import BEHAVIORS, Behavior, check_provenance, draw_behaviors, transcript, word_times
 from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_of, conversation_row
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.interleave import WordSpan
 from nemo_mtbi.data.layout import speech
@@ -61,6 +62,7 @@ class DrawnRows:
         words: when each word is said, or ``None`` without an alignment.
         skipped: what was left out since the cut before, by reason.
         pass_number: of the pass over the data, for schedules; ``epoch`` tells streams and repetitions apart.
+        conversation: in the place of behaviors; one row.
     """
 
     cut_id: str
@@ -72,6 +74,7 @@ class DrawnRows:
     words: tuple[WordSpan, ...] | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     pass_number: int = 0
+    conversation: Conversation | None = None
 
     @classmethod
     def of(cls, cut: Cut) -> DrawnRows:
@@ -102,7 +105,7 @@ def attach(cut: Cut, drawn: DrawnRows) -> Cut:
 
 def _without_behaviors(custom: Mapping[str, Any] | None) -> dict[str, Any]:
     """The drawn rows stand for them; all of them would only make the way to the workers longer."""
-    return {key: value for key, value in (custom or {}).items() if key != BEHAVIORS}
+    return {key: value for key, value in (custom or {}).items() if key not in (BEHAVIORS, CONVERSATION)}
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,8 @@ class DrawRows:
         if reason is not None:
             skipped[reason] += 1
             return None
-        problem = self._problem(cut)
+        conversation = conversation_of(cut)
+        problem = self._problem(cut) if conversation is None else self._silence(conversation)
         if problem is not None:
             if config.on_bad_audio == "raise":
                 raise ValueError(
@@ -252,6 +256,8 @@ class DrawRows:
             skipped[problem[0]] += 1
             return None
         epoch = self._next_epoch(cut.id)
+        if conversation is not None:
+            return self._draw_conversation(conversation, epoch, skipped)
         behaviors = draw_behaviors(cut, config.rows_per_cut, config.seed, epoch)
         check_provenance(cut, config.expected, config.allow_foreign)
         if not behaviors:
@@ -271,6 +277,25 @@ class DrawRows:
         kept = tuple(behavior for behavior, fit in zip(behaviors, fits, strict=True) if fit)
         words = word_times(cut)
         return DrawnRows(cut.id, config.seed, epoch, kept, cost, transcript(cut), words, pass_number=self.epoch)
+
+    def _draw_conversation(self, conversation: Conversation, epoch: int, skipped: Counter) -> DrawnRows | None:
+        counts = [self.frames(cut.num_samples) for cut in conversation.cuts()]
+        cost = len(conversation_row(conversation, self.chat, counts, 0 if counts else None).layout)
+        if not self.config.min_tokens <= cost <= self.config.max_tokens:
+            skipped["row_length"] += 1
+            return None
+        if cost > self.config.max_cost:
+            skipped["cost_above_last_bucket"] += 1
+            return None
+        drawn = DrawnRows(conversation.id, self.config.seed, epoch, (), cost, "", pass_number=self.epoch)
+        return replace(drawn, conversation=conversation)
+
+    def _silence(self, conversation: Conversation) -> tuple[str, str] | None:
+        """Reason and message of a conversation with an audio that cannot be used."""
+        for cut in conversation.cuts():
+            if self.frames(cut.num_samples) == 0:
+                return "too_short", f"has an audio, {cut.id}, that is too short to own a single speech frame"
+        return None
 
     def _unwanted(self, cut: Cut) -> str | None:
         """The filter that leaves the cut out."""

@@ -23,6 +23,7 @@ from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.behaviors import custom_value
+from nemo_mtbi.data.conversations import as_cut
 from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.layout import StepBatch
@@ -219,7 +220,8 @@ def _for_validation(full) -> None:
 
 def _prepare(cuts: CutSet, full) -> CutSet:
     """What changes the length of a cut comes before its rows are drawn, in NeMo's order, so that the cost is exact."""
-    cuts = cuts.map(partial(_prepare_cut, sample_rate=full.sample_rate), apply_fn=None)
+    changed = full.perturb_speed and "perturb_speed" or full.pad_min_duration is not None and "pad_min_duration"
+    cuts = cuts.map(partial(_prepare_cut, sample_rate=full.sample_rate, changed=changed or None), apply_fn=None)
     if full.perturb_speed:
         cuts = CutSet.mux(cuts, cuts.perturb_speed(0.9), cuts.perturb_speed(1.1))
     if full.pad_min_duration is not None:
@@ -227,14 +229,18 @@ def _prepare(cuts: CutSet, full) -> CutSet:
     return cuts
 
 
-def _prepare_cut(cut: Any, sample_rate: int) -> Any:
+def _prepare_cut(cut: Any, sample_rate: int, changed: str | None) -> Any:
     """Resamples, and moves word times from a custom key to the supervision, where Lhotse keeps them.
+
+    Conversations become cuts in which they travel.
 
     NeMo manifests have no place for alignments; theirs is ``"alignment": {"word": [[symbol, start, duration], ...]}``,
     in seconds from the start of the utterance (Lhotse counts from the start of the recording).
     """
     if not isinstance(cut, Cut):
-        return cut
+        if changed and hasattr(cut, "turns"):
+            raise ValueError(f"{changed} is for utterances, and {cut.id} is a conversation: remove it, or one of them")
+        return as_cut(cut, sample_rate) if hasattr(cut, "turns") else cut
     cut = cut.resample(sample_rate)
     alignment = custom_value(cut, "alignment")
     if alignment is None or isinstance(cut, MixedCut) or len(cut.supervisions) != 1 or cut.supervisions[0].alignment:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet
+from lhotse.cut import Cut
 
 from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.conversations import conversation_row
 from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.layout import IGNORE, group_by_length, speech
+from nemo_mtbi.data.layout import IGNORE, Row, group_by_length, speech
 
 COUNTED_BYTES = 2**28  # manifests up to this size are counted
 RESPONSE_SHARE = 0.5  # of a microbatch's positions, where no data tell
@@ -67,16 +69,15 @@ def judge_step(
     """
     totals, shares, heard, longest, seconds = [], [], [], 0, 0.0
     for batch in batches:
-        rows = []
+        rows, counts = [], []
         for cut in batch:
-            audio = speech(0, frames(cut.num_samples))
-            rows += [behavior.row(chat, audio) for behavior in DrawnRows.of(cut).behaviors]
+            rows += _rows(cut, chat, frames, counts)
         lengths = [len(row.layout) for row in rows]
         for group in group_by_length(lengths, micro_batch_tokens):
             said = sum(label != IGNORE for index in group for label in rows[index].labels)
             shares.append(said / (len(group) * lengths[group[0]]))
         totals.append(sum(lengths))
-        heard.append(sum(frames(cut.num_samples) for cut in batch))
+        heard.append(sum(counts))
         longest = max(longest, *lengths)
         seconds += sum(cut.duration for cut in batch)
     return Step(
@@ -87,6 +88,17 @@ def judge_step(
         seconds=seconds / len(batches),
         cuts=sum(len(batch) for batch in batches) / len(batches),
     )
+
+
+def _rows(cut: Cut, chat: ChatFormat, frames: FrameCounter, counts: list[int]) -> list[Row]:
+    """The rows of a cut, all as speech; the frames of what they hear go to ``counts``."""
+    drawn = DrawnRows.of(cut)
+    if drawn.conversation is not None:
+        own = [frames(part.num_samples) for part in drawn.conversation.cuts()]
+        counts += own
+        return [conversation_row(drawn.conversation, chat, own, 0)]
+    counts.append(frames(cut.num_samples))
+    return [behavior.row(chat, speech(0, counts[-1])) for behavior in drawn.behaviors]
 
 
 def count_cuts(train: Mapping[str, Any]) -> int | None:

@@ -227,7 +227,7 @@ class FrozenParts:
         if self._restored is None or LLM_SETTINGS not in self._restored.file:
             return
         then = read_yaml(self._restored.file.read(LLM_SETTINGS, _TEXT_LIMIT), LLM_SETTINGS).get("chat")
-        now = {"turn": list(chat.turn), "end": chat.end}
+        now = {"turn": list(chat.turn), "end": chat.end, **({"more": list(chat.more)} if chat.more else {})}
         if then == now:
             return
         message = f"prompts are put as {now}, but this model was trained with {then}"

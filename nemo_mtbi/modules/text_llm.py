@@ -90,7 +90,7 @@ class TextLLMDirectory(ABC):
 
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
         """Settings and tokenizer, by names with which they and weights are a directory of ours."""
-        settings = settings_yaml(self.architecture, chat.turn, chat.end).encode()
+        settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more).encode()
         return {SETTINGS: settings, **{path.name: path.read_bytes() for path in self._tokenizer_files()}}
 
     def _tokenizer_files(self) -> list[Path]:
@@ -141,12 +141,12 @@ def _hash(path: Path, sampled: bool = False) -> Any:
     return digest
 
 
-def settings_yaml(architecture: DecoderConfig, turn: tuple[str, ...], end: str) -> str:
+def settings_yaml(architecture: DecoderConfig, turn: tuple[str, ...], end: str, more: tuple[str, ...] = ()) -> str:
     """The content of ``llm.yaml``."""
     settings = {
         "format_version": FORMAT_VERSION,
         "architecture": dataclasses.asdict(architecture),
-        "chat": {"turn": list(turn), "end": end},
+        "chat": {"turn": list(turn), "end": end, **({"more": list(more)} if more else {})},
     }
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
@@ -193,10 +193,10 @@ class OwnDirectory(TextLLMDirectory):
             return chat_format(self.tokenizer, config)
         try:
             own = self._settings["chat"]
-            turn, end = tuple(own["turn"]), own["end"]
+            turn, end, more = tuple(own["turn"]), own["end"], tuple(own.get("more", ()))
         except (KeyError, TypeError) as error:
             raise self._refusal(error) from error
-        return ChatFormat(turn, end, self.tokenizer)
+        return ChatFormat(turn, end, self.tokenizer, more)
 
     def _read_tokenizer(self) -> Any:
         if any((self.path / name).is_file() for name in HF_TOKENIZER if name != SENTENCEPIECE):

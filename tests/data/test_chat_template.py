@@ -6,8 +6,10 @@ from hf_models import DATED, SENTENCES, STYLES, hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_mtbi.data.chat import Turn
 from nemo_mtbi.data.chat_template import ChatConfig, chat_format
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
+from nemo_mtbi.data.layout import IGNORE
 
 FORMATTERS = {"chatml": "qwen", "headers": "llama3", "brackets": "llama2"}
 WORDS = st.lists(st.sampled_from(" ".join(SENTENCES).split()), min_size=1, max_size=8)
@@ -81,6 +83,35 @@ def test_a_user_can_say_no_control_token(tokenizers):
         assert chat.prompt("x", []).count(chat.end_id) == chat.prompt(f"x {chat.end}", []).count(chat.end_id)
 
 
+@given(asked=st.lists(st.tuples(WORDS, LETTERS), min_size=1, max_size=3), system=st.sampled_from([None, "Be brief."]))
+@settings(max_examples=60, deadline=None)
+def test_conversations_have_the_ids_of_the_template(tokenizers, asked, system):
+    for style in ("chatml", "headers"):
+        chat = chat_format(tokenizers[style], ChatConfig(system=system))
+        turns = [(" ".join(words), " ".join(answer)) for words, answer in asked]
+        layout, labels = chat.conversation([Turn((question,), answer) for question, answer in turns])
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids = tokenizers[style].tokenizer.apply_chat_template(messages, tokenize=True)
+        ids = ids if isinstance(ids, list) else ids["input_ids"]
+        assert ids[: len(layout) + 1] == [*layout, chat.end_id], style
+        said = [label for label in labels if label != IGNORE]
+        assert said == flat(chat.response(answer) for _, answer in turns), style
+
+
+SINGLE = (
+    "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+)
+
+
+def test_formats_of_one_turn_and_of_more(tmp_path, tokenizers):
+    assert all(chat_format(tokenizers[style], ChatConfig()).more for style in ("chatml", "headers"))
+    single = HFTokenizer(hf_tokenizer(tmp_path, "brackets", template=SINGLE))
+    assert chat_format(single, ChatConfig()).more == ()
+
+
 # ------------------------------------------------------------------------------------------------- NeMo's formatters
 
 
@@ -111,9 +142,11 @@ def test_formats_by_name_have_the_ids_of_nemo(tokenizers, style, format):
 
 @pytest.mark.parametrize("style", ["headers", "brackets"])
 def test_templates_and_formats_agree(tokenizers, style):
-    """Not so ChatML: the template of Qwen adds a system prompt, NeMo's format has none."""
-    by_name = chat_format(tokenizers[style], ChatConfig(format=FORMATTERS[style]))
-    assert by_name == chat_format(tokenizers[style], ChatConfig())
+    """Not so ChatML: the template of Qwen adds a system prompt, NeMo's format has none. NeMo's Llama 2 puts a space
+    behind an answer, which no LLM says: it has single turns only."""
+    by_name, own = (chat_format(tokenizers[style], ChatConfig(format=name)) for name in (FORMATTERS[style], None))
+    assert (by_name.turn, by_name.end) == (own.turn, own.end)
+    assert by_name.more == (() if style == "brackets" else own.more)
 
 
 def test_the_system_prompt_of_llama2(tokenizers):

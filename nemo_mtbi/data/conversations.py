@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as training data: several turns, several audios, or none, in NeMo's multimodal and ShareGPT layouts.
+
+NeMo's readers give conversations, Lhotse's samplers want cuts. So a conversation travels in a cut without audio, whose
+custom field holds it, and which costs what its row costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from lhotse import MonoCut, SupervisionSegment
+from lhotse.cut import Cut
+
+from nemo_mtbi.data.behaviors import transcript
+from nemo_mtbi.data.chat import ChatFormat, Content, Turn
+from nemo_mtbi.data.layout import Row, speech
+
+CONVERSATION = "conversation"  # key of the custom field, and name of the task in validation
+_SHORTEST = 0.01  # seconds of a cut; one without any would be refused
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One turn of the user and its answer.
+
+    Attributes:
+        contents: texts and cuts, in order.
+        answer: text.
+    """
+
+    contents: tuple[str | Cut, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """All exchanges.
+
+    Attributes:
+        id: for messages.
+        exchanges: at least one.
+    """
+
+    id: str
+    exchanges: tuple[Exchange, ...]
+
+    def cuts(self) -> list[Cut]:
+        """The audios, in order."""
+        return [item for exchange in self.exchanges for item in exchange.contents if not isinstance(item, str)]
+
+    def turns(self, say: Callable[[int, Cut], Content]) -> list[Turn]:
+        """What a chat format takes.
+
+        Args:
+            say: content of an audio, by its number and cut.
+        """
+        numbers = iter(range(len(self.cuts())))
+        return [
+            Turn(
+                tuple(item if isinstance(item, str) else say(next(numbers), item) for item in exchange.contents),
+                exchange.answer,
+            )
+            for exchange in self.exchanges
+        ]
+
+
+class ConversationCut(MonoCut):
+    """A cut in which a conversation travels. It has no audio of its own, so that NeMo finds nothing to resample."""
+
+    def resample(self, *args: Any, **kwargs: Any) -> ConversationCut:
+        return self
+
+
+def conversation_of(cut: Cut) -> Conversation | None:
+    """The conversation that travels in a cut."""
+    found = (getattr(cut, "custom", None) or {}).get(CONVERSATION)
+    return found if isinstance(found, Conversation) else None
+
+
+def as_cut(example: Any, sample_rate: int) -> ConversationCut:
+    """The cut in which one of NeMo's conversations travels.
+
+    Args:
+        example: ``NeMoMultimodalConversation``.
+        sample_rate: of the encoder, in hertz.
+
+    Raises:
+        ValueError: if its turns are not the user's and the assistant's in turn, or the assistant speaks.
+    """
+    conversation = Conversation(str(example.id), tuple(_exchanges(example, sample_rate)))
+    duration = max(sum(cut.duration for cut in conversation.cuts()), _SHORTEST)
+    words = SupervisionSegment(id=conversation.id, recording_id=conversation.id, start=0.0, duration=duration, text="")
+    return ConversationCut(
+        id=conversation.id,
+        start=0.0,
+        duration=duration,
+        channel=0,
+        supervisions=[words],
+        custom={CONVERSATION: conversation},
+    )
+
+
+def _exchanges(example: Any, sample_rate: int) -> Iterator[Exchange]:
+    spoken = [(turn.role.lower(), getattr(turn, "cut", None) or turn.value) for turn in example.turns]
+    unknown = sorted({role for role, _ in spoken if role not in _ROLES})
+    if unknown:
+        raise ValueError(
+            f"conversation {example.id} has turns of {', '.join(unknown)}: only user and assistant are trained on; "
+            "the system prompt of all is model.chat.system"
+        )
+    groups = [(role, [item for _, item in turns]) for role, turns in groupby(spoken, lambda turn: _ROLES[turn[0]])]
+    if [role for role, _ in groups] != ["user", "assistant"] * (len(groups) // 2) or not groups:
+        raise ValueError(f"conversation {example.id} must begin with the user and end with the assistant, in turn")
+    for (_, asked), (_, answered) in zip(groups[::2], groups[1::2], strict=True):
+        if not all(isinstance(item, str) for item in answered):
+            raise ValueError(f"the assistant speaks in conversation {example.id}: answers are text")
+        contents = tuple(item if isinstance(item, str) else item.resample(sample_rate) for item in asked)
+        yield Exchange(contents, " ".join(answered))
+
+
+def conversation_row(
+    conversation: Conversation, chat: ChatFormat, frames: Sequence[int], utterance: int | None, twin: bool = False
+) -> Row:
+    """The row of a conversation. Its speech is numbered on through all of its audios.
+
+    Args:
+        conversation: the conversation.
+        chat: the chat format of the model.
+        frames: connector frames of each audio.
+        utterance: index of the first audio in the step; ``None`` without audio.
+        twin: whether the row gets its text twin, with the transcripts in the place of the audios.
+
+    Raises:
+        ValueError: if the format does not have that many turns, or a twin is wanted and a transcript is missing.
+    """
+    firsts = [sum(frames[:number]) for number in range(len(frames))]
+    heard = conversation.turns(lambda number, cut: tuple(speech(firsts[number], frames[number])))
+    layout, labels = chat.conversation(heard)
+    read = None
+    if twin and frames:
+        silent = [cut.id for cut in conversation.cuts() if not transcript(cut)]
+        if silent:
+            raise ValueError(
+                f"conversation {conversation.id} has no transcript of {silent[0]}, and the loss compares speech with "
+                "text: leave such conversations out, or set model.loss.kl_weight and hidden_weight to 0"
+            )
+        read = chat.conversation(conversation.turns(lambda number, cut: tuple(chat.encode(transcript(cut)))))
+    text = None if read is None else Row(tuple(read[0]), tuple(read[1]))
+    return Row(tuple(layout), tuple(labels), utterance, text, len(frames))
