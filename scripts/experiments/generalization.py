@@ -9,22 +9,13 @@ Run it again to go on: a finished training is not repeated, and one that was int
 
 from __future__ import annotations
 
-import argparse
-import os
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
+import side_by_side
+from side_by_side import Run
 
-ROOT = Path(__file__).resolve().parents[2]
-UTTERANCES = 3000  # all of the speech
-# What differs from the embedded default: shorter, so that 76 trainings take about an hour and a half on two cores.
-PROFILE = ("trainer.max_steps=400", "trainer.val_check_interval=100", "data.validation_utterances=20")
 # What is trained: share of the speech in percent, systems, seeds.
 ALL = ("mtbi", "mtbi_kl", "mtbi_ce_kl", "imitation", "multitask_sft", "transcription_sft", "continuation")
 ALL += ("no_instruction",)
@@ -34,221 +25,47 @@ PLAN = (
     (30, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
     (50, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
 )
-
-
 # With adapters in the LLM, which then learns to listen, and may forget how to read.
 LORA = ("mtbi", "imitation", "transcription_sft", "continuation")
 LORA_SEEDS = range(3)
 ADAPTERS = "{rank: 8, alpha: 16, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
 
-# What is tested beside all against mtbi-100 (hypotheses H3 and H4).
+# What is tested beside all against mtbi-100 (hypotheses H3, H4 and H6).
 PAIRS = [("mtbi-10", f"{rival}-10") for rival in ("transcription_sft", "continuation", "imitation")]
 PAIRS += [("mtbi-50", "imitation-100"), ("mtbi-50", "mtbi-100")]
-# Tasks of a kind that is not trained in any form: their answers are letters. A set of their own in the evaluation.
-NEW_FAMILY = ("spell",)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    rival: str
-    percent: int
-    seed: int
-    lora: bool = False
-
-    @property
-    def line(self) -> str:
-        """Runs that differ in nothing but the seed and the amount of speech."""
-        return f"{self.rival}+lora" if self.lora else self.rival
-
-    @property
-    def system(self) -> str:
-        """The name of its row: runs that differ in nothing but the seed share it."""
-        return f"{self.line}-{self.percent}"
-
-    @property
-    def name(self) -> str:
-        return f"seed{self.seed}"
-
-    def folder(self, out: Path) -> Path:
-        return out / "runs" / self.system / self.name
-
-    def nemo(self, out: Path) -> Path:
-        return self.folder(out) / f"{self.name}.nemo"
-
-    def finished(self, out: Path) -> bool:
-        """The model is the last that a training writes, and it is there only when it is whole."""
-        return self.nemo(out).exists()
-
-    def command(self, out: Path, extra: Sequence[str]) -> list[str]:
-        return [
-            sys.executable,
-            str(ROOT / "examples" / "mtbi_train.py"),
-            f"+rival={self.rival}",
-            f"name={self.name}",
-            f"seed={self.seed}",
-            f"data.train_utterances={UTTERANCES * self.percent // 100}",
-            f"data.cache_dir={out / 'cache'}",
-            f"model.encoder_cache={out / 'encoder'}",
-            f"exp_manager.exp_dir={out / 'runs' / self.system}",
-            "exp_manager.resume_if_exists=true",
-            "benchmark.enabled=false",
-            *PROFILE,
-            *([f"model.lora={ADAPTERS}"] if self.lora else []),
-            *extra,
-        ]
+PAIRS += [("mtbi+lora-100", f"{rival}+lora-100") for rival in LORA[1:]]
 
 
 def runs(only: str = "") -> list[Run]:
     """All trainings, the first seed of each before the second of any: what is interrupted can be looked at."""
-    found = [Run(rival, percent, seed) for percent, rivals, seeds in PLAN for rival in rivals for seed in seeds]
-    found += [Run(rival, 100, seed, lora=True) for rival in LORA for seed in LORA_SEEDS]
+    found = [
+        Run(rival, percent, seed, (f"+rival={rival}",))
+        for percent, rivals, seeds in PLAN
+        for rival in rivals
+        for seed in seeds
+    ]
+    found += [
+        Run(f"{rival}+lora", 100, seed, (f"+rival={rival}", f"model.lora={ADAPTERS}"))
+        for rival in LORA
+        for seed in LORA_SEEDS
+    ]
     return sorted((run for run in found if only in run.system), key=lambda run: run.seed)
 
 
 def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:
-    """The configuration of ``examples/mtbi_eval.py``: a system for each rival and amount, a .nemo for each seed."""
-    systems: dict[str, dict] = {}
-    for run in sorted(made, key=lambda run: (run.lora, -run.percent, ALL.index(run.rival), run.seed)):
-        system = systems.setdefault(run.system, {"kind": "speech", "nemo": [], "line": run.line, "logs": []})
-        system["hours"] = round(hours * run.percent / 100, 3)
-        system["nemo"].append(str(run.nemo(out)))
-        if run.percent == 100 and run.seed == 0:
-            system["logs"].append(str(run.folder(out)))
-    first = next(iter(systems))
-    systems["cascade"] = {"kind": "cascade", "llm": "demo", "asr": "demo"}
-    systems["text"] = {"kind": "text", "llm": "demo"}
+    """The configuration of the report."""
+
+    def place(run: Run) -> tuple:
+        rival, _, adapted = run.line.partition("+")
+        return adapted, -run.percent, ALL.index(rival), run.seed
+
+    title = "Generalization of speech LLMs: MTBI and its rivals"
+    settings = side_by_side.evaluation(out, sorted(made, key=place), hours, title)
+    systems = settings["systems"]
     for name in [name for name in systems if "+lora" in name]:  # what has become of the LLM's answers to text
         systems[f"text of {name}"] = {"kind": "text", "of": name, "adapted": True}
-    (cuts,) = (out / "cache").glob("synthetic-test-*/cuts.jsonl.gz")
-    pool = yaml.safe_load((ROOT / "nemo_mtbi" / "assets" / "demo" / "tasks.yaml").read_text())
-    names = [task["name"] for task in pool["tasks"]]
-    questions = {"test": [name for name in names if name not in NEW_FAMILY], "letters": list(NEW_FAMILY)}
-    return {
-        "output_dir": str(out / "evaluation"),
-        "title": "Generalization of speech LLMs: MTBI and its rivals",
-        "systems": systems,
-        "sets": {name: {"cuts": str(cuts), "only": only, "wordings": 2} for name, only in questions.items()},
-        "batch_size": 256,
-        "kl_utterances": 30,
-        "max_new_tokens": 40,
-        "compare_with": first,
-        "compare": [list(pair) for pair in PAIRS if set(pair) <= set(systems)],
-    }
-
-
-def parts_of(settings: dict) -> dict[str, dict]:
-    """The configuration of each system alone, beside the text, so that several can be asked at once.
-
-    Answers are kept by system in one folder, where the whole evaluation finds them; what these write about one system
-    is replaced by it.
-    """
-    systems = settings["systems"]
-    alone = {"resamples": 1, "compare": [], "compare_with": None, "examples": 0}
-    parts = {}
-    for name, system in systems.items():
-        if name != "text" and not system.get("adapted"):
-            family = {name: system, "text": systems["text"], f"text of {name}": systems.get(f"text of {name}")}
-            parts[name] = {**settings, **alone, "systems": {key: value for key, value in family.items() if value}}
-    return parts
-
-
-def hours_of_speech(out: Path) -> float:
-    """Of the whole training corpus."""
-    from lhotse import CutSet
-
-    corpora = [list(CutSet.from_file(path)) for path in (out / "cache").glob("synthetic-train-*/cuts.jsonl.gz")]
-    return sum(cut.duration for cut in max(corpora, key=len)) / 3600
-
-
-@dataclass(frozen=True)
-class Job:
-    """A process on one thread.
-
-    Attributes:
-        name: for messages.
-        command: what is started.
-        log: what it prints is appended here.
-    """
-
-    name: str
-    command: Sequence[str]
-    log: Path
-
-
-def run_all(jobs: Sequence[Job], at_once: int) -> list[Job]:
-    """Runs several at once; returns those that failed."""
-    waiting, active, failed, started = list(jobs), {}, [], time.monotonic()
-    while waiting or active:
-        while waiting and len(active) < at_once:
-            job = waiting.pop(0)
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(job.log, "ab") as log:
-                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                active[job] = subprocess.Popen(job.command, stdout=log, stderr=log, env=environment), time.monotonic()
-        for job, (process, began) in list(active.items()):
-            if process.poll() is None:
-                continue
-            del active[job]
-            if process.returncode:
-                failed.append(job)
-            done, now = len(jobs) - len(waiting) - len(active), time.monotonic()
-            left = (now - started) / done * (len(jobs) - done)
-            state = f"FAILED, see {job.log}" if process.returncode else f"finished in {now - began:.0f} s"
-            print(f"{done}/{len(jobs)} · {job.name} {state} · {left / 60:.0f} min left", flush=True)
-        time.sleep(0.2)
-    return failed
-
-
-def train_all(wanted: Sequence[Run], out: Path, at_once: int, extra: Sequence[str]) -> list[Job]:
-    """Trains what is not finished; returns what failed."""
-    todo = [run for run in wanted if not run.finished(out)]
-    print(f"{len(wanted) - len(todo)} of {len(wanted)} trainings are finished", flush=True)
-    jobs = {}
-    for run in todo:
-        name = f"{run.system} {run.name}"
-        jobs[run] = Job(name, tuple(run.command(out, extra)), out / "logs" / f"{run.system}-{run.name}.txt")
-    failed = run_all(list(jobs.values()), at_once)
-    # one that was stopped by a signal has ended well, but before its end
-    return failed + [job for run, job in jobs.items() if job not in failed and not run.finished(out)]
-
-
-def evaluate_all(settings: dict, out: Path, at_once: int) -> int:
-    """Asks each system, several at once, then writes the report of all; returns an exit status."""
-
-    def command(name: str, values: dict) -> tuple[str, ...]:
-        (out / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-        script = str(ROOT / "examples" / "mtbi_eval.py")
-        return sys.executable, script, f"--config-path={out}", f"--config-name={name}"
-
-    parts = {f"evaluation-{name}": values for name, values in parts_of(settings).items()}
-    jobs = [Job(name, command(name, values), out / "logs" / f"{name}.txt") for name, values in parts.items()]
-    # one first: it asks the text, with whose answers all are compared
-    if run_all(jobs[:1], 1) or run_all(jobs[1:], at_once):
-        print("evaluations failed: run the same command again to go on", flush=True)
-        return 1
-    return subprocess.run(command("evaluation", settings)).returncode
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
-    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1)), help="trainings side by side")
-    parser.add_argument("--only", default="", metavar="WORD", help="systems whose name holds it")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    parser.add_argument("keys", nargs="*", help="further keys for examples/mtbi_train.py")
-    args = parser.parse_args()
-    out, wanted = args.out.resolve(), runs(args.only)
-    if args.dry_run:
-        print("\n".join(shlex.join(run.command(out, args.keys)) for run in wanted))
-        return 0
-    failed = train_all(wanted, out, args.at_once, args.keys)
-    if failed:
-        print(f"{len(failed)} trainings failed: run the same command again to go on", flush=True)
-        return 1
-    return evaluate_all(evaluation(out, wanted, hours_of_speech(out)), out, args.at_once)
+    return {**settings, "compare": [list(pair) for pair in PAIRS if set(pair) <= set(systems)]}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(side_by_side.main(__doc__, runs, evaluation))

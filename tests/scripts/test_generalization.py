@@ -14,15 +14,22 @@ PATH = Path(__file__).parents[2] / "scripts" / "experiments" / "generalization.p
 
 @pytest.fixture(scope="module")
 def script():
-    module = runpy.run_path(str(PATH))
-    return module
+    sys.path.insert(0, str(PATH.parent))
+    try:
+        import side_by_side
+
+        return {**vars(side_by_side), **runpy.run_path(str(PATH))}
+    finally:
+        sys.path.remove(str(PATH.parent))
 
 
 def test_the_plan(script):
     found = script["runs"]()
     assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + 4 * 3
     assert [run.seed for run in found] == sorted(run.seed for run in found)
-    assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {run.rival for run in found}
+    assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {
+        run.line.removesuffix("+lora") for run in found
+    }
     assert {run.system for run in script["runs"]("mtbi_kl")} == {"mtbi_kl-100"}
     assert {run.system for run in script["runs"]("+lora")} == {f"{rival}+lora-100" for rival in script["LORA"]}
 
@@ -79,3 +86,17 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     system = found["systems"]["continuation-30"]
     assert (system["hours"], system["line"], len(system["nemo"])) == (1.2, "continuation", 3)
     assert system["nemo"][1] == str(tmp_path / "runs" / "continuation-30" / "seed1" / "seed1.nemo")
+
+
+def test_connectors_are_compared_at_one_rate(script, tmp_path):
+    sys.path.insert(0, str(PATH.parent))
+    try:
+        connectors = runpy.run_path(str(PATH.with_name("connectors.py")))
+    finally:
+        sys.path.remove(str(PATH.parent))
+    from nemo_mtbi.modules.connector import KINDS
+
+    found = connectors["runs"]()
+    assert {run.line for run in found} == set(KINDS) and len(found) == 3 * len(KINDS)
+    (run,) = [run for run in connectors["runs"]("cif") if run.seed == 0]
+    assert "model.connector.kind=cif" in run.command(tmp_path, []) and run.system == "cif-100"
