@@ -47,24 +47,22 @@ def align(arguments: argparse.Namespace) -> dict:
         ValueError: if something does not fit.
     """
     import torch
-    from lhotse import CutSet
     from rich.console import Console
 
     from nemo_mtbi.alignment.corpus import AlignConfig, align_corpus
     from nemo_mtbi.alignment.ctc import CTCModel
+    from nemo_mtbi.data.prepare import open_cuts
     from nemo_mtbi.data.target_shards import join_shards
     from nemo_mtbi.modules.pretrained import resolve
     from nemo_mtbi.modules.text_llm import file_digest
 
     names = ("min_score", "learn_from", "seed", "batch_seconds", "shard_size", "on_bad_audio")
     config = AlignConfig(**{name: getattr(arguments, name) for name in names})
-    if not arguments.cuts.is_file():
-        raise ValueError(f"{arguments.cuts} is not a file: give a manifest of cuts")
+    cuts, total = open_cuts(arguments.cuts)
     model = resolve(arguments.asr, "--asr", "encoder.nemo")
     source = f"{file_digest(model)} {file_digest(arguments.cuts)}"
     ctc = CTCModel.load(arguments.asr)
     ctc.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    cuts, total = CutSet.from_file(arguments.cuts), sum(1 for _ in CutSet.from_file(arguments.cuts))
     console = Console(stderr=True)
     report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
     return {**report.as_dict(), "cuts": str(join_shards(arguments.out))}

@@ -30,7 +30,11 @@ def main(cfg):
     with open_dict(cfg):
         lengths, answer = list(cfg.get("seconds", [5, 15, 30])), int(cfg.get("answer", 64))
         rows = int(cfg.model.train_ds.get("rows_per_cut") or 1)
-        cfg.model.frozen_dtype = PRECISIONS[cfg.trainer.get("precision", "32-true")] or "float32"
+        precision = cfg.trainer.get("precision", "32-true")
+        if precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision is {precision}; it must be one of {', '.join(PRECISIONS)}")
+        if PRECISIONS[precision]:
+            cfg.model.frozen_dtype = PRECISIONS[precision]
         cfg.model.train_ds = cfg.model.validation_ds = None
     device = pick_device(None)
     if device.type != "cuda":
@@ -43,6 +47,8 @@ def main(cfg):
         utterances = largest(fits_in_memory(model, make, samples, answer))
         found.append(utterances * make.cost(samples, answer))
         console.print(f"{seconds} s: {utterances} utterances, {found[-1]} positions", highlight=False)
+    if not min(found):
+        raise ValueError("not one utterance fits: lower model.micro_batch_tokens, or recompute activations")
     console.print(f"model.train_ds.batch_tokens: {min(found)}", highlight=False)
 
 

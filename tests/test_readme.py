@@ -68,7 +68,8 @@ def place(tmp_path_factory):
     demo = ROOT / "nemo_mtbi" / "assets" / "demo"
     shutil.copy(demo / "encoder.nemo", folder / ASR)
     shutil.copy(demo / "tasks.yaml", folder / "tasks.yaml")
-    (folder / "blend.yaml").write_text(re.search(r"```yaml\n(# blend.*?)```", README.read_text(), re.DOTALL).group(1))
+    blend = re.search(r"```yaml\n(# blend.*?)```", README.read_text(), re.DOTALL).group(1)
+    (folder / "blend.yaml").write_text(blend.replace("0..28", "0..0"))  # ours fits into one shard
     return folder
 
 
@@ -92,7 +93,7 @@ def corpus(place):
     (place / "val").mkdir()
     shutil.copy(place / "targets" / "cuts.jsonl.gz", place / "val" / "cuts.jsonl.gz")
     said["export"] = "".join(run(place, export) for export in exports)
-    said["train"] = run(place, train, "+model.train_ds.force_iterable_dataset=true", "trainer.devices=1")
+    said["train"] = run(place, train, "trainer.devices=1")
     return said
 
 

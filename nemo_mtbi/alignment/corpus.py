@@ -7,9 +7,9 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from statistics import median
 
 import torch
 from lhotse import CutSet, MonoCut, SupervisionSegment
@@ -26,6 +26,7 @@ from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import shard_path, split_into_shards, write_shard
 from nemo_mtbi.durable import replacing
 
+_DECISIVE = ("min_score", "learn_from", "seed", "shard_size")  # the others may change from run to run
 SOUNDS_FILE, REPORT_FILE = "sounds.safetensors", "alignment.json"
 
 
@@ -66,29 +67,29 @@ class AlignmentReport:
     Attributes:
         counts: ``cuts``, ``aligned`` (supervisions), ``words``, and what was left out by reason: ``no_text``,
             ``unknown_word``, ``too_short``, ``low_score``, ``bad_audio``.
-        starts, ends: distance in seconds from the alignments that the corpus had before, word by word.
+        starts, ends: words by their distance in milliseconds from the alignments that the corpus had before.
     """
 
     counts: Counter = field(default_factory=Counter)
-    starts: list[float] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)
+    starts: Counter = field(default_factory=Counter)
+    ends: Counter = field(default_factory=Counter)
 
     def as_dict(self) -> dict:
         found = {"counts": dict(sorted(self.counts.items()))}
         if self.starts:
             found["against_the_former"] = {
-                "words": len(self.starts),
-                "median_start_ms": round(1000 * median(self.starts), 1),
-                "median_end_ms": round(1000 * median(self.ends), 1),
-                "median_boundary_ms": round(1000 * median(self.starts + self.ends), 1),
+                "words": self.starts.total(),
+                "median_start_ms": _median(self.starts),
+                "median_end_ms": _median(self.ends),
+                "median_boundary_ms": _median(self.starts + self.ends),
             }
         return found
 
     def add(self, other: Mapping) -> None:
         """Adds what a shard's report says."""
         self.counts.update(other["counts"])
-        self.starts += other["starts"]
-        self.ends += other["ends"]
+        for name in ("starts", "ends"):
+            getattr(self, name).update({int(distance): count for distance, count in other[name].items()})
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class CorpusAligner:
                     _compare(item.segment, alignment, report)
         report.counts["cuts"] += len(cuts)
         aligned = [_with_alignments(cut, found) for cut in cuts]
-        return aligned, {"counts": dict(report.counts), "starts": report.starts, "ends": report.ends}
+        return aligned, {name: dict(sorted(vars(report)[name].items())) for name in ("counts", "starts", "ends")}
 
     def _align(self, batch: Sequence[_Item], counts: Counter) -> Iterator[list[AlignmentItem] | None]:
         spans, values = self._hear(batch)
@@ -252,8 +253,16 @@ def _scores(tokens: Sequence[Sequence[int]], spans: TokenSpans) -> list[float]:
 def _compare(segment: SupervisionSegment, alignment: Sequence[AlignmentItem], report: AlignmentReport) -> None:
     former = [item for item in (segment.alignment or {}).get("word", ()) if item.symbol.strip()]
     if [item.symbol for item in former] == [item.symbol for item in alignment]:
-        report.starts += [abs(a.start - b.start) for a, b in zip(former, alignment, strict=True)]
-        report.ends += [abs(a.end - b.end) for a, b in zip(former, alignment, strict=True)]
+        for a, b in zip(former, alignment, strict=True):
+            report.starts[round(1000 * abs(a.start - b.start))] += 1
+            report.ends[round(1000 * abs(a.end - b.end))] += 1
+
+
+def _median(counted: Counter) -> int:
+    """Of distances by how often they came; the lower one of two."""
+    half, distances = (counted.total() + 1) // 2, sorted(counted)
+    below = accumulate(counted[distance] for distance in distances)
+    return next(distance for distance, words in zip(distances, below, strict=True) if words >= half)
 
 
 def _with_alignments(cut: MonoCut, found: Mapping[tuple[str, str], list[AlignmentItem]]) -> MonoCut:
@@ -307,7 +316,7 @@ def align_corpus(
     """
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(folder, {**asdict(config), "source": source})
+    _check_settings(folder, {**{name: getattr(config, name) for name in _DECISIVE}, "source": source})
     aligner, report = CorpusAligner(ctc, config), AlignmentReport()
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         if (folder / SOUNDS_FILE).is_file():

@@ -65,7 +65,7 @@ class CTCModel:
 
     def __init__(self, asr: torch.nn.Module):
         self.asr = asr.eval().requires_grad_(False)
-        self.head = getattr(asr, "ctc_decoder", None) or asr.decoder
+        self.head = getattr(asr, "ctc_decoder", None) or getattr(asr, "decoder", None)
         if not hasattr(self.head, "vocabulary") or not hasattr(self.head, "decoder_layers"):
             raise ValueError(
                 f"{type(asr).__name__} has no CTC head, which alignment needs; give a CTC or a hybrid model of NeMo"
@@ -106,25 +106,27 @@ class CTCModel:
         """The tokens by which the model writes a word, without its punctuation.
 
         Returns:
-            An empty list for what has no sound (a dash); ``None`` if the word has letters or digits, but none that
-            the model knows, so that nobody can say where it is.
+            An empty list for what has no sound (a dash); ``None`` if the word has a letter or digit that the model
+            does not know (a model of letters and ``20th``): its other tokens would be given the time of all of it.
         """
         sounded = self._write(word)
         if not sounded:
-            return None if any(c.isalnum() for c in word) else []
+            return sounded if sounded is None else []
         if self.tokenizer is None:
             return [self.pieces.index(c) for c in sounded]
         unknown = self.tokenizer.unk_id if hasattr(self.tokenizer, "unk_id") else None
         return [token for token in self.tokenizer.text_to_ids(sounded) if token != unknown] or None
 
-    def _write(self, word: str) -> str:
-        """The characters of a word that have a sound, in the model's own alphabet."""
+    def _write(self, word: str) -> str | None:
+        """The characters of a word that have a sound, in the model's own alphabet; ``None`` if it lacks one."""
         kept = []
         for c in self._fold(unicodedata.normalize("NFKC", word).replace("’", "'")):
             bare = unicodedata.normalize("NFD", c)[0]  # without its accent
             known = c if c in self._alphabet else bare
             if known in self._alphabet and (known.isalnum() or known == "'"):
                 kept.append(known)
+            elif c.isalnum():
+                return None
         return "".join(kept).strip("'")
 
     @torch.no_grad()

@@ -299,9 +299,11 @@ class DrawRows:
 
     def _unwanted(self, cut: Cut) -> str | None:
         """The filter that leaves the cut out."""
-        if cut.duration > self.config.max_duration:
+        conversation = conversation_of(cut)
+        heard = conversation is None or bool(conversation.cuts())  # one of text alone lasts no time
+        if heard and cut.duration > self.config.max_duration:
             return "longer_than_max_duration"
-        if cut.duration < self.config.min_duration:
+        if heard and cut.duration < self.config.min_duration:
             return "shorter_than_min_duration"
         return next((reason for reason, keep in self.config.filters if not keep(cut)), None)
 

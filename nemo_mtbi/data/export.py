@@ -9,20 +9,31 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut
+from lhotse.utils import fastcopy
 
+from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
+from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import split_into_shards
 
 FORMATS = ("shar", "tarred")
 
 
-def export(cuts: Iterable[MonoCut], out_dir: str | Path, form: str, shard_size: int, progress=iter) -> dict[str, Any]:
+def export(
+    cuts: Iterable[MonoCut],
+    out_dir: str | Path,
+    form: str,
+    shard_size: int,
+    on_bad_audio: str = "raise",
+    counts: Counter | None = None,
+) -> dict[str, Any]:
     """Writes cuts and audio.
 
     Args:
@@ -30,13 +41,14 @@ def export(cuts: Iterable[MonoCut], out_dir: str | Path, form: str, shard_size: 
         out_dir: must be empty or missing.
         form: ``shar`` or ``tarred``.
         shard_size: cuts in a shard.
-        progress: wraps the cuts.
+        on_bad_audio: ``raise``, or ``skip`` and count cuts whose audio can't be read.
+        counts: gets ``cuts`` and ``bad_audio``.
 
     Returns:
         An entry of NeMo's ``input_cfg`` that reads them.
 
     Raises:
-        ValueError: unknown form, a folder that is not empty, or no cuts.
+        ValueError: unknown form, a folder that is not empty, no cuts, or one that is no single utterance.
     """
     out_dir = Path(out_dir).absolute()
     if form not in FORMATS:
@@ -45,11 +57,40 @@ def export(cuts: Iterable[MonoCut], out_dir: str | Path, form: str, shard_size: 
         raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
+    check_policy(on_bad_audio)
     out_dir.mkdir(parents=True, exist_ok=True)
-    entry = (_shar if form == "shar" else _tarred)(progress(cuts), out_dir, shard_size)
+    whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts)
+    entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
     if not any(out_dir.iterdir()):
         raise ValueError("there are no cuts to write")
     return entry
+
+
+def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iterator[MonoCut]:
+    """The cuts with their audio in memory, and word times from the start of the utterance, where they then begin."""
+    for cut in cuts:
+        if not isinstance(cut, MonoCut) or len(cut.supervisions) != 1:
+            raise ValueError(
+                f"cut {cut.id} is no recording with one supervision: make one cut of each utterance (Lhotse's "
+                "trim_to_supervisions)"
+            )
+        (segment,) = cut.supervisions
+        times = {
+            kind: [item._replace(start=round(item.start - cut.start, 6)) for item in items]
+            for kind, items in (segment.alignment or {}).items()
+        }
+        try:
+            held = cut.move_audio_to_memory(audio_format="flac")
+        except LOADING_ERRORS as error:
+            if on_bad_audio == "raise":
+                raise ValueError(
+                    f"the audio of cut {cut.id} can't be read: {in_one_line(error)}; mend it, or leave such cuts out "
+                    "with --on-bad-audio skip, into an empty folder"
+                ) from error
+            counts["bad_audio"] += 1
+            continue
+        counts["cuts"] += 1
+        yield fastcopy(held, supervisions=[fastcopy(segment, alignment=times or None)])
 
 
 def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
@@ -89,15 +130,12 @@ def _flac(cut: MonoCut) -> bytes:
 
 
 def _fields(cut: MonoCut) -> dict[str, Any]:
-    """All else of a line. NeMo manifests count word times from the start of the utterance."""
+    """All else of a line."""
     (segment,) = cut.supervisions
     fields: dict[str, Any] = {"id": cut.id, "text": segment.text}
     fields |= {key: value for key in ("language", "speaker") if (value := getattr(segment, key))}
     if "language" in fields:
         fields["lang"] = fields.pop("language")
     if segment.alignment:
-        fields["alignment"] = {
-            kind: [list(item._replace(start=round(item.start - cut.start, 6))) for item in items]
-            for kind, items in segment.alignment.items()
-        }
+        fields["alignment"] = {kind: [list(item) for item in items] for kind, items in segment.alignment.items()}
     return {**(segment.custom or {}), **(cut.custom or {}), **fields}

@@ -31,6 +31,9 @@ from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
 from nemo_mtbi.data.tasks import stable_rng
 
 DATA_TYPE = "nemo_mtbi"
+# NeMo's changes of the sound, which would reach the cut in which a conversation travels, and not its audios.
+_FOR_UTTERANCES = ("perturb_speed", "pad_min_duration", "noise_path", "rir_enabled", "lowpass_enabled")
+_FOR_UTTERANCES += ("compression_enabled", "clipping_enabled")
 
 _READING: ContextVar[tuple[CutSet, bool]] = ContextVar("nemo_mtbi_reading")
 
@@ -220,8 +223,8 @@ def _for_validation(full) -> None:
 
 def _prepare(cuts: CutSet, full) -> CutSet:
     """What changes the length of a cut comes before its rows are drawn, in NeMo's order, so that the cost is exact."""
-    changed = full.perturb_speed and "perturb_speed" or full.pad_min_duration is not None and "pad_min_duration"
-    cuts = cuts.map(partial(_prepare_cut, sample_rate=full.sample_rate, changed=changed or None), apply_fn=None)
+    changed = next((key for key in _FOR_UTTERANCES if full.get(key)), None)
+    cuts = cuts.map(partial(_prepare_cut, sample_rate=full.sample_rate, changed=changed), apply_fn=None)
     if full.perturb_speed:
         cuts = CutSet.mux(cuts, cuts.perturb_speed(0.9), cuts.perturb_speed(1.1))
     if full.pad_min_duration is not None:
@@ -283,16 +286,15 @@ def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provena
     )
 
 
-def training_costs(config: Mapping[str, Any], dataset: MTBIDataset, most: int | None = None) -> tuple[list[int], Any]:
+def training_costs(config: Mapping[str, Any], dataset: MTBIDataset) -> tuple[list[int], Any]:
     """What the first cuts of the training data cost: positions of all rows of a cut.
 
     Args:
         config: see :func:`build_dataloader`.
         dataset: for its chat format and frame counter.
-        most: how many cuts; ``None``: NeMo's ``num_cuts_for_bins_estimate``.
 
     Returns:
-        The costs, and NeMo's full configuration.
+        The costs of NeMo's ``num_cuts_for_bins_estimate`` cuts, and its full configuration.
 
     Raises:
         ValueError: as :func:`build_dataloader`, whoever made the behaviors.
@@ -303,7 +305,7 @@ def training_costs(config: Mapping[str, Any], dataset: MTBIDataset, most: int | 
     full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
     check_source(full)
     draw = _draw_config(full, rows_per_cut, dataset, expected={}, allow_foreign=True)
-    return _costs(DrawnSource(full, draw, dataset, 0, 1), most or full.num_cuts_for_bins_estimate), full
+    return _costs(DrawnSource(full, draw, dataset, 0, 1), full.num_cuts_for_bins_estimate), full
 
 
 def _costs(source: DrawnSource, most: int) -> list[int]:

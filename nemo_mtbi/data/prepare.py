@@ -9,6 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lhotse import CutSet, MonoCut, RecordingSet, SupervisionSet
+from lhotse.utils import fastcopy
+
+
+def open_cuts(path: str | Path) -> tuple[CutSet, int]:
+    """The cuts of a manifest, read lazily, and how many there are.
+
+    Raises:
+        ValueError: if there is no such file, or no cut in it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file: give a manifest of cuts")
+    total = sum(1 for _ in CutSet.from_file(path) or ())
+    if not total:
+        raise ValueError(f"{path} holds no cuts")
+    return CutSet.from_file(path), total
 
 
 def recipe_names() -> list[str]:
@@ -69,12 +84,16 @@ def in_order(cuts: CutSet) -> CutSet:
 def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text") -> CutSet:
     """The entries of NeMo manifests (JSON lines), with absolute paths and without audio.
 
+    They are named after their files, as transcripts and word times elsewhere name them; parts of a longer file by
+    their offset too, and files of one name by their folders.
+
     Raises:
         ValueError: if one can't be read.
     """
     from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 
-    found: list[MonoCut] = []
+    found: dict[str, MonoCut] = {}
+    places: set[tuple] = set()
     for path in paths:
         try:
             entries = list(LazyNeMoIterator(str(path), text_field=text_field, metadata_only=False, shard_seed=0))
@@ -82,6 +101,24 @@ def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text") -> 
             raise ValueError(f"{path} can't be read as a NeMo manifest: {type(error).__name__}: {error}") from error
         for cut in entries:
             for source in cut.recording.sources:
-                source.source = os.path.abspath(source.source)
-        found += entries
-    return CutSet.from_cuts(found)
+                if source.type == "file":
+                    source.source = os.path.abspath(source.source)
+            place = cut.recording.sources[0].source, cut.start, cut.duration
+            if place in places:
+                raise ValueError(f"{place[0]} at {cut.start} s is in the manifests twice: leave one of them out")
+            places.add(place)
+            named = _named(cut, found)
+            found[named.id] = named
+    return CutSet.from_cuts(found.values())
+
+
+def _named(cut: MonoCut, taken: Mapping[str, Any]) -> MonoCut:
+    """The cut under a name of its own."""
+    path = Path(str(cut.recording.sources[0].source))
+    part = "" if cut.start == 0 and cut.duration >= cut.recording.duration - 0.01 else f"_{cut.start:.3f}"
+    folders = ["", *("-".join(path.parts[-number - 1 : -1]) + "-" for number in range(1, len(path.parts)))]
+    names = (f"{folder}{path.stem}{part}" for folder in folders)
+    name = next((name for name in names if name not in taken), f"{path}{part}-{cut.duration:.3f}")
+    recording = fastcopy(cut.recording, id=name.removesuffix(part) if part else name)
+    own = [fastcopy(segment, id=name, recording_id=recording.id) for segment in cut.supervisions]
+    return fastcopy(cut, id=name, recording=recording, supervisions=own)

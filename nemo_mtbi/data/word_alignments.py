@@ -100,18 +100,23 @@ def _read_textgrid(path: Path) -> list[AlignmentItem]:
     return [AlignmentItem(e.label, e.start, round(e.end - e.start, 6)) for e in grid.getTier(tiers[0]).entries]
 
 
-def read_texts(path: str | Path) -> dict[str, str]:
+def read_texts(paths: Iterable[str | Path]) -> dict[str, str]:
     """Transcripts by utterance.
 
     Args:
-        path: a NeMo manifest (the stem of ``audio_filepath`` is the id), JSON lines with ``id`` and ``text``, or lines
-            of ``id text``.
+        paths: each a NeMo manifest (the stem of ``audio_filepath`` is the id), JSON lines with ``id`` and ``text``, or
+            lines of ``id text``.
 
     Raises:
         ValueError: if a line is none of them, or an id comes twice.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    lines = (
+        (path, number, line)
+        for path in paths
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1)
+    )
+    for path, number, line in lines:
         if not line.strip():
             continue
         try:

@@ -38,6 +38,7 @@ from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES, file_digest, files_digest
 from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
 from nemo_mtbi.modules.weights import load_weights
+from nemo_mtbi.modules.windows import EncoderConfig
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import decoder_parameters
@@ -227,7 +228,9 @@ class FrozenParts:
         if self._restored is None or LLM_SETTINGS not in self._restored.file:
             return
         then = read_yaml(self._restored.file.read(LLM_SETTINGS, _TEXT_LIMIT), LLM_SETTINGS).get("chat")
-        now = {"turn": list(chat.turn), "end": chat.end, **({"more": list(chat.more)} if chat.more else {})}
+        now = {"turn": list(chat.turn), "end": chat.end}
+        if "more" in (then or {}):  # an archive of before knows single turns
+            now["more"] = list(chat.more)
         if then == now:
             return
         message = f"prompts are put as {now}, but this model was trained with {then}"
@@ -238,7 +241,7 @@ class FrozenParts:
     def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
         if "asr" not in self.embedded:
             return load_speech_encoder(self._paths["asr"], dtype, self._config.encoder)
-        return read_encoder(self._archive("asr"), dtype)
+        return read_encoder(self._archive("asr"), dtype, self._config.encoder)
 
     def _check_trained(self, shape: EncoderShape, architecture: DecoderConfig) -> None:
         """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
@@ -321,8 +324,13 @@ def encoder_settings(encoder: SpeechEncoder) -> bytes:
     return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()
 
 
-def read_encoder(file: NemoFile, dtype: torch.dtype) -> SpeechEncoder:
+def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | None = None) -> SpeechEncoder:
     """Front end (float32) and encoder (``dtype``) inside an archive.
+
+    Args:
+        file: the archive.
+        dtype: of the encoder's weights.
+        config: how it is used.
 
     Raises:
         ValueError: if they are damaged, or their frames can't be counted.
@@ -344,7 +352,7 @@ def read_encoder(file: NemoFile, dtype: torch.dtype) -> SpeechEncoder:
     wrong = misfits(expected, tensors.shapes)
     if wrong:
         raise ArchiveError(f"the encoder's weights do not fit its settings: {'; '.join(wrong[:5])}")
-    encoder = SpeechEncoder(_build(settings))
+    encoder = SpeechEncoder(_build(settings), config)
     for name, value in encoder.state_dict().items():
         value.copy_(tensors.tensor(name))
     encoder.encoder.to(dtype)

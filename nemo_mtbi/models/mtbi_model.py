@@ -27,7 +27,6 @@ from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import ADAPTERS, TRAINED, FrozenParts, check_trained, refusal
-from nemo_mtbi.models.profiling import oomptimizer_schema
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.encoder_cache import EncoderCache
@@ -167,11 +166,6 @@ class MTBIModel(ModelPT):
             # Lightning counts a step for the loggers after the validation that saved this state
             loop = self.trainer.fit_loop.epoch_loop
             loop._batches_that_stepped = max(loop._batches_that_stepped, self.trainer.global_step)
-
-    @property
-    def oomptimizer_schema(self) -> dict:
-        """For NeMo's OOMptimizer."""
-        return oomptimizer_schema(self)
 
     @property
     def agreed_to_stop(self) -> bool:

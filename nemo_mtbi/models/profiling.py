@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of any size, to find the largest that fits into memory: ours, and for NeMo's OOMptimizer."""
+"""Steps of any size, to find the largest that fits into memory."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,16 +59,6 @@ def step_maker(model: MTBIModel, rows: int = 1) -> StepMaker:
     """That of a model."""
     config = model.config
     return StepMaker(model.speech_llm.frame_counter, rows, config.micro_batch_tokens, config.loss.uses_teacher)
-
-
-def oomptimizer_schema(model: MTBIModel) -> dict[str, Any]:
-    """What NeMo's OOMptimizer builds batches from: samples are its input lengths, tokens of an answer its outputs."""
-    from nemo.core.neural_types import AudioSignal, LabelsType, NeuralType
-
-    vocabulary = model.speech_llm.decoder.architecture.vocab_size
-    audio = {"name": "audio", "type": NeuralType(("B", "T"), AudioSignal()), "seq_length": "input"}
-    answers = {"name": "responses", "type": NeuralType(("B", "T"), LabelsType()), "seq_length": "output"}
-    return {"cls": step_maker(model), "inputs": [audio, {**answers, "vocab_size": vocabulary}]}
 
 
 def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05) -> int:

@@ -21,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
 from nemo_mtbi.modules.hf_encoder import empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.pretrained import resolve
-from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages
+from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages, windows_of
 from nemo_mtbi.modules.windows import AT_ONCE, EncoderConfig
 from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
+
+UTTERANCE = 15.0  # seconds, of those that a step is thought to hold
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
         config: how it is used.
 
     Raises:
-        ValueError: if it is neither, or an encoder whose frames can't be counted.
+        ValueError: if it is neither, an encoder whose frames can't be counted, or used as it can't be.
     """
     path = resolve(name, "model.pretrained_asr", "encoder.nemo")
     if is_hf_encoder(path):
@@ -74,7 +76,8 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
         numbers = sum(value.numel() for value in values)
         padded = encoder.heard(1) > 1
         return EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels, True, padded)
-    return replace(_read_nemo(name, path), windowed=config is not None)
+    facts = _read_nemo(name, path)
+    return replace(facts, windowed=windows_of(facts.shape, config) is not None)
 
 
 def _read_nemo(name: str, path: Path) -> EncoderFacts:
@@ -134,9 +137,11 @@ def speech_parts(
     shape = encoder.shape
     with FakeTensorMode():
         connector = build_connector(config, shape.size, hidden, shape.frame_rate)
-        steps = frames * connector.reduction
+        # as utterances of some length: attention and pooling keep more of one long one
+        longest = min(frames, max(round(UTTERANCE * shape.frame_rate / connector.reduction), 1))
+        steps, utterances = longest * connector.reduction, -(-frames // longest)
         # the lengths decide about values only; a real tensor, since its values are read
-        kept = kept_bytes(connector, torch.zeros(1, steps, shape.size), torch.tensor([steps]))
+        kept = kept_bytes(connector, torch.zeros(utterances, steps, shape.size), torch.tensor([steps] * utterances))
         parameters = sum(value.numel() for value in connector.parameters())
     per_frame = math.prod(stage.stride for stage in shape.stages[1:]) * connector.reduction  # feature frames
     work = (

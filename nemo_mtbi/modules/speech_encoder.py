@@ -47,8 +47,6 @@ class SpeechEncoder(nn.Module):
 
     def __init__(self, asr_model: nn.Module, config: EncoderConfig | None = None):
         super().__init__()
-        if config and config.layers:
-            raise ValueError("model.encoder.layers is for encoders of Hugging Face: leave it out for one of NeMo")
         self.preprocessor = asr_model.preprocessor
         self.encoder = asr_model.encoder
         stages = (*front_end_stages(self.preprocessor), *subsampling_stages(self.encoder))
@@ -60,8 +58,7 @@ class SpeechEncoder(nn.Module):
         self.eval()
         self._windows: Windows | None = None
         self._check_stages()
-        if config:
-            self._windows = Windows(self._counter, config, self.shape.size)
+        self._windows = windows_of(self.shape, config)
 
     @property
     def _counter(self) -> FrameCounter:
@@ -81,7 +78,7 @@ class SpeechEncoder(nn.Module):
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
-        if self._windows:
+        if self._windows and not self._windows.hold(audio.shape[1]):  # what is short needs none: padding is masked
             return self._windows.encode(audio, lengths, self._encode)
         return self._hear(audio, lengths)
 
@@ -111,6 +108,19 @@ class SpeechEncoder(nn.Module):
                 f"this encoder gives {lengths.tolist()} frames for {samples} samples, but its configuration says "
                 f"{counted}: this kind of front end or subsampling is not supported; use a (Fast)Conformer encoder"
             )
+
+
+def windows_of(shape: EncoderShape, config: EncoderConfig | None) -> Windows | None:
+    """The windows in which an encoder of NeMo hears long audio.
+
+    Raises:
+        ValueError: if ``config`` asks for what is not there.
+    """
+    if config is None:
+        return None
+    if config.layers:
+        raise ValueError("model.encoder.layers is for encoders of Hugging Face: leave it out for one of NeMo")
+    return Windows(FrameCounter(shape.stages, shape.sample_rate), config, shape.size)
 
 
 def front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:

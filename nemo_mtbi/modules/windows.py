@@ -68,6 +68,10 @@ class Windows:
                 f"{2 * missing * step / rate:g} s or more"
             )
 
+    def hold(self, samples: int) -> bool:
+        """Whether an utterance fits into one of them."""
+        return samples <= self._window
+
     def of(self, samples: int) -> list[tuple[int, int]]:
         """Where the windows of an utterance begin and end."""
         hop = self._window - self._overlap

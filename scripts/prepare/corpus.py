@@ -56,8 +56,10 @@ def prepare(arguments: argparse.Namespace) -> Counter:
     from nemo_mtbi.data.word_alignments import read_texts, read_times, with_texts, with_times
 
     times = read_times(arguments.times) if arguments.times else None
-    texts = {name: text for path in arguments.texts or () for name, text in read_texts(path).items()}
+    texts = read_texts(arguments.texts or ())
     if arguments.recipe == "manifest":
+        if arguments.option:
+            raise ValueError("--option is for recipes of Lhotse: leave it out with `manifest`")
         parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field)}
     else:
         if len(arguments.source) != 1:
@@ -76,6 +78,8 @@ def prepare(arguments: argparse.Namespace) -> Counter:
         counts["in upper case"] += sum(s.text.isupper() for cut in kept for s in cut.supervisions if s.text)
         write_cuts(arguments.out / f"{part}.jsonl.gz", kept)
         print(f"{arguments.out / part}.jsonl.gz: {len(kept)} utterances", flush=True)
+    if not counts["utterances"]:
+        raise ValueError(f"not one utterance is left ({dict(counts)}): do the ids of --texts belong to this corpus?")
     return counts
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 
@@ -21,6 +22,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cuts", required=True, type=Path, metavar="FILE", help="Lhotse cuts, such as in.jsonl.gz")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="an empty folder, or one to be made")
     parser.add_argument("--format", required=True, choices=("shar", "tarred"))
+    parser.add_argument(
+        "--on-bad-audio", choices=("raise", "skip"), default="raise", help="cuts that can't be read (%(default)s)"
+    )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="cuts in a shard (%(default)s)")
     return parser.parse_args(argv)
 
@@ -28,27 +32,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     import yaml
-    from lhotse import CutSet
     from rich.console import Console
     from rich.progress import track
 
     from nemo_mtbi.data.export import export
+    from nemo_mtbi.data.prepare import open_cuts
 
     try:
-        if not arguments.cuts.is_file():
-            raise ValueError(f"{arguments.cuts} is not a file: give a manifest of cuts")
-        total = sum(1 for _ in CutSet.from_file(arguments.cuts))
-        console = Console(stderr=True)
-        entry = export(
-            CutSet.from_file(arguments.cuts),
-            arguments.out,
-            arguments.format,
-            arguments.shard_size,
-            progress=lambda cuts: track(cuts, "writing", total=total, console=console),
-        )
+        cuts, total = open_cuts(arguments.cuts)
+        shown = track(cuts, "writing", total=total, console=Console(stderr=True))
+        counts: Counter = Counter()
+        entry = export(shown, arguments.out, arguments.format, arguments.shard_size, arguments.on_bad_audio, counts)
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
+    print(f"# {counts['cuts']} cuts; left out because their audio can't be read: {counts['bad_audio']}")
     print(yaml.safe_dump({"input_cfg": [{**entry, "weight": 1.0}]}, sort_keys=False), end="")
     return 0
 

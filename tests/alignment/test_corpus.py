@@ -64,7 +64,7 @@ def test_boundaries_are_those_of_the_synthesizer(aligned, spoken):
             strict=False,
         )
     ]
-    assert said["median_start_ms"] == pytest.approx(1000 * np.median(own), abs=0.1)
+    assert said["median_start_ms"] == pytest.approx(1000 * np.median(own), abs=1)
 
 
 def test_almost_all_is_aligned_and_all_is_counted(aligned, spoken):
@@ -179,6 +179,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(spoken, ctc, aligned, t
 def test_a_folder_of_other_alignments_is_refused(spoken, ctc, aligned):
     with pytest.raises(ValueError, match="made with other min_score, source"):
         align_corpus(CutSet.from_cuts(spoken), aligned[1], ctc, AlignConfig(0.5, 500, 0, 60.0, 16), source="other")
+    lenient = AlignConfig(batch_seconds=30.0, shard_size=16, on_bad_audio="skip")  # what a message advises
+    assert align_corpus(CutSet.from_cuts(spoken), aligned[1], ctc, lenient, source="test").counts == aligned[0].counts
 
 
 @pytest.mark.parametrize(

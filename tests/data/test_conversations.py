@@ -223,9 +223,15 @@ def test_the_assistant_does_not_speak(corpus):
         as_cut(SimpleNamespace(id="c", turns=turns), 16000)
 
 
-def test_changes_of_speed_are_for_utterances(corpus, spoken, dataset):
-    with pytest.raises(ValueError, match="perturb_speed is for utterances, and text.* is a conversation"):
-        next(iter(read(dataset, multimodal(corpus, spoken), train=True, perturb_speed=True)))
+@pytest.mark.parametrize("key", ["perturb_speed", "lowpass_enabled", "clipping_enabled"])
+def test_changes_of_the_sound_are_for_utterances(corpus, spoken, dataset, key):
+    with pytest.raises(ValueError, match=f"{key} is for utterances, and text.* is a conversation"):
+        next(iter(read(dataset, multimodal(corpus, spoken), train=True, **{key: True})))
+
+
+def test_text_alone_lasts_no_time(corpus, spoken, dataset):
+    (batch,) = read(dataset, multimodal(corpus, spoken), min_duration=1.0)
+    assert batch.stats == {"conversations": 2} and batch.skipped == {"shorter_than_min_duration": 1}
 
 
 def test_a_bad_audio_leaves_the_conversation_out(corpus, spoken, several, frames):

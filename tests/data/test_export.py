@@ -7,7 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from lhotse.utils import fastcopy
 
+from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.data.export import export
 from nemo_mtbi.data.loader import build_dataloader
 
@@ -40,14 +42,28 @@ def test_word_times_and_behaviors_travel(corpus, dataset, form, tmp_path):
         assert float((one.audio[row.utterance] - theirs[row.transcript]).abs().max()) < 1e-4  # 16 bits
 
 
-def test_a_part_of_a_recording_keeps_its_word_times(corpus, dataset, tmp_path):
+@pytest.mark.parametrize("form", ["shar", "tarred"])
+def test_a_part_of_a_recording_keeps_its_word_times(corpus, dataset, tmp_path, form):
     cut = corpus.cut(0, seconds=2.0, text="a b c d")
     part = cut.truncate(offset=1.0, duration=1.0, preserve_id=True)
     part.supervisions[0].start, part.supervisions[0].duration, part.supervisions[0].text = 0.0, 1.0, "c d"
     part.supervisions[0].alignment["word"] = part.supervisions[0].alignment["word"][2:]
-    entry = export([part], tmp_path / "out", "tarred", 5)
-    (batch,) = build_dataloader({"input_cfg": [entry], "batch_size": 1}, dataset, train=False)
-    assert not batch.stats.get("no_alignment")
+    entry = export([part], tmp_path / "out", form, 5)
+    loader = build_dataloader({"input_cfg": [entry], "batch_size": 1}, dataset, train=False)
+    ((read,),) = loader.sampler if hasattr(loader.sampler, "source") else [loader.dataset.source.sampler(0)]
+    assert [word.start_s for word in DrawnRows.of(read).words] == pytest.approx([0.0, 0.5])
+
+
+def test_what_is_left_out_is_counted(corpus, dataset, tmp_path):
+    cuts, counts = corpus.cuts(3), Counter()
+    Path(cuts[1].recording.sources[0].source).write_bytes(b"no audio")
+    with pytest.raises(ValueError, match="the audio of cut cut-001 can't be read"):
+        export(cuts, tmp_path / "stops", "shar", 2)
+    export(cuts, tmp_path / "goes_on", "tarred", 2, "skip", counts)
+    assert counts == {"cuts": 2, "bad_audio": 1}
+    several = fastcopy(cuts[0], supervisions=cuts[0].supervisions * 2)
+    with pytest.raises(ValueError, match="cut cut-000 is no recording with one supervision"):
+        export([several], tmp_path / "several", "tarred", 2)
 
 
 def test_a_blend_of_three_has_the_weights_as_shares(corpus, dataset, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe, recipe_names
+from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe, open_cuts, recipe_names
 
 UTTERANCES = {"84-121-0001": "GO ON", "84-121-0000": "STOP NOW PLEASE"}
 
@@ -60,6 +60,26 @@ def test_a_recipe_without_lhotse(tmp_path):
         cuts_of_recipe("librispeech", tmp_path)
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    lines = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        soundfile.write(tmp_path / folder / "a.wav", np.zeros(16000), 16000)
+        lines.append({"audio_filepath": f"{folder}/a.wav", "duration": 1.0, "text": folder, "sampling_rate": 16000})
+    (tmp_path / "m.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [cut.id for cut in cuts_of_manifests([tmp_path / "m.json"])] == ["a", "two-a"]
+    with pytest.raises(ValueError, match="is in the manifests twice"):
+        cuts_of_manifests([tmp_path / "m.json"] * 2)
+
+
+def test_cuts_are_opened_and_counted(tmp_path):
+    with pytest.raises(ValueError, match="is not a file"):
+        open_cuts(tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no cuts"):
+        open_cuts(tmp_path / "empty.jsonl")
+
+
 def test_manifests_of_nemo(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
     lines = [
@@ -69,7 +89,8 @@ def test_manifests_of_nemo(tmp_path):
     (tmp_path / "m.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first, second = cuts_of_manifests([tmp_path / "m.json"])
     assert (first.supervisions[0].text, first.duration) == ("go on", 1.0)
-    assert (second.start, second.duration) == (0.25, 0.5) and first.id != second.id
+    assert (second.start, second.duration) == (0.25, 0.5)
+    assert [cut.id for cut in (first, second)] == ["a", "a_0.250"] == [c.supervisions[0].id for c in (first, second)]
     assert first.recording.sources[0].source == str(tmp_path / "a.wav")
     (tmp_path / "m.json").write_text("no json")
     with pytest.raises(ValueError, match="can't be read as a NeMo manifest"):

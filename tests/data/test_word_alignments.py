@@ -106,13 +106,13 @@ def test_texts_of_each_kind(tmp_path):
         + json.dumps({"id": "u2", "text": "Stop!"})
         + "\nu3 Now, then.\n"
     )
-    assert read_texts(path) == {"84-121-0000": "Go on.", "u2": "Stop!", "u3": "Now, then."}
+    assert read_texts([path]) == {"84-121-0000": "Go on.", "u2": "Stop!", "u3": "Now, then."}
     path.write_text("u3 one\nu3 two\n")
     with pytest.raises(ValueError, match="line 2: a second text of u3"):
-        read_texts(path)
+        read_texts([path])
     path.write_text("lonely\n")
     with pytest.raises(ValueError, match="line 1 has no id and text"):
-        read_texts(path)
+        read_texts([path])
 
 
 # Cuts ------------------------------------------------------------

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +358,29 @@ def test_weights_of_another_connector_are_refused(model, model_section):
     other = MTBIModel(model_section(connector={"kind": "stack"}))
     with pytest.raises(ValueError, match="does not fit model.connector; missing or unknown: speech_llm.connector."):
         other.load_state_dict(model.state_dict())
+
+
+def test_conversations_train_beside_utterances(model_section, tmp_path):
+    """Several audios, one, or none in a conversation, and utterances with their tasks, in one step."""
+    section = model_section()
+    cuts = section.train_ds.cuts_path
+    audio = next(iter(CutSet.from_file(cuts))).recording
+    heard = {"from": "User", "type": "audio", "value": audio.sources[0].source, "duration": audio.duration}
+    said = {"from": "User", "type": "text", "value": "say it"}
+    answer = {"from": "Assistant", "type": "text", "value": "one two"}
+    path = tmp_path / "conversations.jsonl"
+    asked = ([said, heard, answer], [heard, said, heard, answer], [said, answer])
+    lines = [json.dumps({"id": f"c{i}", "conversations": turns}) for i, turns in enumerate(asked)]
+    path.write_text("\n".join(lines) + "\n")
+    talk = {"type": "multimodal_conversation", "manifest_filepath": str(path), "audio_locator_tag": "<audio>"}
+    blend = [{**talk, "weight": 0.6}, {"type": "lhotse", "cuts_path": cuts, "weight": 0.4}]
+    section.train_ds = {"input_cfg": blend, "batch_size": 6, "rows_per_cut": 2, "force_iterable_dataset": True}
+    model = MTBIModel(section)
+    seen = Counter()
+    for batch in islice(model._train_dl, 5):
+        loss = model.speech_llm.train_step(batch, batch.num_targets)
+        assert torch.isfinite(loss)
+        seen.update(name[:4] for name in batch.cut_ids)
+        seen.update(batch.stats)
+    assert seen["conversations"] and seen["tiny"] and seen["c0_r"] + seen["c1_r"]
+    assert all(value.grad is not None for value in model.trained)

@@ -33,20 +33,6 @@ def test_steps_are_as_large_as_they_say(model):
         make(torch.randn(1, 100), torch.ones(1, 5, dtype=torch.int64))
 
 
-def test_nemos_schema_builds_what_trains(model):
-    """As its OOMptimizer does: named tensors of the lengths it was asked for."""
-    schema = model.oomptimizer_schema
-    sizes = {"input": 16000, "output": 6}
-    made = {
-        item["name"]: torch.randn(2, sizes[item["seq_length"]])
-        if item["name"] == "audio"
-        else torch.randint(0, item["vocab_size"], (2, sizes[item["seq_length"]]))
-        for item in schema["inputs"]
-    }
-    batch = schema["cls"](**made)
-    assert torch.isfinite(model.speech_llm.train_step(batch, batch.num_targets))
-
-
 def test_a_step_that_does_not_fit_is_smaller_the_next_time(model, monkeypatch):
     fits, whole = fits_in_memory(model, step_maker(model), 16000, 4), model.speech_llm.train_step
     sizes = []
