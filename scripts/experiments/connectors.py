@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import side_by_side
-from side_by_side import Run
+from side_by_side import Run, select
 
 SEEDS = range(3)
 KEYS = {
@@ -28,8 +28,8 @@ KEYS = {
 
 
 def runs(only: str = "") -> list[Run]:
-    """All trainings, the first seed of each before the second of any."""
-    return [Run(kind, 100, seed, KEYS[kind]) for seed in SEEDS for kind in KEYS if only in f"{kind}-100"]
+    """The trainings, with some seeds for each kind."""
+    return select([Run(kind, 100, seed, KEYS[kind]) for seed in SEEDS for kind in KEYS], only)
 
 
 def evaluation(out: Path, made: Sequence[Run], hours: float) -> dict:

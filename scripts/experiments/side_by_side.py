@@ -66,7 +66,6 @@ class Run:
         return [
             sys.executable,
             str(ROOT / "examples" / "mtbi_train.py"),
-            *self.keys,
             f"name={self.name}",
             f"seed={self.seed}",
             f"data.train_utterances={UTTERANCES * self.percent // 100}",
@@ -76,8 +75,18 @@ class Run:
             "exp_manager.resume_if_exists=true",
             "benchmark.enabled=false",
             *PROFILE,
+            *self.keys,
             *extra,
         ]
+
+
+def select(found: Sequence[Run], only: str) -> list[Run]:
+    """The runs of the system of that name, or else of those whose name holds it: the first seed of each before the
+    second of any, so that what is interrupted can be looked at.
+    """
+    exact = any(run.system == only for run in found)
+    wanted = [run for run in found if (run.system == only if exact else only in run.system)]
+    return sorted(wanted, key=lambda run: run.seed)
 
 
 @dataclass(frozen=True)
@@ -227,7 +236,9 @@ def main(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 1)), help="trainings side by side")
-    parser.add_argument("--only", default="", metavar="WORD", help="systems whose name holds it")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="the system of this name, or else those whose name holds it"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("keys", nargs="*", help="further keys for examples/mtbi_train.py")
     args = parser.parse_args()

@@ -25,13 +25,19 @@ def script():
 
 def test_the_plan(script):
     found = script["runs"]()
-    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + 4 * 3
+    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + (4 + 3 + 1) * 3
     assert [run.seed for run in found] == sorted(run.seed for run in found)
     assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {
-        run.line.removesuffix("+lora") for run in found
+        run.line.partition("+")[0] for run in found
     }
+    assert {run.system for run in script["runs"]("continuation-1")} == {"continuation-10", "continuation-100"}
     assert {run.system for run in script["runs"]("mtbi_kl")} == {"mtbi_kl-100"}
-    assert {run.system for run in script["runs"]("+lora")} == {f"{rival}+lora-100" for rival in script["LORA"]}
+    assert {run.system for run in script["runs"]("+long")} == {
+        f"{rival}+long-100" for rival in ("mtbi", "imitation", "transcription_sft")
+    }
+    (run,) = [run for run in script["runs"]("+long") if run.name == "seed0" and run.line.startswith("mtbi")]
+    command = run.command(Path("out"), [])  # the last of two that name a key counts
+    assert command.index("trainer.max_steps=1100") > command.index("trainer.max_steps=400")
 
 
 def test_commands_can_be_read_by_the_example(script, tmp_path):
@@ -41,8 +47,9 @@ def test_commands_can_be_read_by_the_example(script, tmp_path):
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert len(shown) == 8 and shown[0].endswith("seed=9")  # 10% and 100%
-    assert "data.train_utterances=3000" in shown[0] and "+rival=continuation name=seed0 seed=0" in shown[0]
+    assert len(shown) == 3 and shown[0].endswith("seed=9")  # and not continuation-100
+    assert "data.train_utterances=300 " in shown[0] and " name=seed0 seed=0 " in shown[0]
+    assert " +rival=continuation seed=9" in shown[0]
 
 
 def test_what_is_finished_is_not_repeated_and_what_fails_is_told(script, tmp_path, monkeypatch, capsys):
@@ -75,7 +82,7 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     found = script["evaluation"](tmp_path, script["runs"](), 4.0)
     assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
-    assert len(found["systems"]) == 8 + 3 * 4 + 2 + 2 * 4
+    assert len(found["systems"]) == 8 + 3 * 4 + 2 + 2 * 4 + 3 + 1
     parts = script["parts_of"](found)
     assert set(parts) == {name for name in found["systems"] if not name.startswith("text")}
     for name, part in parts.items():
