@@ -66,6 +66,8 @@ class DataConfig:
         tasks_per_cut: trained tasks answered about each training utterance; ``null``: all.
         train_tasks: names of the trained tasks that are really trained on; ``null``: all.
         targets: ``behavior``, the LLM's own answers, or ``reference``, the right ones, for comparison.
+        reference_format: how ``targets: reference`` words a right answer, which stands in place of ``{}``: other
+            annotators have other styles than the LLM.
         always_tasks: names of tasks that every training utterance is asked, among its ``tasks_per_cut``.
         digits_dir: the clone, for ``kind: digits``.
         heldout_speakers: speakers of the test utterances; all others are trained on.
@@ -84,6 +86,7 @@ class DataConfig:
     always_tasks: list[str] = field(default_factory=list)
     train_tasks: list[str] | None = None
     targets: str = "behavior"
+    reference_format: str = "{}"
     prompts_per_task: int = 1
     digits_dir: str | None = None
     heldout_speakers: list[str] = field(default_factory=list)
@@ -112,6 +115,12 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
         raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
     if config.targets not in TARGETS:
         raise ValueError(f"data.targets is {config.targets!r}; it must be one of {', '.join(TARGETS)}")
+    if config.reference_format.count("{}") != 1:
+        raise ValueError(
+            f"data.reference_format is {config.reference_format!r}; it must hold {{}} once, for the answer"
+        )
+    if config.reference_format != "{}" and config.targets != "reference":
+        raise ValueError("data.reference_format words right answers: remove it, or set data.targets: reference")
     for name, least in LEAST.items():
         value = attrgetter(name)(config)
         if value is not None and value < least:
@@ -192,13 +201,16 @@ def _targets(
             prompts_per_task=config.prompts_per_task,
         )
         pool = trained_pool(pool, config.train_tasks)
-    name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), reference])
+    wording = reference and config.reference_format
+    name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), wording])
     out_dir = Path(config.cache_dir).expanduser() / f"targets-{name[:16]}"
     cuts = CutSet.from_cuts(cut for folder in folders for cut in load_corpus(folder))
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out_dir}.lock"):  # another run may want the same now: it waits, and finds them
         if reference:
-            return reference_targets(cuts, out_dir, pool=pool, chat=responder.chat, llm=llm, plan=plan)
+            return reference_targets(
+                cuts, out_dir, pool=pool, chat=responder.chat, llm=llm, plan=plan, wording=config.reference_format
+            )
         (path,) = generate_targets(
             cuts,
             out_dir,

@@ -79,6 +79,8 @@ def test_an_empty_section_is_the_synthetic_corpus():
         ({"train_uterances": 5}, "unknown key data.train_uterances: did you mean 'train_utterances'"),
         ({"adapt": {"step": 5}}, "unknown key data.adapt.step: did you mean 'steps'"),
         ({"targets": "gold"}, "data.targets is 'gold'; it must be one of behavior, reference"),
+        ({"targets": "reference", "reference_format": "so"}, "data.reference_format is 'so'; it must hold {} once"),
+        ({"reference_format": "so {}"}, "data.reference_format words right answers: remove it, or set data.targets"),
         ({"kind": "tts"}, "data.kind is 'tts'; it must be one of synthetic, digits"),
         ({"train_utterances": "many"}, "data.train_utterances: Value 'many'"),
         ({"train_utterances": 0}, "data.train_utterances is 0; it must be at least 1"),
@@ -159,6 +161,10 @@ def test_some_tasks_are_trained_on_right_answers(small, model_section, asked):
     for cut in CutSet.from_file(found.validation):
         assert {behavior.task for behavior in read_behaviors(cut)} == {"transcribe", "who"}
     assert sum(asked) == 2 * 2
+    worded = small(train_tasks=["transcribe"], targets="reference", reference_format="it says {}, no more")
+    for cut in CutSet.from_file(prepare(worded, section(model_section)).train):
+        (behavior,) = read_behaviors(cut)
+        assert behavior.response == f"it says {cut.supervisions[0].text}, no more"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,14 @@ REFERENCES = "references"  # custom field of a cut: task -> right answer
 
 
 def reference_targets(
-    cuts: Iterable[Cut], out_dir: Path, *, pool: TaskPool, chat: ChatFormat, llm: str, plan: TargetPlan
+    cuts: Iterable[Cut],
+    out_dir: Path,
+    *,
+    pool: TaskPool,
+    chat: ChatFormat,
+    llm: str,
+    plan: TargetPlan,
+    wording: str = "{}",
 ) -> Path:
     """Writes cuts whose behaviors are their right answers to the tasks and wordings that ``plan`` draws.
 
@@ -29,6 +36,7 @@ def reference_targets(
         chat: of the LLM that will be trained with.
         llm: its fingerprint: the answers are not its own, but they are read in its format.
         plan: what is asked.
+        wording: how an answer is put, which stands in place of ``{}``.
 
     Returns:
         The shard; one that is there already is left as it is.
@@ -51,7 +59,7 @@ def reference_targets(
                     f"cut {cut.id} has no right answer to task '{task.name}' in its field {REFERENCES}: leave the "
                     "task out of data.train_tasks, or set data.targets: behavior"
                 )
-            rows.append(Behavior(task.name, prompt, right[task.name]).to_dict())
+            rows.append(Behavior(task.name, prompt, wording.replace("{}", right[task.name])).to_dict())
         return with_behaviors(cut, rows, origin)
 
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -25,17 +25,19 @@ PLAN = (
     (30, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
     (50, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
 )
+ADAPTERS = "model.lora={rank: 8, alpha: 16, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
+STYLE = "data.reference_format='the answer is {}'"
 # Under which conditions an effect appears: systems trained on all of the speech, and what differs from the plan's.
 CONDITIONS = {
     # Adapters in the LLM, which then learns to listen, and may forget how to read.
-    "lora": (
-        ("mtbi", "imitation", "transcription_sft", "continuation"),
-        "model.lora={rank: 8, alpha: 16, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}",
-    ),
+    "lora": (("mtbi", "imitation", "transcription_sft", "continuation"), ADAPTERS),
     # As many steps as the embedded default has: nearly three passes.
     "long": (("mtbi", "imitation", "transcription_sft"), "trainer.max_steps=1100"),
     # A quarter of all rows transcribe, not one in seventeen.
     "transcribe": (("mtbi",), "data.tasks_per_cut=4", "data.always_tasks=[transcribe]"),
+    # Right answers in words that the LLM would not choose, as annotators write them.
+    "style": (("multitask_sft",), STYLE),
+    "style+lora": (("multitask_sft",), STYLE, ADAPTERS),
 }
 CONDITION_SEEDS = range(3)
 

@@ -25,7 +25,7 @@ def script():
 
 def test_the_plan(script):
     found = script["runs"]()
-    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + (4 + 3 + 1) * 3
+    assert len(found) == len(set(found)) == 8 * 5 + 3 * 4 * 3 + (4 + 3 + 1 + 1 + 1) * 3
     assert [run.seed for run in found] == sorted(run.seed for run in found)
     assert {path.stem for path in (PATH.parents[2] / "conf" / "rival").glob("*.yaml")} == {
         run.line.partition("+")[0] for run in found
@@ -82,7 +82,7 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     found = script["evaluation"](tmp_path, script["runs"](), 4.0)
     assert parse_eval_config(found).compare_with == "mtbi-100"  # as examples/mtbi_eval.py reads it
     assert list(found["systems"])[:2] == ["mtbi-100", "mtbi_kl-100"] and found["compare_with"] == "mtbi-100"
-    assert len(found["systems"]) == 8 + 3 * 4 + 2 + 2 * 4 + 3 + 1
+    assert len(found["systems"]) == 8 + 3 * 4 + 2 + 2 * (4 + 1) + 3 + 1 + 1
     parts = script["parts_of"](found)
     assert set(parts) == {name for name in found["systems"] if not name.startswith("text")}
     for name, part in parts.items():
