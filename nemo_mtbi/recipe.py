@@ -113,14 +113,7 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
     config = read_section(DataConfig, cfg, "data")
     if config.kind not in KINDS:
         raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
-    if config.targets not in TARGETS:
-        raise ValueError(f"data.targets is {config.targets!r}; it must be one of {', '.join(TARGETS)}")
-    if config.reference_format.count("{}") != 1:
-        raise ValueError(
-            f"data.reference_format is {config.reference_format!r}; it must hold {{}} once, for the answer"
-        )
-    if config.reference_format != "{}" and config.targets != "reference":
-        raise ValueError("data.reference_format words right answers: remove it, or set data.targets: reference")
+    _check_targets(config)
     for name, least in LEAST.items():
         value = attrgetter(name)(config)
         if value is not None and value < least:
@@ -179,6 +172,17 @@ def _answer(
                     for split in ("train", "validation")
                 }
     return groups.broadcast_object(targets)
+
+
+def _check_targets(config: DataConfig) -> None:
+    if config.targets not in TARGETS:
+        raise ValueError(f"data.targets is {config.targets!r}; it must be one of {', '.join(TARGETS)}")
+    if config.reference_format.count("{}") != 1:
+        raise ValueError(
+            f"data.reference_format is {config.reference_format!r}; it must hold {{}} once, for the answer"
+        )
+    if config.reference_format != "{}" and config.targets != "reference":
+        raise ValueError("data.reference_format words right answers: remove it, or set data.targets: reference")
 
 
 def _targets(
