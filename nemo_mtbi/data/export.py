@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from lhotse import CutSet, MonoCut
+from lhotse import CutSet, MonoCut, Recording
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
@@ -80,7 +80,7 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             for kind, items in (segment.alignment or {}).items()
         }
         try:
-            held = cut.move_audio_to_memory(audio_format="flac")
+            sound = Recording.from_bytes(_flac(cut), cut.recording.id)
         except LOADING_ERRORS as error:
             if on_bad_audio == "raise":
                 raise ValueError(
@@ -90,7 +90,9 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             counts["bad_audio"] += 1
             continue
         counts["cuts"] += 1
-        yield fastcopy(held, supervisions=[fastcopy(segment, alignment=times or None)])
+        held = cut.move_to_memory(load_audio=False)  # arrays that it carries
+        segment = fastcopy(segment, alignment=times or None)
+        yield fastcopy(held, start=0.0, channel=0, recording=sound, supervisions=[segment])
 
 
 def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str
             open(out_dir / f"manifest_{number}.json", "w", encoding="utf-8") as manifest,
         ):
             for index, cut in enumerate(shard):
-                name, content = f"{number:05d}-{index:06d}.flac", _flac(cut)
+                name, content = f"{number:05d}-{index:06d}.flac", cut.recording.sources[0].source
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

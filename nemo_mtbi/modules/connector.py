@@ -228,8 +228,9 @@ class CIFConnector(Connector):
 
     def reduce(self, frames: Tensor, lengths: Tensor) -> Tensor:
         outside = padding(frames, lengths).squeeze(-1)  # [U, E]
-        weights = self.weigh(frames.transpose(1, 2)).squeeze(1).float().sigmoid() + 1e-4  # [U, E]
-        weights = weights.masked_fill(outside, 0.0)
+        weights = self.weigh(frames.transpose(1, 2)).squeeze(1)  # [U, E]
+        weights = weights.to(torch.promote_types(weights.dtype, torch.float32))  # their sums are cut at whole numbers
+        weights = (weights.sigmoid() + 1e-4).masked_fill(outside, 0.0)
         counts = self.count(lengths).to(weights.dtype)
         scale = counts / weights.sum(1).clamp(min=1e-4)
         ends = (weights * scale[:, None]).cumsum(1)  # [U, E]
