@@ -43,7 +43,7 @@ class ModelConfig:
     Attributes:
         pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, directory of a Hugging Face encoder,
             or ``demo``.
-        encoder: how a Hugging Face encoder is used: see :class:`nemo_mtbi.modules.hf_encoder.EncoderConfig`.
+        encoder: how the encoder is used, and whether it trains: see :class:`nemo_mtbi.modules.windows.EncoderConfig`.
         pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
         chat: how prompt and speech are put into the LLM's chat format: see
             :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
@@ -143,6 +143,10 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; it must be {known}")
     if config.dist_timeout is not None and config.dist_timeout <= 0:
         raise ValueError(f"model.dist_timeout is {config.dist_timeout}; it must be a number of seconds above 0")
+    if config.encoder_cache and config.encoder and config.encoder.freeze is not True:
+        raise ValueError(
+            "model.encoder_cache keeps what a frozen encoder gives: remove it, or set model.encoder.freeze=true"
+        )
     config.layout  # noqa: B018 (raises for sizes that contradict each other)
     if config.format_version > FORMAT_VERSION:
         raise ValueError(

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -263,10 +264,18 @@ def parallel_map(
         return
     # Not fork: this process may hold threads of PyTorch, whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
         yield from bar(pool.map(function, items, chunksize=min(64, -(-len(items) // num_workers))))
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+    def follow() -> None:  # a parent that is killed can't end its workers, which would wait for work forever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True, name="parent").start()
 
 
 # ---------------------------------------------------------------------------------------------------- sound

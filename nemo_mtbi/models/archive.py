@@ -33,7 +33,6 @@ from nemo_mtbi.models.frozen import (
     LLM_SETTINGS,
     LLM_WEIGHTS,
     TOKENIZERS,
-    TRAINED,
     Restored,
     adapter_weights,
     check_trained,
@@ -184,8 +183,8 @@ def write_model(file, model: MTBIModel, trained: Mapping[str, Tensor], full: boo
     add_file(file, CONFIG, stored_config(model, full))
     for name, content in model.frozen.texts.items():
         add_file(file, name, content)
-    connector = {name: value for name, value in model.state_dict().items() if name.startswith(TRAINED)}
-    _add_state(file, WEIGHTS, {**connector, **trained}, shorten=False)
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(ADAPTERS)}
+    _add_state(file, WEIGHTS, {**own, **trained}, shorten=False)
     if full:
         encoder = model.speech_llm.encoder
         add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
@@ -348,7 +347,9 @@ def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
 def load_trained(
     model: MTBIModel, tensors: StoredTensors, strict: bool, what: str, only: Collection[str] | None = None
 ) -> None:
-    """Reads connector and adapters into a model; the same error in all processes of a replica if they do not fit.
+    """Reads connector, adapters and what trains of the encoder into a model.
+
+    If they do not fit, the same error in all processes of a replica.
 
     Args:
         model: whole, or this process's share of it.
@@ -358,8 +359,8 @@ def load_trained(
         only: names that are wanted; ``None``: all.
     """
     held = model.state_dict()
-    own = {name: tuple(value.shape) for name, value in held.items() if name.startswith(TRAINED)}
-    own = groups.broadcast_object(own)  # the first stage has the connector
+    own = {name: tuple(value.shape) for name, value in held.items() if not name.startswith(ADAPTERS)}
+    own = groups.broadcast_object(own)  # the first stage has connector and encoder
     own |= adapter_weights(model.speech_llm.decoder.architecture, model.config.lora)
     own, found = (
         {name: shape for name, shape in shapes.items() if only is None or name in only}
@@ -370,7 +371,7 @@ def load_trained(
     state = {name: torch.empty_like(value, device="cpu") for name, value in held.items() if name in used}
     shares = {name.removeprefix(ADAPTERS): value for name, value in state.items() if name.startswith(ADAPTERS)}
     load_shares(shares.items(), tensors, ADAPTERS)
-    state |= {name: tensors.tensor(name) for name in state if name.startswith(TRAINED)}
+    state |= {name: tensors.tensor(name) for name in state if not name.startswith(ADAPTERS)}
     model.load_state_dict(state, strict=False)
     left = sorted((own.keys() | found.keys()) - used)
     if left and groups.is_global_first():

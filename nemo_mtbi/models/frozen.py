@@ -28,6 +28,7 @@ from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
+from nemo_mtbi.modules.hearing import trained_shapes
 from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
 from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
@@ -45,7 +46,7 @@ from nemo_mtbi.parallel.memory import decoder_parameters
 from nemo_mtbi.schema import read_section
 
 # Prefixes of the weights that are trained and saved.
-TRAINED, ADAPTERS = "speech_llm.connector.", "speech_llm.adapters."
+TRAINED, ADAPTERS, ENCODER = "speech_llm.connector.", "speech_llm.adapters.", "speech_llm.encoder."
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 # Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
@@ -133,10 +134,12 @@ class FrozenParts:
             except (ValueError, RuntimeError, OSError) as error:  # the other stages wait for what comes next
                 cause = error
                 failure = refusal(self._restored.file.path, error) if "asr" in self.embedded else str(error)
-        shape, first_failure = groups.broadcast_object((encoder.shape if encoder else None, failure))
+        facts = (encoder.shape, trained_shapes(encoder)) if encoder else None
+        facts, first_failure = groups.broadcast_object((facts, failure))
         if failure or first_failure:
             raise ValueError(failure or first_failure) from cause
-        self._check_trained(shape, text.decoder.architecture)
+        shape, heard = facts
+        self._check_trained(shape, heard, text.decoder.architecture)
         self._restored = None  # its file will be closed
         return SpeechLLM(encoder, config.connector, text.chunks, shape, config.lora), text
 
@@ -243,7 +246,9 @@ class FrozenParts:
             return load_speech_encoder(self._paths["asr"], dtype, self._config.encoder)
         return read_encoder(self._archive("asr"), dtype, self._config.encoder)
 
-    def _check_trained(self, shape: EncoderShape, architecture: DecoderConfig) -> None:
+    def _check_trained(
+        self, shape: EncoderShape, heard: Mapping[str, tuple[int, ...]], architecture: DecoderConfig
+    ) -> None:
         """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
         if self._restored is None:
             return
@@ -255,6 +260,7 @@ class FrozenParts:
         except RuntimeError as error:  # more numbers than can be counted
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
+        expected |= {ENCODER + name: size for name, size in heard.items()}
         expected |= adapter_weights(architecture, self._config.lora)
         found = self._restored.file.tensors(WEIGHTS).shapes
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
@@ -272,7 +278,7 @@ def check_trained(
     """Compares the shapes of stored weights with those of the model.
 
     Args:
-        expected: of connector and adapters.
+        expected: of connector, adapters and what trains of the encoder.
         found: of the stored weights.
         strict: whether names must be the same too.
         what: what holds them, for the message.
@@ -286,7 +292,9 @@ def check_trained(
     wrong = misfits(expected, found)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        key = "model.lora" if all(ADAPTERS in name for name in wrong) else "model.connector"
+        keys = {ADAPTERS: "model.lora", ENCODER: "model.encoder.freeze"}
+        blamed = {next((key for part, key in keys.items() if part in name), "model.connector") for name in wrong}
+        key = blamed.pop() if len(blamed) == 1 else "model.connector"
         raise ValueError(
             f"{what} does not fit {key}; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the {key} that it was "
             "trained with"
@@ -355,7 +363,7 @@ def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | Non
     encoder = SpeechEncoder(_build(settings), config)
     for name, value in encoder.state_dict().items():
         value.copy_(tensors.tensor(name))
-    encoder.encoder.to(dtype)
+    encoder.settle(dtype, config)
     return encoder
 
 

@@ -26,10 +26,11 @@ from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
-from nemo_mtbi.models.frozen import ADAPTERS, TRAINED, FrozenParts, check_trained, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, TRAINED, FrozenParts, check_trained, refusal
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.encoder_cache import EncoderCache
+from nemo_mtbi.modules.hearing import trained_shapes
 from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
@@ -76,7 +77,8 @@ class MTBIModel(ModelPT):
         if config.encoder_cache and self.speech_llm.encoder is not None:
             encoder = frozen.fingerprints["asr"]
             if config.encoder is not None:
-                encoder = f"sha256:{digest_of([encoder, asdict(config.encoder)])}"
+                used = {key: value for key, value in asdict(config.encoder).items() if key != "freeze"}
+                encoder = f"sha256:{digest_of([encoder, used])}"
             dtype = getattr(torch, config.frozen_dtype)
             self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat
@@ -313,7 +315,8 @@ class MTBIModel(ModelPT):
     def state_dict(self, *args, keep_vars: bool = False, **kwargs) -> dict[str, Tensor]:
         """This process's share of what is trained, by names that no layout changes."""
         full = super().state_dict(*args, keep_vars=keep_vars, **kwargs)
-        found = {name: value for name, value in full.items() if name.startswith(TRAINED)}
+        heard = {ENCODER + name for name in trained_shapes(self.speech_llm.encoder)}
+        found = {name: value for name, value in full.items() if name.startswith(TRAINED) or name in heard}
         for name, value in adapters(self.speech_llm.chunks).items():
             found[ADAPTERS + name] = value if keep_vars else value.detach()
         return found

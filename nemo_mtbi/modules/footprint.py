@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
+from nemo_mtbi.modules.hearing import unfrozen
 from nemo_mtbi.modules.hf_encoder import empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages, windows_of
@@ -40,6 +41,7 @@ class EncoderFacts:
         convolution: numbers that the first convolution gives for each pair of feature frames.
         windowed: whether it hears windows, of which only some are encoded at once.
         padded: whether each window is filled up to 30 s.
+        trained: parameters of the encoder that train.
     """
 
     shape: EncoderShape
@@ -49,6 +51,7 @@ class EncoderFacts:
     convolution: int
     windowed: bool = False
     padded: bool = False
+    trained: int = 0
 
     def at_once(self, features: int) -> int:
         """Feature frames that are encoded together, of those of a step."""
@@ -75,12 +78,19 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
         values = [*encoder.parameters(), *encoder.buffers()]
         numbers = sum(value.numel() for value in values)
         padded = encoder.heard(1) > 1
-        return EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels, True, padded)
-    facts = _read_nemo(name, path)
-    return replace(facts, windowed=windows_of(facts.shape, config) is not None)
+        facts = EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels, True, padded)
+        return replace(facts, trained=_trained(encoder.encoder, config))
+    facts, encoder = _read_nemo(name, path)
+    windowed = windows_of(facts.shape, config) is not None
+    return replace(facts, windowed=windowed, trained=_trained(encoder, config))
 
 
-def _read_nemo(name: str, path: Path) -> EncoderFacts:
+def _trained(encoder: nn.Module, config: EncoderConfig | None) -> int:
+    values = dict(encoder.named_parameters())
+    return sum(values[name].numel() for name in unfrozen(list(values), config.freeze if config else True))
+
+
+def _read_nemo(name: str, path: Path) -> tuple[EncoderFacts, nn.Module]:
     from nemo.core.classes.common import Serialization
 
     try:
@@ -96,13 +106,14 @@ def _read_nemo(name: str, path: Path) -> EncoderFacts:
         raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
     values = [*encoder.parameters(), *encoder.buffers()]
     kept = [*front.parameters(), *front.buffers(), *(value for value in values if not value.is_floating_point())]
-    return EncoderFacts(
+    facts = EncoderFacts(
         shape,
         sum(value.numel() for part in (front, encoder) for value in part.parameters()),
         sum(value.numel() for value in values if value.is_floating_point()),
         sum(value.numel() * value.element_size() for value in kept),
         encoder.pre_encode._conv_channels * (encoder.pre_encode._feat_in // 2),
     )
+    return facts, encoder
 
 
 def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
@@ -126,7 +137,7 @@ def speech_parts(
     """What the first stage holds for the LLM.
 
     Args:
-        encoder: frozen.
+        encoder: of what trains in it only weights, gradients and optimizer states are counted.
         config: of the connector.
         hidden: size of an LLM embedding.
         frames: of the connector, in a step.
@@ -142,7 +153,7 @@ def speech_parts(
         steps, utterances = longest * connector.reduction, -(-frames // longest)
         # the lengths decide about values only; a real tensor, since its values are read
         kept = kept_bytes(connector, torch.zeros(utterances, steps, shape.size), torch.tensor([steps] * utterances))
-        parameters = sum(value.numel() for value in connector.parameters())
+        parameters = encoder.trained + sum(value.numel() for value in connector.parameters())
     per_frame = math.prod(stage.stride for stage in shape.stages[1:]) * connector.reduction  # feature frames
     work = (
         Term("kept of the connector", ((kept, "B"),)),
@@ -158,4 +169,5 @@ def speech_parts(
             share,
         ),
     )
-    return SpeechParts(encoder.parameters, encoder.numbers * number + encoder.fixed_bytes, parameters, states, work)
+    held = (encoder.numbers - encoder.trained) * number + encoder.fixed_bytes
+    return SpeechParts(encoder.parameters - encoder.trained, held, parameters, states, work)

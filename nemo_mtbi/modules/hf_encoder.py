@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.hearing import Hearing
 from nemo_mtbi.modules.speech_encoder import EncoderShape
 from nemo_mtbi.modules.windows import EncoderConfig, Windows
 
@@ -45,8 +46,8 @@ def read_hf_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-class HFSpeechEncoder(nn.Module, ABC):
-    """Front end (float32) and encoder of a Hugging Face model, frozen and always in ``eval()``.
+class HFSpeechEncoder(Hearing, ABC):
+    """Front end (float32) and encoder of a Hugging Face model, always in ``eval()``.
 
     Args:
         model: the encoder.
@@ -85,10 +86,6 @@ class HFSpeechEncoder(nn.Module, ABC):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> HFSpeechEncoder:
-        """Stays in ``eval()``."""
-        return super().train(False)
-
     @abstractmethod
     def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         """Hidden states ``[W, E, D]`` of windows of equal length ``[W, N]``.
@@ -105,7 +102,6 @@ class HFSpeechEncoder(nn.Module, ABC):
         """Samples that the encoder hears of a window: more than it has where it is padded."""
         return samples
 
-    @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -115,7 +111,8 @@ class HFSpeechEncoder(nn.Module, ABC):
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
-        return self._windows.encode(audio, lengths, self._encode, self.heard)
+        with self.running(audio.device):
+            return self._windows.encode(audio, lengths, self._encode, self.heard)
 
     def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
         samples = nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)

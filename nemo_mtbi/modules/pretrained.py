@@ -157,7 +157,7 @@ def load_speech_encoder(
 
     Args:
         name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
-        dtype: of the encoder's weights.
+        dtype: of the encoder's weights; those that train are float32 and compute in it.
         config: how it is used; ``None``: Hugging Face's by the defaults, NeMo's on whole utterances.
 
     Raises:
@@ -168,7 +168,7 @@ def load_speech_encoder(
         encoder = load_hf_encoder(path, config)
     else:
         encoder = SpeechEncoder(load_asr_model(name), config)
-    encoder.encoder.to(dtype)
+    encoder.settle(dtype, config)
     return encoder
 
 
@@ -178,6 +178,7 @@ def load_speech_llm(
     connector: ConnectorConfig,
     dtype: torch.dtype = torch.float32,
     lora: LoraConfig | None = None,
+    encoder_config: EncoderConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
     """Joins frozen parts and a new connector: this process's share of them under the layout in force.
@@ -188,9 +189,10 @@ def load_speech_llm(
         connector: the trainable part.
         dtype: of the frozen weights; the front end, the connector and adapters are float32.
         lora: adapters in the LLM; ``None``: none.
+        encoder_config: how the encoder is used, and what of it trains.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
-    encoder = load_speech_encoder(pretrained_asr, dtype) if groups.is_first_stage() else None
+    encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
     return SpeechLLM(encoder, connector, text.chunks, shape, lora), text

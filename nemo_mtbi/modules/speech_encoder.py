@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen speech encoder: front end and encoder of any NeMo ASR model."""
+"""The speech encoder: front end and encoder of any NeMo ASR model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.hearing import Hearing
 from nemo_mtbi.modules.windows import EncoderConfig, Windows
 
 
@@ -33,8 +34,8 @@ class EncoderShape:
         return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
 
 
-class SpeechEncoder(nn.Module):
-    """Front end (float32) and encoder of a NeMo ASR model, frozen and always in ``eval()``.
+class SpeechEncoder(Hearing):
+    """Front end (float32) and encoder of a NeMo ASR model, always in ``eval()``.
 
     Args:
         asr_model: any NeMo ASR model with ``preprocessor`` and ``encoder``; its decoder is not kept.
@@ -64,11 +65,6 @@ class SpeechEncoder(nn.Module):
     def _counter(self) -> FrameCounter:
         return FrameCounter(self.shape.stages, self.shape.sample_rate)
 
-    def train(self, mode: bool = True) -> SpeechEncoder:
-        """Stays in ``eval()``: dither, dropout and batch statistics belong to the encoder's own training."""
-        return super().train(False)
-
-    @torch.no_grad()
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -78,9 +74,10 @@ class SpeechEncoder(nn.Module):
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
-        if self._windows and not self._windows.hold(audio.shape[1]):  # what is short needs none: padding is masked
-            return self._windows.encode(audio, lengths, self._encode)
-        return self._hear(audio, lengths)
+        with self.running(audio.device):
+            if self._windows and not self._windows.hold(audio.shape[1]):  # what is short needs none: padding is masked
+                return self._windows.encode(audio, lengths, self._encode)
+            return self._hear(audio, lengths)
 
     def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
         """Windows of equal length."""

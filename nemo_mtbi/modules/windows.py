@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ class EncoderConfig:
     """How an encoder is used.
 
     Attributes:
+        freeze: ``true``: none of its weights train; ``false``: all do; or patterns (Python's ``re``) of the names that
+            stay frozen, while the others train. They are kept in float32 then, like the connector.
         layers: of a Hugging Face encoder, hidden states that are given side by side, by the number of the layer (0:
             what enters the first one; negative numbers count from the end); empty: the output of the last one.
         pad: whether Whisper hears silence up to its 30 s, as in its own training. Without, short utterances cost less.
@@ -28,12 +32,21 @@ class EncoderConfig:
         overlap_seconds: of neighboring windows. Each gives the frames up to the middle of the overlap.
     """
 
+    freeze: Any = True
     layers: list[int] = field(default_factory=list)
     pad: bool = True
     window_seconds: float = 30.0
     overlap_seconds: float = 2.0
 
     def __post_init__(self):
+        try:
+            whole = isinstance(self.freeze, bool) or [re.compile(pattern) for pattern in self.freeze]
+        except (TypeError, re.error) as error:
+            raise ValueError(
+                f"model.encoder.freeze is {self.freeze!r}; it must be true, false or a list of patterns ({error})"
+            ) from error
+        if not whole:
+            raise ValueError("model.encoder.freeze is an empty list: set it to false to train the whole encoder")
         if not 0 <= self.overlap_seconds < self.window_seconds / 2:
             raise ValueError(
                 f"model.encoder.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen encoder's work, shared by the tensor-parallel processes that all need its output."""
+"""The encoder's work, shared by the tensor-parallel processes that all need its output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,32 @@ from torch import Tensor
 from nemo_mtbi.parallel import groups
 
 
-@torch.no_grad()
+class _Gather(torch.autograd.Function):
+    """Joins equal shares of a group's processes. Each of them has the whole gradient, and takes back its share."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.size, ctx.rank = group.size(), group.rank()
+        whole = own.new_empty(ctx.size * len(own), *own.shape[1:])
+        dist.all_gather(list(whole.chunk(ctx.size)), own.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(ctx.size)[ctx.rank], None
+
+
 def encode_shared(
     encoder: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], audio: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Encodes each utterance on one tensor-parallel process, and gathers the frames on all of them.
 
     Every share is padded to the longest utterance of the whole batch, as it would be in a single process, so that an
-    utterance gets the same frames wherever it is encoded.
+    utterance gets the same frames wherever it is encoded. What trains in it gets the gradient of the own utterances,
+    which is to be summed over these processes.
 
     Args:
-        encoder: frozen: ``[U, N]`` samples and ``[U]`` lengths to ``[U, E, D]`` frames and ``[U]`` lengths.
+        encoder: ``[U, N]`` samples and ``[U]`` lengths to ``[U, E, D]`` frames and ``[U]`` lengths.
         audio: ``[U, N]``, the same on all of these processes.
         lengths: ``[U]``.
 
@@ -42,10 +57,6 @@ def encode_shared(
         encoded, encoded_lengths = encoder(audio[:1], lengths[:1])
         encoded, encoded_lengths = encoded[:0], encoded_lengths[:0]
     missing = share - len(encoded)
-    encoded = F.pad(encoded, (0, 0, 0, 0, 0, missing)).contiguous()  # [share, E, D]
-    encoded_lengths = F.pad(encoded_lengths, (0, missing)).contiguous()
-    all_encoded = encoded.new_empty(size * share, *encoded.shape[1:])
-    all_lengths = encoded_lengths.new_empty(size * share)
-    dist.all_gather(list(all_encoded.chunk(size)), encoded, group=group)
-    dist.all_gather(list(all_lengths.chunk(size)), encoded_lengths, group=group)
-    return all_encoded[:count], all_lengths[:count]
+    encoded = F.pad(encoded, (0, 0, 0, 0, 0, missing))  # [share, E, D]
+    encoded_lengths = F.pad(encoded_lengths, (0, missing))
+    return _Gather.apply(encoded, group)[:count], _Gather.apply(encoded_lengths, group)[:count]

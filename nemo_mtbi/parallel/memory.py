@@ -150,16 +150,16 @@ class SpeechParts:
     """What only the first stage holds.
 
     Attributes:
-        encoder_parameters: frozen.
-        encoder_bytes: weights and buffers of encoder and front end.
-        connector_parameters: trained, in float32.
+        encoder_parameters: those that are frozen.
+        encoder_bytes: frozen weights and buffers of encoder and front end.
+        trained_parameters: of connector and encoder, in float32.
         optimizer_states: float32 numbers that the optimizer keeps for each of them.
         work: memory of a step: what autograd keeps of the connector, frames and their gradient, the encoder at work.
     """
 
     encoder_parameters: int
     encoder_bytes: int
-    connector_parameters: int
+    trained_parameters: int
     optimizer_states: int
     work: tuple[Term, ...] = ()
 
@@ -241,7 +241,7 @@ def stage_memory(
     frozen = decoder_parameters(config, layout, stage)
     weights = [Term("LLM", ((frozen, "parameters"), (number, "B")))]
     activations = activation_terms(config, layout, stage, load, number, granularity, adapted)
-    trained = (speech.connector_parameters if first else 0) + (adapted.parameters[stage] if adapted else 0)
+    trained = (speech.trained_parameters if first else 0) + (adapted.parameters[stage] if adapted else 0)
     training = [
         Term(
             f"weights, gradients and {speech.optimizer_states} optimizer states",

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
 import json
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +239,43 @@ def test_digital_silence_gets_a_noise_floor():
 def test_impossible_augmentation_is_refused(arguments):
     with pytest.raises(ValueError):
         Augment(**arguments)
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from nemo_mtbi.data.corpus import parallel_map
+sys.path.insert(0, sys.argv[2])
+from busy import busy
+if __name__ == "__main__":
+    list(parallel_map(busy, [sys.argv[1]] * 4, num_workers=2, progress=False))
+"""
+BUSY = """
+import os, time
+from pathlib import Path
+def busy(folder):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "busy.py").write_text(BUSY)
+    (tmp_path / "parent.py").write_text(ORPHANS)
+    told = tmp_path / "told"
+    told.mkdir()
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", told, tmp_path])
+    try:
+        assert wait_for(lambda: len(list(told.iterdir())) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    workers = [int(path.name) for path in told.iterdir()]
+    assert wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()

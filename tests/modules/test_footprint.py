@@ -32,7 +32,7 @@ def test_the_connector_counts_as_built(kind, archive):
     facts, config = read_encoder(archive), ConnectorConfig(kind, hidden_size=24)
     parts = speech_parts(facts, config, 32, frames=10, number=2, share=2, states=2)
     connector = build_connector(config, facts.shape.size, 32, facts.shape.frame_rate)
-    assert parts.connector_parameters == sum(value.numel() for value in connector.parameters())
+    assert parts.trained_parameters == sum(value.numel() for value in connector.parameters())
     steps = 10 * connector.reduction
     kept = kept_bytes(connector, torch.randn(1, steps, facts.shape.size), torch.tensor([steps]))
     # the first convolution halves time and bands: 10 frames of 16 encoder steps of 8 feature frames are 80 of its own

@@ -37,9 +37,10 @@ LAYOUTS = {  # name: layout and data-parallel size
     "pp2_dp2": (ParallelConfig(1, 2), 2),
 }
 STACK = dict(kind="stack", frame_rate=12.5 / 4)
-MODELS = {  # name: what is special in the LLM and in the connector
+MODELS = {  # name: what is special in the LLM, in the connector and in the encoder
     "tied": ({}, {}),
     "untied": (dict(tie_embeddings=False, vocab_size=129), {}),  # does not divide by TP
+    "hearing": (dict(tie_embeddings=False), {}, dict(freeze=["pre_encode"])),  # the rest of the encoder trains
     "qkv_bias": (dict(add_qkv_bias=True, tie_embeddings=False), STACK),
     "qk_norm": (dict(qk_layernorm=True, kv_channels=16, vocab_size=129), {}),
 }
@@ -85,6 +86,7 @@ CASES = {
     "uneven": Case("uneven", ("untied",)),
     "qkv_bias": Case(models=("qkv_bias",)),
     "qk_norm": Case(models=("qk_norm",)),
+    "hearing": Case(models=("hearing",)),
     "recompute_full": Case(models=("untied",), recompute="full"),
     "recompute_selective": Case(models=("untied",), recompute="selective"),
     "float32": Case(models=("untied",), dtype="float32"),
@@ -109,10 +111,13 @@ def build(folder, model, dtype, recompute=None, seed=3):
     from nemo_mtbi.config import ModelConfig
     from nemo_mtbi.modules.connector import ConnectorConfig
     from nemo_mtbi.modules.pretrained import load_speech_llm
+    from nemo_mtbi.modules.windows import EncoderConfig
 
     torch.manual_seed(seed)
-    connector = ConnectorConfig(hidden_size=24, **MODELS[model][1])
+    _, connector, *encoder = MODELS[model]
+    connector = ConnectorConfig(hidden_size=24, **connector)
     megatron = ModelConfig(activations_checkpoint_granularity=recompute).megatron
+    megatron["encoder_config"] = EncoderConfig(**encoder[0]) if encoder else None
     speech_llm, _ = load_speech_llm(f"{folder}/asr.nemo", f"{folder}/{model}", connector, dtype, **megatron)
     if speech_llm.connector is not None and dtype == torch.float64:
         speech_llm.connector.double()
@@ -257,7 +262,7 @@ def make_reference(folder):
     from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
     groups.initialize()
-    for name, (changes, _) in MODELS.items():
+    for name, (changes, *_) in MODELS.items():
         tiny_text_llm(f"{folder}/{name}", num_layers=4, **changes)
     tiny_asr_nemo(f"{folder}/asr.nemo")
     for key in sorted({(case.data, model, case.dtype) for case in CASES.values() for model in case.models}):

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What speech encoders of NeMo and of Hugging Face have in common: what of them trains, and in which numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from nemo.utils import logging
+from torch import nn
+
+from nemo_mtbi.modules.windows import EncoderConfig
+
+
+class Hearing(nn.Module):
+    """A front end (float32, never trained) and an ``encoder``, always in ``eval()``.
+
+    Dither, dropout and batch statistics belong to the encoder's own training, also where its weights train.
+    """
+
+    encoder: nn.Module
+    _narrow: torch.dtype | None = None  # what weights compute in that train and are therefore kept in float32
+
+    def train(self, mode: bool = True) -> Hearing:
+        """Stays in ``eval()``."""
+        return super().train(False)
+
+    def settle(self, dtype: torch.dtype, config: EncoderConfig | None) -> None:
+        """Sets which weights train, and their dtype.
+
+        Args:
+            dtype: to compute in; of frozen weights too.
+            config: says what is frozen; ``None``: everything.
+        """
+        self.requires_grad_(False)
+        chosen = unfrozen([name for name, _ in self.encoder.named_parameters()], config.freeze if config else True)
+        for name, value in self.encoder.named_parameters():
+            value.requires_grad_(name in chosen)
+            # tensor-parallel processes share the utterances of a step: Megatron's word for such a gradient
+            value.sequence_parallel = name in chosen
+        kept = torch.promote_types(dtype, torch.float32) if chosen else dtype
+        self._narrow = dtype if kept != dtype else None
+        self.encoder.to(kept)
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """For the encoder's forward: with gradients only if some of its weights train."""
+        trained = torch.is_grad_enabled() and any(value.requires_grad for value in self.encoder.parameters())
+        with (
+            torch.set_grad_enabled(trained),
+            torch.autocast(device.type, self._narrow, enabled=self._narrow is not None),
+        ):
+            yield
+
+
+def trained_shapes(hearing: Hearing | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the encoder's weights that train; none where there is no encoder."""
+    values = hearing.named_parameters() if hearing is not None else ()
+    return {name: tuple(value.shape) for name, value in values if value.requires_grad}
+
+
+def unfrozen(names: Sequence[str], freeze: bool | Sequence[str]) -> set[str]:
+    """Names of the weights that train.
+
+    Args:
+        names: of all weights.
+        freeze: all, none, or those of which a part matches one of these patterns; one that matches nothing is warned
+            of.
+    """
+    if isinstance(freeze, bool):
+        return set() if freeze else set(names)
+    frozen: set[str] = set()
+    for pattern in freeze:
+        found = {name for name in names if re.search(pattern, name)}
+        if not found:
+            logging.warning(f"model.encoder.freeze: {pattern!r} matches none of the encoder's weights")
+        frozen |= found
+    return set(names) - frozen
