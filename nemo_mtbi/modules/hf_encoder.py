@@ -141,13 +141,14 @@ class WhisperEncoder(HFSpeechEncoder):
         encoder, device = self.encoder, samples.device
         samples = nn.functional.pad(samples, (0, max(_SHORTEST - samples.shape[1], 0)))
         padding = {"padding": "max_length"} if self._config.pad else {"padding": "longest", "truncation": False}
-        features = self._extractor(
-            list(samples.cpu().numpy()),
-            sampling_rate=self.shape.sample_rate,
-            return_tensors="pt",
-            device=str(device),
-            **padding,
-        ).input_features.to(device, next(encoder.parameters()).dtype)  # [W, mels, T]
+        with torch.autocast(device.type, enabled=False):  # the front end is float32
+            features = self._extractor(
+                list(samples.cpu().numpy()),
+                sampling_rate=self.shape.sample_rate,
+                return_tensors="pt",
+                device=str(device),
+                **padding,
+            ).input_features.to(device, next(encoder.parameters()).dtype)  # [W, mels, T]
         # The model's own forward takes 30 s only.
         x = nn.functional.gelu(encoder.conv1(features))
         x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)  # [W, E, D]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose encoder trains in part: what is trained, saved and restored."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.models.archive import NemoFile
+from nemo_mtbi.models.frozen import ENCODER, TRAINED
+from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.modules.archive import WEIGHTS
+from nemo_mtbi.parallel.strategy import MTBIStrategy
+
+ENCODER_SECTION = {"freeze": ["pre_encode"]}
+
+
+@pytest.fixture(scope="module")
+def trained(model_section):
+    """A model after some steps, and all of its weights before them."""
+    seed_everything(0, verbose=False)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    runner = Trainer(
+        max_steps=3, accelerator="cpu", devices=1, strategy=MTBIStrategy(), limit_val_batches=0,
+        use_distributed_sampler=False, num_sanity_val_steps=0, **quiet
+    )  # fmt: skip
+    model = MTBIModel(model_section(encoder=ENCODER_SECTION), runner)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    runner.fit(model)
+    return model, before
+
+
+def answers(model):
+    rng = np.random.default_rng(0)
+    return model.generate([rng.uniform(-0.1, 0.1, 24000).astype(np.float32)], ["say it"])
+
+
+def test_what_is_not_frozen_is_trained_and_nothing_else(trained):
+    model, before = trained
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    chosen = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert moved <= chosen == set(model.state_dict())
+    encoder = {name for name in chosen if name.startswith(ENCODER)}
+    assert encoder and not any("pre_encode" in name for name in encoder) and len(moved & encoder) > len(encoder) / 2
+    assert all(name.startswith((ENCODER, TRAINED)) for name in chosen)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_nemo_holds_what_is_trained(trained, tmp_path, full):
+    model, _ = trained
+    model.save_to(tmp_path / "hearing.nemo", full=full)
+    restored = MTBIModel.restore_from(tmp_path / "hearing.nemo", map_location="cpu")
+    here = dict(model.named_parameters())
+    assert all(torch.equal(value, here[name]) for name, value in restored.named_parameters())
+    assert answers(restored) == answers(model)
+    with NemoFile(tmp_path / "hearing.nemo") as file:
+        assert set(file.tensors(WEIGHTS).names()) == set(model.state_dict())
+
+
+def test_another_choice_does_not_fit(trained, tmp_path):
+    trained[0].save_to(tmp_path / "hearing.nemo")
+    with pytest.raises(ValueError, match=r"hearing.nemo does not fit model.encoder.freeze; missing or unknown: "):
+        MTBIModel.restore_from(tmp_path / "hearing.nemo", override_config_path={"encoder": {"freeze": True}})
+
+
+def test_frames_of_an_encoder_that_trains_are_not_kept(tmp_path):
+    section = {"pretrained_asr": "demo", "pretrained_llm": "demo", "encoder_cache": str(tmp_path)}
+    parse_model_config(section)
+    with pytest.raises(ValueError, match="encoder_cache keeps what a frozen encoder gives: remove it"):
+        parse_model_config({**section, "encoder": ENCODER_SECTION})
