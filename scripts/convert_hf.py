@@ -65,8 +65,6 @@ def to_megatron(arguments: argparse.Namespace) -> None:
     found = HFDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
-    if found.architecture.num_experts:
-        raise ValueError(f"{arguments.source} has experts and is not converted: train with it as it is")
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} is there: give a new folder")
     config = ChatConfig(format=arguments.chat_format, system=arguments.system)
@@ -75,8 +73,8 @@ def to_megatron(arguments: argparse.Namespace) -> None:
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     staging.mkdir(parents=True)
     with progress(size_of(source)) as advance:
-        layers, shard = found.architecture.num_layers, int(arguments.shard_gb * 10**9)
-        write_megatron(staging / MEGATRON, source, layers, advance, shard)
+        sizes, shard = found.architecture, int(arguments.shard_gb * 10**9)
+        write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
     for name, content in found.texts(chat).items():
         (staging / name).write_bytes(content)
     staging.rename(arguments.out)

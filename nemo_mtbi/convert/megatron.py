@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron's distributed checkpoints of a GPT (``torch_dist``), as Megatron-LM, NeMo 2 and Megatron Bridge write them.
 
-They hold a tensor of all layers where we have one for each layer, and Transformer Engine's names of the norms. Tensors
-are written and read one at a time, so that an LLM of any size passes through little memory.
+They hold a tensor of all layers (and of all experts in them) where we have one for each, and Transformer Engine's
+names of the norms. Tensors are written and read one at a time: an LLM of any size passes through little memory.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from nemo_mtbi.parallel.checkpoint.metadata import unpickle_metadata
 _OF_THE_LLM = ("embedding.", "decoder.", "output_layer.")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_THEIRS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+# Norms that Transformer Engine fuses with what follows; a router is none of its layers, and has a norm of its own.
+_THEIRS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+_THEIRS_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_EXPERTS = "mlp.experts.experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
 _WITH_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
-_WITH_STATE += ("mlp.linear_fc1", "mlp.linear_fc2")
+_FEED_FORWARD = ("linear_fc1", "linear_fc2")
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -109,35 +110,39 @@ class MegatronWeights:
         if not self._places:
             raise ValueError(f"{path} holds no GPT of Megatron: no tensor begins with {', '.join(_OF_THE_LLM)}")
 
-    def _find(self) -> Iterable[tuple[str, tuple[str, int | None]]]:
-        """Each canonical name with the stored tensor, and with the layer in it."""
+    def _find(self) -> Iterable[tuple[str, tuple[str, tuple[int, ...]]]]:
+        """Each canonical name with the stored tensor, and with layer and expert in it, if it holds several."""
         for key, stored in self._metadata.state_dict_metadata.items():
             name = key.removeprefix("module.")
             if not name.startswith(_OF_THE_LLM) or not isinstance(stored, TensorStorageMetadata):
                 continue
             if not _STACKED.match(name):
-                yield canonical_name(name), (key, None)
+                yield canonical_name(name), (key, ())
                 continue
             for layer in range(stored.size[0]):
-                yield canonical_name(_STACKED.sub(f"decoder.layers.{layer}.", name)), (key, layer)
+                own = canonical_name(_STACKED.sub(f"decoder.layers.{layer}.", name))
+                if _EXPERTS not in own:
+                    yield own, (key, (layer,))
+                    continue
+                for expert in range(stored.size[1]):
+                    yield own.replace(_EXPERTS, f"mlp.experts.local_experts.{expert}."), (key, (layer, expert))
 
     def names(self) -> Iterable[str]:
         return self._places.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        key, layer = self._places[name]
-        shape = tuple(self._metadata.state_dict_metadata[key].size)[0 if layer is None else 1 :]
+        key, place = self._places[name]
+        shape = tuple(self._metadata.state_dict_metadata[key].size)[len(place) :]
         return (min(shape[0], self._vocabulary), *shape[1:]) if name in _VOCABULARY else shape
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """The tensor between two positions of one of its first two axes."""
-        key, layer = self._places[name]
+        key, place = self._places[name]
         stored = self._metadata.state_dict_metadata[key]
         shape = list(self.shape(name))
         shape[axis] = stop - start
         offsets = [start if at == axis else 0 for at in range(len(shape))]
-        if layer is not None:
-            shape, offsets = [1, *shape], [layer, *offsets]
+        shape, offsets = [*(1 for _ in place), *shape], [*place, *offsets]
         target = torch.empty(shape, dtype=stored.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
         try:
@@ -146,7 +151,7 @@ class MegatronWeights:
                 _part(target, item.dest_offsets, item.lengths).copy_(found)
         except (OSError, RuntimeError, EOFError, KeyError) as error:
             raise ValueError(f"{self.path} is damaged: {key} can't be read ({error}); copy it again") from error
-        return target if layer is None else target[0]
+        return target.view(shape[len(place) :])
 
     def _chunk(self, key: str, number: int) -> Tensor:
         """What one process has saved of a tensor. Its rows are asked for one after the other: the last one is kept."""
@@ -178,6 +183,7 @@ def write_megatron(
     path: str | Path,
     source: WeightSource,
     layers: int,
+    experts: int | None = None,
     progress: Callable[[int], None] = lambda n: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -187,6 +193,7 @@ def write_megatron(
         path: a new folder; it stands there when it is whole.
         source: the weights.
         layers: of the LLM.
+        experts: of a layer; ``None``: it has none.
         progress: called with the bytes of each tensor that is written.
         shard_bytes: largest size of a file, unless one tensor is larger.
 
@@ -201,7 +208,7 @@ def write_megatron(
     staging.mkdir(parents=True)
     read, plans, filled = {}, [[]], 0
     for name in sorted(source.names()):
-        item, size = _write_item(name, source, layers)
+        item, size = _write_item(name, source, layers, experts)
         if filled and filled + size > shard_bytes:
             plans.append([])
             filled = 0
@@ -210,11 +217,10 @@ def write_megatron(
         read[MetadataIndex(item.index.fqn, item.index.offset)] = lambda name=name, item=item: _read(
             name, source, item, progress
         )
-    for layer in range(layers):
-        for module in _WITH_STATE:
-            index = MetadataIndex(f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}")
-            plans[-1].append(WriteItem(index, WriteItemType.BYTE_IO))
-            read[index] = _no_state
+    for key in _states(layers, experts):
+        index = MetadataIndex(key)
+        plans[-1].append(WriteItem(index, WriteItemType.BYTE_IO))
+        read[index] = _no_state
     planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
     writer.set_up_storage_writer(True)
     local = [SavePlan(items) for items in plans]
@@ -226,14 +232,30 @@ def write_megatron(
     staging.rename(path)
 
 
-def _write_item(name: str, source: WeightSource, layers: int) -> tuple[WriteItem, int]:
+def _states(layers: int, experts: int | None) -> Iterable[str]:
+    """Names of what Transformer Engine knows beside the weights."""
+    for layer in range(layers):
+        for module in _WITH_STATE:
+            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for module in _FEED_FORWARD:
+            if experts is None:
+                yield f"decoder.layers.mlp.{module}._extra_state/shard_{layer}_{layers}"
+            for expert in range(experts or 0):
+                yield f"decoder.layers.{_EXPERTS}{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
+
+
+def _write_item(name: str, source: WeightSource, layers: int, experts: int | None) -> tuple[WriteItem, int]:
     """What is to be written of a canonical tensor, and its bytes."""
     shape, dtype = source.shape(name), source.rows(name, 0, 0, 1).dtype
     key, offset, size = name, (0,) * len(shape), shape
     match = _LAYER.match(name)
     if match:
-        key = f"decoder.layers.{_THEIRS.get(match[2], match[2])}"
-        offset, size, shape = (int(match[1]), *offset), (layers, *shape), (1, *shape)
+        expert, theirs = _EXPERT.search(name), _THEIRS if experts else _THEIRS | _THEIRS_DENSE
+        key = f"decoder.layers.{theirs.get(match[2], _EXPERT.sub(_EXPERTS, match[2]))}"
+        place, among = (int(match[1]),), (layers,)
+        if expert:
+            place, among = (*place, int(expert[1])), (*among, experts)
+        offset, size, shape = (*place, *offset), (*among, *shape), (*(1 for _ in place), *shape)
     chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
     data = TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(size))
     item = WriteItem(MetadataIndex(key, torch.Size(offset)), WriteItemType.SHARD, tensor_data=data)

@@ -22,7 +22,8 @@ SCRIPT = ROOT / "scripts" / "convert_hf.py"
 _spec = importlib.util.spec_from_file_location("convert_hf", SCRIPT)
 convert_hf = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(convert_hf)
-FAMILIES = {"llama": "brackets", "mistral": "brackets", "qwen2": "chatml", "qwen3": "chatml"}
+FAMILIES = {"llama": "brackets", "mistral": "brackets", "qwen2": "chatml", "qwen3": "chatml", "qwen3_moe": "chatml"}
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def tensors(path):
 
 @pytest.mark.parametrize("family, style", FAMILIES.items())
 def test_there_and_back_is_bitwise_equal(folder, family, style, capsys):
-    hf = hf_llm(folder / family, family, style, tie_word_embeddings=family == "qwen3")
+    experts = EXPERTS if family == "qwen3_moe" else {}
+    hf = hf_llm(folder / family, family, style, tie_word_embeddings=family == "qwen3", **experts)
     ours, again = folder / f"{family}-ours", folder / f"{family}-again"
     assert convert_hf.main(["to-megatron", str(hf), str(ours)]) == 0
     assert f"train with model.pretrained_llm={ours}" in capsys.readouterr().out
@@ -60,9 +62,10 @@ def test_hugging_face_loads_what_came_back(folder):
     assert AutoTokenizer.from_pretrained(folder / "qwen2-again").encode("the fox")
 
 
-def test_converted_it_is_the_same_llm(folder):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_converted_it_is_the_same_llm(folder, family):
     groups.initialize()
-    theirs, ours = (find_text_llm(folder / name) for name in ("qwen2", "qwen2-ours"))
+    theirs, ours = (find_text_llm(folder / name) for name in (family, f"{family}-ours"))
     assert isinstance(theirs, HFDirectory) and isinstance(ours, OwnDirectory)
     theirs, ours = load_text_llm(theirs), load_text_llm(ours)
     assert ours.chat.fingerprint() == theirs.chat.fingerprint()
