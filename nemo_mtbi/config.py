@@ -15,7 +15,7 @@ from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.lora import LoraConfig
-from nemo_mtbi.modules.windows import EncoderConfig
+from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
@@ -43,7 +43,7 @@ class ModelConfig:
     Attributes:
         pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, directory of a Hugging Face encoder,
             or ``demo``.
-        encoder: how the encoder is used, and whether it trains: see :class:`nemo_mtbi.modules.windows.EncoderConfig`.
+        encoder: how the encoder is used, and whether it trains: see :class:`nemo_mtbi.modules.windows.EncoderSection`.
         pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
         chat: how prompt and speech are put into the LLM's chat format: see
             :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
@@ -75,7 +75,7 @@ class ModelConfig:
 
     pretrained_asr: str = MISSING
     pretrained_llm: str = MISSING
-    encoder: EncoderConfig | None = None
+    encoder: EncoderSection | None = None
     chat: ChatConfig | None = None
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     lora: LoraConfig | None = None
@@ -143,7 +143,8 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
             raise ValueError(f"model.{name} is {getattr(config, name)!r}; it must be {known}")
     if config.dist_timeout is not None and config.dist_timeout <= 0:
         raise ValueError(f"model.dist_timeout is {config.dist_timeout}; it must be a number of seconds above 0")
-    if config.encoder_cache and config.encoder and config.encoder.freeze is not True:
+    encoders = [part for part in (config.encoder, getattr(config.encoder, "beside", None)) if part is not None]
+    if config.encoder_cache and any(part.freeze is not True for part in encoders):
         raise ValueError(
             "model.encoder_cache keeps what a frozen encoder gives: remove it, or set model.encoder.freeze=true"
         )

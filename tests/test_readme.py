@@ -63,6 +63,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     hf_llm(folder / LLM, "qwen2", "chatml")
     hf_encoder(folder / "whisper-large-v3", "whisper")
+    hf_encoder(folder / "wavlm-large", "wavlm")
     spoken = build_synthetic(folder / "cache", num_utterances=12, seed=7, split="train", num_workers=1, progress=False)
     librispeech(folder, list(load_corpus(spoken)))
     demo = ROOT / "nemo_mtbi" / "assets" / "demo"
@@ -118,8 +119,11 @@ def test_an_llm(corpus, place):
 
 
 def test_an_encoder(corpus, place):
-    (train,) = commands("Your own encoder")
-    run(place, train.replace("16, -1", "1, -1"), f"model.pretrained_llm={LLM}", *DATA)  # three layers here
+    layers, freeze, beside = commands("Your own encoder")
+    models = [f"model.pretrained_llm={LLM}", *DATA]
+    run(place, layers.replace("16, -1", "1, -1"), *models)  # three layers here
+    run(place, freeze, f"model.pretrained_asr={ASR}", *models)
+    run(place, beside.replace("6, -1", "1, -1"), f"model.pretrained_asr={ASR}", *models)
 
 
 def test_a_cluster(corpus, place):

@@ -25,20 +25,15 @@ from torch import Tensor
 
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
 from nemo_mtbi.durable import replacing
-from nemo_mtbi.models.frozen import (
-    ADAPTERS,
+from nemo_mtbi.models.embedded import (
     ENCODER_SETTINGS,
     ENCODER_WEIGHTS,
-    INSIDE,
     LLM_SETTINGS,
     LLM_WEIGHTS,
     TOKENIZERS,
-    Restored,
-    adapter_weights,
-    check_trained,
     encoder_settings,
-    restoring,
 )
+from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, Restored, adapter_weights, check_trained, restoring
 from nemo_mtbi.modules.archive import (
     CONFIG,
     WEIGHTS,

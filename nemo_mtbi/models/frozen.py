@@ -3,58 +3,53 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import get_class
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
+from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.models.embedded import (
+    LLM_SETTINGS,
+    LLM_WEIGHTS,
+    TOKENIZERS,
+    check_architecture,
+    read_encoder,
+)
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
 from nemo_mtbi.modules.hearing import trained_shapes
 from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
-from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder
+from nemo_mtbi.modules.hf_encoder import is_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
 from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
-from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
-from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES, file_digest, files_digest
+from nemo_mtbi.modules.tensor_file import misfits
 from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
+from nemo_mtbi.modules.text_llm import file_digest, files_digest
 from nemo_mtbi.modules.weights import load_weights
-from nemo_mtbi.modules.windows import EncoderConfig
+from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.parallel.memory import decoder_parameters
 from nemo_mtbi.schema import read_section
 
 # Prefixes of the weights that are trained and saved.
 TRAINED, ADAPTERS, ENCODER = "speech_llm.connector.", "speech_llm.adapters.", "speech_llm.encoder."
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
-# Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
-LLM_SETTINGS, LLM_WEIGHTS = f"llm/{SETTINGS}", f"llm/{LLM_FILE}"
-TOKENIZERS = tuple(f"llm/{name}" for name in TOKENIZER_FILES)
-ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
+_BESIDE = "{'encoder': {'beside': {'path': its path}}}"
 _TEXT_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
-_ENCODER_CLASS = re.compile(r"nemo\.collections\.asr\.modules(\.\w+)?\.\w+")
 
 
 @dataclass(frozen=True)
@@ -106,15 +101,32 @@ class FrozenParts:
         self._config, self._restored = config, _restored.get()
         self.embedded = {part for part, inside in INSIDE.items() if self._reference(part) == inside}
         self._paths = {part: self._locate(part) for part in INSIDE if part not in self.embedded}
-        encoder = self._paths.get("asr")
-        if encoder is not None and encoder.is_dir() and (config.nemo_content == "full" or self.embedded):
-            raise ValueError(
-                f"a full .nemo holds encoders of NeMo only, and {encoder} is one of Hugging Face: set "
-                "model.nemo_content=small, and restore what came out of a full one with pretrained_llm too"
-            )
+        self._encoder = self._located_encoder()
+        self._check_full()
         self._llm = None if "llm" in self.embedded else find_text_llm(self._paths["llm"])
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
         self.texts: dict[str, bytes] = {}
+
+    def _located_encoder(self) -> EncoderSection | None:
+        """How the encoder is used; a second one with the path at which it was found."""
+        config = self._config.encoder
+        if config is None or config.beside is None:
+            return config
+        path = self._find(config.beside.path, "model.encoder.beside.path", DEMO_NAMES["asr"], _BESIDE)
+        return replace(config, beside=replace(config.beside, path=str(path)))
+
+    def _check_full(self) -> None:
+        """Refuses encoders that a full ``.nemo`` can't hold."""
+        if self._config.nemo_content != "full" and not self.embedded:
+            return
+        encoder = self._paths.get("asr")
+        foreign = f"{encoder} is one of Hugging Face" if encoder is not None and encoder.is_dir() else None
+        foreign = "model.encoder.beside is a second one" if self._encoder and self._encoder.beside else foreign
+        if foreign:
+            raise ValueError(
+                f"a full .nemo holds one encoder of NeMo, and {foreign}: set model.nemo_content=small, and restore "
+                "what came out of a full one with pretrained_llm too"
+            )
 
     def load(self) -> tuple[SpeechLLM, TextLLM]:
         """Joins the frozen parts and a new connector: this process's share of them under the layout in force.
@@ -156,21 +168,24 @@ class FrozenParts:
         return self._restored.file
 
     def _locate(self, part: str) -> Path:
-        """Path of a part. What is not where it was trained may lie beside the archive."""
-        reference, key = self._reference(part), f"model.pretrained_{part}"
+        """Path of a part."""
+        key = f"model.pretrained_{part}"
+        return self._find(self._reference(part), key, DEMO_NAMES[part], f"{{'pretrained_{part}': its path}}")
+
+    def _find(self, reference: str, key: str, demo: str, override: str) -> Path:
+        """A path. What is not where it was trained may lie beside the archive."""
         if self._restored is not None and not Path(reference).expanduser().exists():
             beside = self._restored.file.path.parent / reference
             reference = str(beside) if beside.exists() else reference
         try:
-            path = resolve(reference, key, DEMO_NAMES[part])
+            path = resolve(reference, key, demo)
         except ValueError as error:
             if self._restored is None:
                 raise
-            raise ValueError(
-                f"{error}. If it has moved, restore with override_config_path={{'pretrained_{part}': its path}}"
-            ) from error
-        if not (path.is_file() or is_hf_encoder(path) if part == "asr" else path.is_dir()):
-            raise ValueError(f"{key}={reference}: {path} must be a {'file' if part == 'asr' else 'directory'}")
+            raise ValueError(f"{error}. If it has moved, restore with override_config_path={override}") from error
+        llm = demo == DEMO_NAMES["llm"]
+        if not (path.is_dir() if llm else path.is_file() or is_hf_encoder(path)):
+            raise ValueError(f"{key}={reference}: {path} must be a {'directory' if llm else 'file'}")
         return path
 
     def _fingerprint(self, part: str) -> str:
@@ -181,7 +196,7 @@ class FrozenParts:
             return wanted
         path = self._paths[part]
         try:
-            found = self._digest_of_encoder(path) if part == "asr" else self._llm.fingerprint
+            found = self._digest_of_encoders(path) if part == "asr" else self._llm.fingerprint
         except OSError as error:
             raise ValueError(f"model.pretrained_{part}={path} can't be read: {error}") from error
         if wanted not in (None, found):
@@ -192,6 +207,12 @@ class FrozenParts:
                 f"{'' if then == reference else f' ({then})'}: give the path of that one"
             )
         return found
+
+    def _digest_of_encoders(self, path: Path) -> str:
+        found = self._digest_of_encoder(path)
+        if self._encoder is None or self._encoder.beside is None:
+            return found
+        return f"sha256:{digest_of([found, self._digest_of_encoder(Path(self._encoder.beside.path))])}"
 
     def _digest_of_encoder(self, path: Path) -> str:
         if path.is_file():
@@ -205,7 +226,7 @@ class FrozenParts:
             return load_text_llm(self._llm, dtype, chat=chat, **self._layers)
         file, tensors = self._archive("llm"), self._archive("llm").tensors(LLM_WEIGHTS)
         texts = {name: file.read(name, _TEXT_LIMIT) for name in (LLM_SETTINGS, *TOKENIZERS) if name in file}
-        _check_architecture(texts[LLM_SETTINGS], tensors)
+        check_architecture(texts[LLM_SETTINGS], tensors)
         with tempfile.TemporaryDirectory() as folder:  # tokenizers want a path
             for name, content in texts.items():
                 (Path(folder) / Path(name).name).write_bytes(content)
@@ -243,7 +264,7 @@ class FrozenParts:
 
     def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
         if "asr" not in self.embedded:
-            return load_speech_encoder(self._paths["asr"], dtype, self._config.encoder)
+            return load_speech_encoder(self._paths["asr"], dtype, self._encoder)
         return read_encoder(self._archive("asr"), dtype, self._config.encoder)
 
     def _check_trained(
@@ -299,109 +320,3 @@ def check_trained(
             f"{what} does not fit {key}; missing or unknown: {'; '.join(wrong[:5])}{more}. Give the {key} that it was "
             "trained with"
         )
-
-
-# -------------------------------------------------------------------------------------------- parts inside an archive
-
-
-def _check_architecture(settings: bytes, tensors: StoredTensors) -> None:
-    """Compares an LLM's size with that of its weights, before memory is taken for it."""
-    values = read_yaml(settings, LLM_SETTINGS)
-    architecture = read_section(DecoderConfig, values.get("architecture"), f"{LLM_SETTINGS}: architecture")
-    sizes = [value for value in vars(architecture).values() if type(value) is int]
-    if min(sizes) < 1:
-        raise ArchiveError(f"{LLM_SETTINGS} has sizes below 1")
-    if architecture.num_layers > len(tensors.shapes):  # each takes time to build, however small it is
-        raise ArchiveError(f"{LLM_SETTINGS} describes {architecture.num_layers} layers, more than {LLM_WEIGHTS} has")
-    numbers = sum(torch.Size(shape).numel() for shape in tensors.shapes.values())
-    wanted = decoder_parameters(architecture, ParallelConfig(), 0)
-    if numbers != wanted:
-        raise ArchiveError(f"{LLM_SETTINGS} describes {wanted} weights, but {LLM_WEIGHTS} has {numbers}")
-
-
-def encoder_settings(encoder: SpeechEncoder) -> bytes:
-    """What it takes to build front end and encoder, as YAML.
-
-    Raises:
-        ValueError: for an encoder that is none of NeMo.
-    """
-    if isinstance(encoder, HFSpeechEncoder):
-        raise ValueError("a full .nemo holds encoders of NeMo only: save a small one, with full=False")
-    parts = {name: getattr(encoder, name)._cfg for name in ("preprocessor", "encoder")}
-    parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
-    return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()
-
-
-def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | None = None) -> SpeechEncoder:
-    """Front end (float32) and encoder (``dtype``) inside an archive.
-
-    Args:
-        file: the archive.
-        dtype: of the encoder's weights.
-        config: how it is used.
-
-    Raises:
-        ValueError: if they are damaged, or their frames can't be counted.
-    """
-    settings, tensors = file.settings(ENCODER_SETTINGS), file.tensors(ENCODER_WEIGHTS)
-    classes = {name: _check_class(settings, name) for name in ("preprocessor", "encoder")}
-    if classes.keys() | {"sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
-        raise ArchiveError(f"{ENCODER_SETTINGS} must hold preprocessor, encoder and sample_rate, and no more")
-    layers = settings["encoder"].get("n_layers", 0)
-    if type(layers) is not int or layers > len(tensors.shapes):
-        raise ArchiveError(f"{ENCODER_SETTINGS} describes {layers} layers, more than {ENCODER_WEIGHTS} has")
-    with FakeTensorMode():  # has shapes and takes no memory
-        probe = _build(settings)
-        expected = {
-            f"{name}.{key}": tuple(value.shape)
-            for name in classes
-            for key, value in getattr(probe, name).state_dict().items()
-        }
-    wrong = misfits(expected, tensors.shapes)
-    if wrong:
-        raise ArchiveError(f"the encoder's weights do not fit its settings: {'; '.join(wrong[:5])}")
-    encoder = SpeechEncoder(_build(settings), config)
-    for name, value in encoder.state_dict().items():
-        value.copy_(tensors.tensor(name))
-    encoder.settle(dtype, config)
-    return encoder
-
-
-def _check_class(settings: Mapping[str, Any], name: str) -> type:
-    """The class of a part, which must be one of NeMo's modules for speech; nothing else is imported or called."""
-    section = settings.get(name)
-    target = str(section.get("_target_")) if isinstance(section, dict) else "nothing"
-    if not _ENCODER_CLASS.fullmatch(target):
-        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
-    for key in _keys({key: value for key, value in section.items() if key != "_target_"}):
-        if str(key).startswith("_") or key in ("target", "cls"):
-            raise ArchiveError(f"its {name} has {key}, which could call other code")
-    try:
-        found = get_class(target)
-    except (ImportError, AttributeError, ValueError, InstantiationException) as error:
-        raise ArchiveError(f"its {name} is {target}, which this NeMo does not have") from error
-    if not issubclass(found, nn.Module) or not found.__module__.startswith("nemo.collections.asr.modules"):
-        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
-    return found
-
-
-def _keys(value: Any) -> Iterator[Any]:
-    """All keys of settings within settings."""
-    if isinstance(value, dict):
-        yield from value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _keys(inner)
-
-
-def _build(settings: Mapping[str, Any]) -> SimpleNamespace:
-    """Front end and encoder, as an ASR model has them."""
-    from nemo.core.classes.common import Serialization
-
-    try:
-        parts = {
-            name: Serialization.from_config_dict(OmegaConf.create(settings[name]))
-            for name in ("preprocessor", "encoder")
-        }
-    except InstantiationException as error:
-        raise ArchiveError(f"{ENCODER_SETTINGS} describes no encoder ({str(error).splitlines()[0]})") from error
-    return SimpleNamespace(**parts, cfg=SimpleNamespace(sample_rate=settings["sample_rate"]))

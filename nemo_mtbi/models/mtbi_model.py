@@ -59,8 +59,7 @@ class MTBIModel(ModelPT):
         config = parse_model_config(cfg)
         if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
             trainer.strategy.start(trainer)
-        # what is restored takes the layout of the run it comes into
-        groups.initialize(None if restoring else config.layout, config.dist_timeout)
+        groups.initialize(None if restoring else config.layout, config.dist_timeout)  # it takes that of its run
         frozen = FrozenParts(config)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         with open_dict(cfg):
@@ -77,8 +76,7 @@ class MTBIModel(ModelPT):
         if config.encoder_cache and self.speech_llm.encoder is not None:
             encoder = frozen.fingerprints["asr"]
             if config.encoder is not None:
-                used = {key: value for key, value in asdict(config.encoder).items() if key != "freeze"}
-                encoder = f"sha256:{digest_of([encoder, used])}"
+                encoder = f"sha256:{digest_of([encoder, asdict(config.encoder)])}"
             dtype = getattr(torch, config.frozen_dtype)
             self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat

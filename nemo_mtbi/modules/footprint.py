@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
 from nemo_mtbi.modules.hearing import unfrozen
 from nemo_mtbi.modules.hf_encoder import empty_hf_encoder, is_hf_encoder
-from nemo_mtbi.modules.pretrained import resolve
+from nemo_mtbi.modules.paired_encoder import paired_shape
+from nemo_mtbi.modules.pretrained import key_of_encoder, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages, windows_of
 from nemo_mtbi.modules.windows import AT_ONCE, EncoderConfig
 from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
@@ -62,7 +63,7 @@ class EncoderFacts:
 
 
 def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts:
-    """Builds front end and encoder from their configuration, with tensors that hold nothing.
+    """Builds front end and encoder from their configuration, or two of them, with tensors that hold nothing.
 
     Args:
         name: NeMo ASR ``.nemo``, Hugging Face directory, or ``demo``.
@@ -71,7 +72,13 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
     Raises:
         ValueError: if it is neither, an encoder whose frames can't be counted, or used as it can't be.
     """
-    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    second = getattr(config, "beside", None)
+    first = _read_one(name, config)
+    return _beside(first, _read_one(second.path, second)) if second else first
+
+
+def _read_one(name: str, config: EncoderConfig | None) -> EncoderFacts:
+    path = resolve(name, key_of_encoder(config), "encoder.nemo")
     if is_hf_encoder(path):
         with FakeTensorMode():
             encoder = empty_hf_encoder(path, config)
@@ -83,6 +90,17 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
     facts, encoder = _read_nemo(name, path)
     windowed = windows_of(facts.shape, config) is not None
     return replace(facts, windowed=windowed, trained=_trained(encoder, config))
+
+
+def _beside(first: EncoderFacts, second: EncoderFacts) -> EncoderFacts:
+    """Both: they work one after the other, the one with the larger convolution is the fullest moment."""
+    shape, _, _ = paired_shape(first.shape, second.shape)
+    larger = max(first, second, key=lambda facts: facts.convolution * facts.at_once(10**6) / facts.shape.frame_rate)
+    sums = {key: getattr(first, key) + getattr(second, key) for key in _SUMMED}
+    return replace(larger, shape=shape, **sums)
+
+
+_SUMMED = ("parameters", "numbers", "fixed_bytes", "trained")
 
 
 def _trained(encoder: nn.Module, config: EncoderConfig | None) -> int:

@@ -55,8 +55,8 @@ class Hearing(nn.Module):
             yield
 
 
-def trained_shapes(hearing: Hearing | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the encoder's weights that train; none where there is no encoder."""
+def trained_shapes(hearing: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of one or two encoders that train; none where there is no encoder."""
     values = hearing.named_parameters() if hearing is not None else ()
     return {name: tuple(value.shape) for name, value in values if value.requires_grad}
 

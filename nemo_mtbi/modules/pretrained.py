@@ -22,6 +22,7 @@ from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig, GPTDecoder, build_decoder
 from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
 from nemo_mtbi.modules.lora import LoraConfig
+from nemo_mtbi.modules.paired_encoder import PairedEncoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.text_llm import (
@@ -33,7 +34,7 @@ from nemo_mtbi.modules.text_llm import (
     settings_yaml,
 )
 from nemo_mtbi.modules.weights import canonical_name, load_weights
-from nemo_mtbi.modules.windows import EncoderConfig
+from nemo_mtbi.modules.windows import EncoderConfig, SecondEncoder
 from nemo_mtbi.parallel import groups
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
@@ -152,8 +153,8 @@ def load_asr_model(name: str | Path):
 
 def load_speech_encoder(
     name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
-) -> SpeechEncoder | HFSpeechEncoder:
-    """Front end (float32) and encoder (``dtype``).
+) -> SpeechEncoder | HFSpeechEncoder | PairedEncoder:
+    """Front end (float32) and encoder (``dtype``), or two of them.
 
     Args:
         name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
@@ -163,13 +164,19 @@ def load_speech_encoder(
     Raises:
         ValueError: if it can't be read, or ``config`` asks for what it does not have.
     """
-    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
+    path = resolve(name, key_of_encoder(config), "encoder.nemo")
     if is_hf_encoder(path):
         encoder = load_hf_encoder(path, config)
     else:
         encoder = SpeechEncoder(load_asr_model(name), config)
     encoder.settle(dtype, config)
-    return encoder
+    second = getattr(config, "beside", None)
+    return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
+
+
+def key_of_encoder(config: EncoderConfig | None) -> str:
+    """The configuration's key for the path of an encoder."""
+    return "model.encoder.beside.path" if isinstance(config, SecondEncoder) else "model.pretrained_asr"
 
 
 def load_speech_llm(

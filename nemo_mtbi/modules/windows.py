@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from omegaconf import MISSING
 from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
@@ -52,6 +53,28 @@ class EncoderConfig:
                 f"model.encoder.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
                 f"window_seconds, {self.window_seconds / 2:g}"
             )
+
+
+@dataclass
+class SecondEncoder(EncoderConfig):
+    """An encoder whose frames stand beside those of the first one.
+
+    Attributes:
+        path: NeMo ASR ``.nemo``, or directory of a Hugging Face encoder.
+    """
+
+    path: str = MISSING
+
+
+@dataclass
+class EncoderSection(EncoderConfig):
+    """What stands under ``model.encoder``.
+
+    Attributes:
+        beside: a second encoder; ``null``: there is none.
+    """
+
+    beside: SecondEncoder | None = None
 
 
 class Windows:

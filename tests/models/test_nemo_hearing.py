@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose encoder trains in part: what is trained, saved and restored."""
+"""Models whose encoder trains in part, or that have two: what is trained, saved and restored."""
 
 import numpy as np
 import pytest
 import torch
+from hf_models import hf_encoder
 from lightning.pytorch import Trainer, seed_everything
 
 from nemo_mtbi.config import parse_model_config
@@ -69,3 +70,34 @@ def test_frames_of_an_encoder_that_trains_are_not_kept(tmp_path):
     parse_model_config(section)
     with pytest.raises(ValueError, match="encoder_cache keeps what a frozen encoder gives: remove it"):
         parse_model_config({**section, "encoder": ENCODER_SECTION})
+
+
+@pytest.fixture(scope="module")
+def pair(model_section, tmp_path_factory):
+    """A model with a second encoder beside the first."""
+    folder = tmp_path_factory.mktemp("pair")
+    second = hf_encoder(folder / "wavlm", "wavlm")
+    seed_everything(0, verbose=False)
+    section = {"beside": {"path": str(second), "layers": [1, -1]}}
+    return MTBIModel(model_section(encoder=section, train_ds=None, validation_ds=None)), second
+
+
+def test_two_encoders_stand_in_one_nemo(pair, tmp_path):
+    model, second = pair
+    model.save_to(tmp_path / "pair.nemo")
+    restored = MTBIModel.restore_from(tmp_path / "pair.nemo", map_location="cpu")
+    assert answers(restored) == answers(model)
+    with pytest.raises(ValueError, match="a full .nemo holds one encoder of NeMo"):
+        model.save_to(tmp_path / "full.nemo", full=True)
+    moved = second.rename(tmp_path / "moved")
+    try:
+        with pytest.raises(ValueError, match=r"'beside': \{'path': its path\}"):
+            MTBIModel.restore_from(tmp_path / "pair.nemo", map_location="cpu")
+        place = {"encoder": {"beside": {"path": str(moved)}}}
+        restored = MTBIModel.restore_from(tmp_path / "pair.nemo", override_config_path=place, map_location="cpu")
+        assert answers(restored) == answers(model)
+        (moved / "preprocessor_config.json").write_text((moved / "preprocessor_config.json").read_text() + " ")
+        with pytest.raises(ValueError, match="this model was trained with"):
+            MTBIModel.restore_from(tmp_path / "pair.nemo", override_config_path=place, map_location="cpu")
+    finally:
+        moved.rename(second)

@@ -151,7 +151,7 @@ def test_a_model_hears_by_it(folder, name, model_section, tmp_path):
     said = model.generate(noise(RATE), ["say it"])
     restored = MTBIModel.restore_from(tmp_path / "model.nemo", map_location="cpu")
     assert restored.generate(noise(RATE), ["say it"]) == said
-    with pytest.raises(ValueError, match="a full .nemo holds encoders of NeMo only"):
+    with pytest.raises(ValueError, match="a full .nemo holds one encoder of NeMo"):
         model.save_to(tmp_path / "full.nemo", full=True)
     assert [path.name for path in tmp_path.glob("*.nemo")] == ["model.nemo"]
 
