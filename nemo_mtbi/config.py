@@ -58,8 +58,8 @@ class ModelConfig:
             sequence_parallel: see :class:`nemo_mtbi.parallel.groups.ParallelConfig`.
         activations_checkpoint_granularity: ``full`` recomputes the LLM's layers in backward, ``selective`` its
             attention; ``null`` keeps all activations.
-        frozen_dtype: of encoder and LLM weights; follows from ``trainer.precision`` in training. The front end, the
-            connector and its optimizer stay float32.
+        frozen_dtype: of frozen weights of encoder and LLM; follows from ``trainer.precision`` in training. The front
+            end and what is trained, with its optimizer, stay float32.
         encoder_cache: folder where the encoder's frames are kept by the content of the audio, for many runs over the
             same speech; ``null``: nothing is kept.
         dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.

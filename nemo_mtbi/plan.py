@@ -314,7 +314,7 @@ def make_plan(
         check_data(plan, cfg, config, encoder, llm)
     if divides:
         number = getattr(torch, frozen_dtype or config.frozen_dtype).itemsize
-        if encoder.trained:
+        if any(part.trained for part in encoder.parts):
             plan.notes.append("the encoder trains: what backward keeps of its layers is not counted")
         plan.attempt(count_memory, plan, llm.architecture, encoder, config, number)
     if plan.stages:

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ _THEIRS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weigh
 _THEIRS_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 _EXPERTS = "mlp.experts.experts."
+_ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
 _WITH_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
@@ -106,6 +108,7 @@ class MegatronWeights:
         except OSError as error:
             raise ValueError(f"{path} is no distributed checkpoint: {error}") from error
         self._places = dict(self._find())
+        self._chunks_at: dict[tuple[str, int], dict[tuple[int, ...], list[int]]] = {}
         self._last: tuple[str, int, Tensor | None] = ("", 0, None)
         if not self._places:
             raise ValueError(f"{path} holds no GPT of Megatron: no tensor begins with {', '.join(_OF_THE_LLM)}")
@@ -116,16 +119,15 @@ class MegatronWeights:
             name = key.removeprefix("module.")
             if not name.startswith(_OF_THE_LLM) or not isinstance(stored, TensorStorageMetadata):
                 continue
-            if not _STACKED.match(name):
-                yield canonical_name(name), (key, ())
-                continue
-            for layer in range(stored.size[0]):
-                own = canonical_name(_STACKED.sub(f"decoder.layers.{layer}.", name))
-                if _EXPERTS not in own:
-                    yield own, (key, (layer,))
+            found = {name: ()}
+            if _STACKED.match(name):
+                found = {_STACKED.sub(f"decoder.layers.{n}.", name): (n,) for n in range(stored.size[0])}
+            for own, place in found.items():
+                if _EXPERTS not in own or _ONE_EXPERT.search(own):
+                    yield canonical_name(_ONE_EXPERT.sub(r"mlp.experts.local_experts.\1.", own)), (key, place)
                     continue
-                for expert in range(stored.size[1]):
-                    yield own.replace(_EXPERTS, f"mlp.experts.local_experts.{expert}."), (key, (layer, expert))
+                for n in range(stored.size[len(place)]):
+                    yield own.replace(_EXPERTS, f"mlp.experts.local_experts.{n}."), (key, (*place, n))
 
     def names(self) -> Iterable[str]:
         return self._places.keys()
@@ -146,12 +148,26 @@ class MegatronWeights:
         target = torch.empty(shape, dtype=stored.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
         try:
-            for item in create_read_items_for_chunk_list(key, stored, [chunk]):
-                found = _part(self._chunk(key, item.storage_index.index), item.storage_offsets, item.lengths)
+            numbers = self._near(key, len(place)).get(tuple(offsets[: len(place)]), [])
+            near = replace(stored, chunks=[stored.chunks[number] for number in numbers])
+            for item in create_read_items_for_chunk_list(key, near, [chunk]):
+                number = numbers[item.storage_index.index]
+                found = _part(self._chunk(key, number), item.storage_offsets, item.lengths)
                 _part(target, item.dest_offsets, item.lengths).copy_(found)
         except (OSError, RuntimeError, EOFError, KeyError) as error:
             raise ValueError(f"{self.path} is damaged: {key} can't be read ({error}); copy it again") from error
         return target.view(shape[len(place) :])
+
+    def _near(self, key: str, axes: int) -> dict[tuple[int, ...], list[int]]:
+        """The chunks of each place on the first axes: a tensor of all experts has tens of thousands."""
+        if (key, axes) not in self._chunks_at:
+            places: dict[tuple[int, ...], list[int]] = {}
+            for number, chunk in enumerate(self._metadata.state_dict_metadata[key].chunks):
+                ranges = (range(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+                for place in product(*islice(ranges, axes)):
+                    places.setdefault(place, []).append(number)
+            self._chunks_at[key, axes] = places
+        return self._chunks_at[key, axes]
 
     def _chunk(self, key: str, number: int) -> Tensor:
         """What one process has saved of a tensor. Its rows are asked for one after the other: the last one is kept."""

@@ -81,6 +81,7 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
         }
         try:
             sound = Recording.from_bytes(_flac(cut), cut.recording.id)
+            held = cut.move_to_memory(load_audio=False)  # arrays that it carries
         except LOADING_ERRORS as error:
             if on_bad_audio == "raise":
                 raise ValueError(
@@ -90,8 +91,7 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             counts["bad_audio"] += 1
             continue
         counts["cuts"] += 1
-        held = cut.move_to_memory(load_audio=False)  # arrays that it carries
-        segment = fastcopy(segment, alignment=times or None)
+        segment = fastcopy(segment, alignment=times or None, channel=0)
         yield fastcopy(held, start=0.0, channel=0, recording=sound, supervisions=[segment])
 
 

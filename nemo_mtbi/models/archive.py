@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``.nemo`` of an MTBI model.
 
-Small: configuration, connector, tokenizer, and references to the frozen parts with their fingerprints. Full: encoder
-and LLM too, so that one file is enough. Both fit every parallel layout and are read in place: nothing is unpacked.
+Small: configuration, what is trained, tokenizer, and references to the frozen parts with their fingerprints. Full:
+encoder and LLM too, so that one file is enough. Both fit every parallel layout and are read in place: nothing is
+unpacked.
 Format 1 had configuration and connector only.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts connector and adapters from those of another ``.nemo``: NeMo's key ``init_from_nemo_model``."""
+"""Starts what is trained from another ``.nemo``: NeMo's key ``init_from_nemo_model``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo.utils import logging
 
 from nemo_mtbi.models.archive import load_trained, read_config
-from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, INSIDE, refusal
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
-    """Takes the weights of connector and adapters from other ``.nemo`` files, and nothing else of them.
+    """Takes the weights that are trained from other ``.nemo`` files, and nothing else of them.
+
+    Where a file has no adapters, or nothing of the encoder, since they did not train there, those of the model stay.
 
     Args:
         model: changed in place.
@@ -28,7 +30,8 @@ def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
             ``init_strict``.
 
     Raises:
-        ValueError: if a file is no MTBI ``.nemo``, or its connector is of another shape.
+        ValueError: if a file is no MTBI ``.nemo``, its weights are of another shape, or what is trained of its encoder
+            belongs to another one than that of the model.
     """
     for key in ("init_from_pretrained_model", "init_from_ptl_ckpt"):
         if cfg.get(key):
@@ -58,13 +61,19 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
         with NemoFile(path) as file:
             stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
             names = set(tensors.names()) | set(model.state_dict())
-            if not any(name.startswith(ADAPTERS) for name in tensors.names()):  # of a frozen LLM: new ones add nothing
-                names = {name for name in names if not name.startswith(ADAPTERS)}
+            for part in (ADAPTERS, ENCODER):
+                if not any(name.startswith(part) for name in tensors.names()):  # it was frozen there
+                    names = {name for name in names if not name.startswith(part)}
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
+            other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
+            if "asr" in other and any(name.startswith(ENCODER) for name in only):
+                raise ValueError(
+                    f"init_from_nemo_model: {path} has trained weights of another encoder than model.pretrained_asr: "
+                    f"give that one, or exclude: [{ENCODER}]"
+                )
             load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))
     except ArchiveError as error:
         raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
-    other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
     if groups.is_global_first():
         logging.info(f"the connector starts from {path}")
         for part in other:

@@ -25,7 +25,7 @@ from nemo_mtbi.modules.paired_encoder import paired_shape
 from nemo_mtbi.modules.pretrained import key_of_encoder, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages, windows_of
 from nemo_mtbi.modules.windows import AT_ONCE, EncoderConfig
-from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term
+from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term, total
 
 UTTERANCE = 15.0  # seconds, of those that a step is thought to hold
 
@@ -43,6 +43,7 @@ class EncoderFacts:
         windowed: whether it hears windows, of which only some are encoded at once.
         padded: whether each window is filled up to 30 s.
         trained: parameters of the encoder that train.
+        beside: a second encoder; ``shape`` is then that of both.
     """
 
     shape: EncoderShape
@@ -53,6 +54,16 @@ class EncoderFacts:
     windowed: bool = False
     padded: bool = False
     trained: int = 0
+    beside: EncoderFacts | None = None
+
+    @property
+    def parts(self) -> list[EncoderFacts]:
+        """Each encoder."""
+        return [self] if self.beside is None else [self, self.beside]
+
+    def frozen_bytes(self, number: int) -> int:
+        """Of what does not train; an encoder that trains in part is kept in float32 as a whole."""
+        return (self.numbers - self.trained) * (max(number, FLOAT32) if self.trained else number) + self.fixed_bytes
 
     def at_once(self, features: int) -> int:
         """Feature frames that are encoded together, of those of a step."""
@@ -74,7 +85,10 @@ def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts
     """
     second = getattr(config, "beside", None)
     first = _read_one(name, config)
-    return _beside(first, _read_one(second.path, second)) if second else first
+    if second is None:
+        return first
+    facts = _read_one(second.path, second)
+    return replace(first, shape=paired_shape(first.shape, facts.shape)[0], beside=facts)
 
 
 def _read_one(name: str, config: EncoderConfig | None) -> EncoderFacts:
@@ -92,20 +106,9 @@ def _read_one(name: str, config: EncoderConfig | None) -> EncoderFacts:
     return replace(facts, windowed=windowed, trained=_trained(encoder, config))
 
 
-def _beside(first: EncoderFacts, second: EncoderFacts) -> EncoderFacts:
-    """Both: they work one after the other, the one with the larger convolution is the fullest moment."""
-    shape, _, _ = paired_shape(first.shape, second.shape)
-    larger = max(first, second, key=lambda facts: facts.convolution * facts.at_once(10**6) / facts.shape.frame_rate)
-    sums = {key: getattr(first, key) + getattr(second, key) for key in _SUMMED}
-    return replace(larger, shape=shape, **sums)
-
-
-_SUMMED = ("parameters", "numbers", "fixed_bytes", "trained")
-
-
 def _trained(encoder: nn.Module, config: EncoderConfig | None) -> int:
     values = dict(encoder.named_parameters())
-    return sum(values[name].numel() for name in unfrozen(list(values), config.freeze if config else True))
+    return sum(values[name].numel() for name in unfrozen(list(values), config))
 
 
 def _read_nemo(name: str, path: Path) -> tuple[EncoderFacts, nn.Module]:
@@ -171,21 +174,22 @@ def speech_parts(
         steps, utterances = longest * connector.reduction, -(-frames // longest)
         # the lengths decide about values only; a real tensor, since its values are read
         kept = kept_bytes(connector, torch.zeros(utterances, steps, shape.size), torch.tensor([steps] * utterances))
-        parameters = encoder.trained + sum(value.numel() for value in connector.parameters())
-    per_frame = math.prod(stage.stride for stage in shape.stages[1:]) * connector.reduction  # feature frames
+        parameters = sum(value.numel() for value in connector.parameters())
+    parts, samples = encoder.parts, frames * connector.reduction * math.prod(stage.stride for stage in shape.stages)
+    at_work = [_work(part, samples, number, share) for part in parts]  # one after the other
     work = (
         Term("kept of the connector", ((kept, "B"),)),
         Term("frames and gradient", ((2, "tensors"), (frames, "frames"), (hidden, "channels"), (FLOAT32, "B"))),
-        Term(
-            "encoder's first convolution",
-            (
-                (2, "tensors"),
-                (encoder.at_once(frames * per_frame) // 2, "steps"),
-                (encoder.convolution, "numbers"),
-                (number, "B"),
-            ),
-            share,
-        ),
+        max(at_work, key=lambda term: total([term])),
     )
-    held = (encoder.numbers - encoder.trained) * number + encoder.fixed_bytes
-    return SpeechParts(encoder.parameters - encoder.trained, held, parameters, states, work)
+    trained = sum(part.trained for part in parts)
+    frozen = sum(part.parameters for part in parts) - trained
+    held = sum(part.frozen_bytes(number) for part in parts)
+    return SpeechParts(frozen, held, parameters + trained, states, work)
+
+
+def _work(part: EncoderFacts, samples: int, number: int, share: int) -> Term:
+    """Of an encoder that hears so many samples."""
+    steps = part.at_once(samples // part.shape.stages[0].stride) // 2
+    factors = ((2, "tensors"), (steps, "steps"), (part.convolution, "numbers"), (number, "B"))
+    return Term("encoder's first convolution", factors, share)

@@ -21,6 +21,7 @@ class Hearing(nn.Module):
     """
 
     encoder: nn.Module
+    _chosen: frozenset[str] = frozenset()  # names of the weights that train, also while NeMo's freeze() holds them
     _narrow: torch.dtype | None = None  # what weights compute in that train and are therefore kept in float32
 
     def train(self, mode: bool = True) -> Hearing:
@@ -35,14 +36,21 @@ class Hearing(nn.Module):
             config: says what is frozen; ``None``: everything.
         """
         self.requires_grad_(False)
-        chosen = unfrozen([name for name, _ in self.encoder.named_parameters()], config.freeze if config else True)
+        chosen = unfrozen([name for name, _ in self.encoder.named_parameters()], config)
         for name, value in self.encoder.named_parameters():
             value.requires_grad_(name in chosen)
             # tensor-parallel processes share the utterances of a step: Megatron's word for such a gradient
             value.sequence_parallel = name in chosen
+        self._chosen = frozenset(chosen)
         kept = torch.promote_types(dtype, torch.float32) if chosen else dtype
         self._narrow = dtype if kept != dtype else None
         self.encoder.to(kept)
+
+    @property
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the weights that train."""
+        values = self.encoder.named_parameters()
+        return {f"encoder.{name}": tuple(value.shape) for name, value in values if name in self._chosen}
 
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
@@ -55,26 +63,28 @@ class Hearing(nn.Module):
             yield
 
 
-def trained_shapes(hearing: nn.Module | None) -> dict[str, tuple[int, ...]]:
+def trained_shapes(encoder: nn.Module | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of one or two encoders that train; none where there is no encoder."""
-    values = hearing.named_parameters() if hearing is not None else ()
-    return {name: tuple(value.shape) for name, value in values if value.requires_grad}
+    parts = encoder.named_modules() if encoder is not None else ()
+    found = ((prefix, part.trained_shapes) for prefix, part in parts if isinstance(part, Hearing))
+    return {f"{prefix}.{name}".lstrip("."): shape for prefix, shapes in found for name, shape in shapes.items()}
 
 
-def unfrozen(names: Sequence[str], freeze: bool | Sequence[str]) -> set[str]:
-    """Names of the weights that train.
+def unfrozen(names: Sequence[str], config: EncoderConfig | None) -> set[str]:
+    """Names of the weights that train; patterns that do nothing are warned of.
 
     Args:
         names: of all weights.
-        freeze: all, none, or those of which a part matches one of these patterns; one that matches nothing is warned
-            of.
+        config: of the encoder; ``None``: everything is frozen.
     """
-    if isinstance(freeze, bool):
-        return set() if freeze else set(names)
+    if config is None or isinstance(config.freeze, bool):
+        return set() if config is None or config.freeze else set(names)
     frozen: set[str] = set()
-    for pattern in freeze:
+    for pattern in config.freeze:
         found = {name for name in names if re.search(pattern, name)}
         if not found:
-            logging.warning(f"model.encoder.freeze: {pattern!r} matches none of the encoder's weights")
+            logging.warning(f"{config.key}.freeze: {pattern!r} matches none of the encoder's weights")
         frozen |= found
+    if frozen == set(names):
+        logging.warning(f"{config.key}.freeze: all of the encoder's weights match, so it does not train")
     return set(names) - frozen

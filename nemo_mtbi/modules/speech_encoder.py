@@ -39,7 +39,7 @@ class SpeechEncoder(Hearing):
 
     Args:
         asr_model: any NeMo ASR model with ``preprocessor`` and ``encoder``; its decoder is not kept.
-        config: longer audio is heard in windows; ``None``: every utterance as a whole.
+        config: how it is used; ``None``: every utterance is heard as a whole.
 
     Raises:
         ValueError: if ``config`` asks for layers, or the lengths that the modules report can't be counted exactly
@@ -113,10 +113,10 @@ def windows_of(shape: EncoderShape, config: EncoderConfig | None) -> Windows | N
     Raises:
         ValueError: if ``config`` asks for what is not there.
     """
-    if config is None:
+    if config is not None and config.layers:
+        raise ValueError(f"{config.key}.layers is for encoders of Hugging Face: leave it out for one of NeMo")
+    if config is None or config.window_seconds is None:
         return None
-    if config.layers:
-        raise ValueError("model.encoder.layers is for encoders of Hugging Face: leave it out for one of NeMo")
     return Windows(FrameCounter(shape.stages, shape.sample_rate), config, shape.size)
 
 

@@ -140,7 +140,7 @@ class LayoutDecoder(nn.Module):
 
 
 class SpeechLLM(LayoutDecoder):
-    """The model of one process. Encoder and decoder are frozen, the connector and adapters train.
+    """The model of one process. The connector trains, adapters and weights of the encoder may too, the rest is frozen.
 
     The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
     inside ``generate``, where its cache needs ``eval()``.
@@ -186,7 +186,7 @@ class SpeechLLM(LayoutDecoder):
                 )
 
     def encode(self, batch: StepBatch) -> Tensor:
-        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to the connector.
+        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to what trains.
 
         Off the first stage there are none: ``[0, H]``.
 
@@ -201,7 +201,7 @@ class SpeechLLM(LayoutDecoder):
         """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
         if not len(audio):
             return self.no_frames()
-        # the frozen encoder's work is shared by the tensor-parallel processes; each then has all of it
+        # the encoder's work is shared by the tensor-parallel processes; each then has all of it
         encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
         encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
         frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
 
+WINDOW = 30.0  # seconds
 AT_ONCE = 300  # seconds of windows that are encoded at once: what a convolution gives of an hour fills 25 GB
 Window = tuple[int, int, int]  # utterance, first sample, the one behind the last
 
@@ -29,30 +30,49 @@ class EncoderConfig:
         layers: of a Hugging Face encoder, hidden states that are given side by side, by the number of the layer (0:
             what enters the first one; negative numbers count from the end); empty: the output of the last one.
         pad: whether Whisper hears silence up to its 30 s, as in its own training. Without, short utterances cost less.
-        window_seconds: longer audio is cut into windows; for Whisper at most 30.
+        window_seconds: longer audio is cut into windows; for Whisper at most 30. ``null``: 30 for encoders of Hugging
+            Face, none for those of NeMo, which hear every utterance as a whole.
         overlap_seconds: of neighboring windows. Each gives the frames up to the middle of the overlap.
     """
 
     freeze: Any = True
     layers: list[int] = field(default_factory=list)
     pad: bool = True
-    window_seconds: float = 30.0
+    window_seconds: float | None = None
     overlap_seconds: float = 2.0
 
     def __post_init__(self):
-        try:
-            whole = isinstance(self.freeze, bool) or [re.compile(pattern) for pattern in self.freeze]
-        except (TypeError, re.error) as error:
+        if not isinstance(self.freeze, bool):
+            self._check_patterns()
+        if not 0 <= self.overlap_seconds < self.window / 2:
             raise ValueError(
-                f"model.encoder.freeze is {self.freeze!r}; it must be true, false or a list of patterns ({error})"
-            ) from error
-        if not whole:
-            raise ValueError("model.encoder.freeze is an empty list: set it to false to train the whole encoder")
-        if not 0 <= self.overlap_seconds < self.window_seconds / 2:
-            raise ValueError(
-                f"model.encoder.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
-                f"window_seconds, {self.window_seconds / 2:g}"
+                f"{self.key}.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
+                f"window_seconds, {self.window / 2:g}"
             )
+
+    def _check_patterns(self) -> None:
+        reason = "it is no list" if not isinstance(self.freeze, (list, tuple)) else None
+        try:
+            for pattern in () if reason else self.freeze:
+                re.compile(pattern)
+        except (TypeError, re.error) as error:
+            reason = str(error)
+        if reason:
+            raise ValueError(
+                f"{self.key}.freeze is {self.freeze!r}; it must be true, false or a list of patterns ({reason})"
+            )
+        if not self.freeze:
+            raise ValueError(f"{self.key}.freeze is an empty list: set it to false to train the whole encoder")
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the configuration."""
+        return "model.encoder"
+
+    @property
+    def window(self) -> float:
+        """Seconds of a window, where there are any."""
+        return WINDOW if self.window_seconds is None else self.window_seconds
 
 
 @dataclass
@@ -64,6 +84,10 @@ class SecondEncoder(EncoderConfig):
     """
 
     path: str = MISSING
+
+    @property
+    def key(self) -> str:
+        return "model.encoder.beside"
 
 
 @dataclass
@@ -95,12 +119,12 @@ class Windows:
     def __init__(self, counter: FrameCounter, config: EncoderConfig, size: int):
         self._counter, self._size = counter, size
         rate, step = counter.sample_rate, counter.samples_per_frame
-        self._window = int(config.window_seconds * rate) // step * step
+        self._window = int(config.window * rate) // step * step
         self._overlap = int(config.overlap_seconds * rate) // (2 * step) * 2 * step
         missing = self._window // step - counter(self._window)  # frames that reach beyond the end of a window
         if self._overlap // 2 < missing * step:
             raise ValueError(
-                f"model.encoder.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap by "
+                f"{config.key}.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap by "
                 f"{2 * missing * step / rate:g} s or more"
             )
 

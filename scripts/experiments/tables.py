@@ -87,7 +87,10 @@ def comparisons_table(results: Mapping) -> str:
 
 
 def validation(out: Path) -> dict[str, list[charts.Point]]:
-    """Agreement of validation by step for each system: mean over seeds, and one deviation to both sides."""
+    """Agreement of validation by step for each system: mean over seeds, and one deviation to both sides.
+
+    The sides of a share may lie below 0 or above 1.
+    """
     found = {}
     for folder in sorted((out / "runs").iterdir()):
         by_step: dict[float, list[float]] = {}
@@ -104,7 +107,7 @@ def _sides(values: Sequence[float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return None, None
     mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return max(0.0, mean - deviation), min(1.0, mean + deviation)
+    return mean - deviation, mean + deviation
 
 
 def validation_table(curves: Mapping[str, Sequence[charts.Point]]) -> str:
@@ -160,13 +163,12 @@ def steps_chart(curves: Mapping[str, Sequence[charts.Point]], names: Sequence[st
 def write_figures(folder: Path, results: Mapping, curves: Mapping[str, Sequence[charts.Point]]) -> None:
     """The figures that RESULTS.md shows."""
     rivals = ("mtbi", "imitation", "transcription_sft", "continuation")
-    steps = {f"steps-{percent}": [f"{rival}-{percent}" for rival in rivals] for percent in (100, 10)}
-    for name in ("long", "lora"):
-        steps[f"steps-{name}"] = [f"{rival}+{name}-100" for rival in rivals if f"{rival}+{name}-100" in curves]
+    endings = {"steps-100": "-100", "steps-10": "-10", "steps-long": "+long-100", "steps-lora": "+lora-100"}
+    steps = {name: [rival + end for rival in rivals if rival + end in curves] for name, end in endings.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for group in ("heldout_wordings", "heldout_tasks"):
         (folder / f"hours-{group}.svg").write_text(hours_chart(results, group, rivals))
-    for name, shown in steps.items():
+    for name, shown in ((name, shown) for name, shown in steps.items() if shown):
         (folder / f"{name}.svg").write_text(steps_chart(curves, shown))
 
 

@@ -2,6 +2,7 @@
 """Distributed checkpoints: Megatron loads ours, and we read what any layout has saved."""
 
 import os
+import re
 from unittest import mock
 
 import pytest
@@ -123,6 +124,25 @@ def test_what_megatron_has_written_is_read(folder):
 def test_megatron_loads_and_writes_in_parallel(folder, layout, processes):
     processes(own_loader, folder, layout, count=2)
     processes(own_writer, folder, layout, count=2)
+
+
+@pytest.mark.parametrize("form", ["layers", "layers and experts"])
+def test_layers_and_experts_may_stand_apart(folder, source, tmp_path, form):
+    """As Megatron writes them where layers differ, or with ``singleton_local_shards``."""
+    import torch.distributed.checkpoint as checkpoint
+
+    state: dict[str, torch.Tensor] = {}
+    for name in source.names():
+        match = re.fullmatch(r"(decoder\.layers\.\d+\.mlp\.experts\.)local_experts\.(\d+)(\..*)", name)
+        if not match:
+            state[name] = whole(source, name)
+        elif form == "layers":
+            state.setdefault(f"{match[1]}experts{match[3]}", []).append(whole(source, name))
+        else:
+            state[f"{match[1]}experts.{match[2]}{match[3]}"] = whole(source, name)
+    state = {name: torch.stack(value) if isinstance(value, list) else value for name, value in state.items()}
+    checkpoint.save(state, checkpoint_id=tmp_path / "apart", no_dist=True)
+    same(MegatronWeights(tmp_path / "apart", source.architecture.vocab_size), source)
 
 
 def test_a_killed_run_leaves_nothing_in_the_way(folder, source, tmp_path):

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from lhotse.array import Array
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.draw import DrawnRows
@@ -61,6 +62,12 @@ def test_what_is_left_out_is_counted(corpus, dataset, tmp_path):
         export(cuts, tmp_path / "stops", "shar", 2)
     export(cuts, tmp_path / "goes_on", "tarred", 2, "skip", counts)
     assert counts == {"cuts": 2, "bad_audio": 1}
+    cuts[2].custom["vectors"] = Array("numpy_files", str(tmp_path), "missing.npy", [2])
+    with pytest.raises(ValueError, match="cut cut-002 can't be read"):
+        export(cuts[2:], tmp_path / "arrays", "shar", 2)
+    counts = Counter()
+    export([cuts[0], cuts[2]], tmp_path / "without", "shar", 2, "skip", counts)
+    assert counts == {"cuts": 1, "bad_audio": 1}
     several = fastcopy(cuts[0], supervisions=cuts[0].supervisions * 2)
     with pytest.raises(ValueError, match="cut cut-000 is no recording with one supervision"):
         export([several], tmp_path / "several", "tarred", 2)

@@ -13,6 +13,7 @@ from nemo_mtbi.models.frozen import ENCODER, TRAINED
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.modules.archive import WEIGHTS
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.testing import tiny_asr_nemo
 
 ENCODER_SECTION = {"freeze": ["pre_encode"]}
 
@@ -57,6 +58,45 @@ def test_a_nemo_holds_what_is_trained(trained, tmp_path, full):
     assert answers(restored) == answers(model)
     with NemoFile(tmp_path / "hearing.nemo") as file:
         assert set(file.tensors(WEIGHTS).names()) == set(model.state_dict())
+
+
+def test_what_nemo_freezes_for_a_while_is_saved_too(trained, tmp_path):
+    model, _ = trained
+    names, asked = set(model.state_dict()), {name for name, value in model.named_parameters() if value.requires_grad}
+    model.freeze()
+    try:
+        assert set(model.state_dict()) == names
+        model.save_to(tmp_path / "frozen.nemo")
+    finally:
+        for name, value in model.named_parameters():
+            value.requires_grad_(name in asked)
+        model.train()
+    restored = MTBIModel.restore_from(tmp_path / "frozen.nemo", map_location="cpu")
+    here = dict(model.named_parameters())
+    assert all(torch.equal(value, here[name]) for name, value in restored.named_parameters())
+
+
+def test_first_the_connector_then_the_encoder(model_section, trained, tmp_path):
+    """What a file does not have is left as it is; what belongs to another encoder is refused."""
+    alone = MTBIModel(model_section(train_ds=None, validation_ds=None))
+    alone.save_to(tmp_path / "connector.nemo")
+    model = MTBIModel(model_section(encoder=ENCODER_SECTION, train_ds=None, validation_ds=None))
+    before = {name: value.clone() for name, value in model.named_parameters() if name.startswith(ENCODER)}
+    model.maybe_init_from_pretrained_checkpoint({"init_from_nemo_model": str(tmp_path / "connector.nemo")})
+    here = dict(model.named_parameters())
+    assert all(torch.equal(value, here[name]) for name, value in before.items())
+    connector = {name: value for name, value in alone.named_parameters() if name.startswith(TRAINED)}
+    assert all(torch.equal(value, here[name]) for name, value in connector.items())
+
+    trained[0].save_to(tmp_path / "trained.nemo")
+    model.maybe_init_from_pretrained_checkpoint({"init_from_nemo_model": str(tmp_path / "trained.nemo")})
+    assert all(torch.equal(value, here[name]) for name, value in trained[0].named_parameters())
+    other = str(tiny_asr_nemo(tmp_path / "other.nemo", seed=7))
+    section = model_section(encoder=ENCODER_SECTION, pretrained_asr=other, train_ds=None, validation_ds=None)
+    with pytest.raises(ValueError, match="has trained weights of another encoder than model.pretrained_asr"):
+        MTBIModel(section).maybe_init_from_pretrained_checkpoint(
+            {"init_from_nemo_model": str(tmp_path / "trained.nemo")}
+        )
 
 
 def test_another_choice_does_not_fit(trained, tmp_path):

@@ -7,7 +7,7 @@ from hf_models import hf_encoder
 
 from nemo_mtbi.modules.hearing import trained_shapes, unfrozen
 from nemo_mtbi.modules.pretrained import load_speech_encoder
-from nemo_mtbi.modules.windows import EncoderConfig
+from nemo_mtbi.modules.windows import EncoderConfig, SecondEncoder
 from nemo_mtbi.testing import tiny_asr_nemo
 
 NAMES = ["pre_encode.out.weight", "layers.0.a", "layers.1.a", "layers.10.a"]
@@ -31,17 +31,26 @@ def test_patterns_name_what_stays_frozen(monkeypatch):
 
     told = []
     monkeypatch.setattr(hearing.logging, "warning", told.append)
-    assert unfrozen(NAMES, True) == set() and unfrozen(NAMES, False) == set(NAMES)
-    assert unfrozen(NAMES, ["pre_encode", r"layers\.1\."]) == {"layers.0.a", "layers.10.a"}
+
+    def chosen(freeze, kind=EncoderConfig):
+        return unfrozen(NAMES, kind(freeze=freeze))
+
+    assert unfrozen(NAMES, None) == chosen(True) == set() and chosen(False) == set(NAMES)
+    assert chosen(["pre_encode", r"layers\.1\."]) == {"layers.0.a", "layers.10.a"}
     assert told == []
-    assert unfrozen(NAMES, ["conv", "^a"]) == set(NAMES)
-    assert [text.split()[1] for text in told] == ["'conv'", "'^a'"]
+    assert chosen(["conv", "^a"], SecondEncoder) == set(NAMES)
+    assert chosen(["e"]) == set()
+    assert [text.split(" ", 2)[:2] for text in told] == [
+        ["model.encoder.beside.freeze:", "'conv'"],
+        ["model.encoder.beside.freeze:", "'^a'"],
+        ["model.encoder.freeze:", "all"],
+    ]
 
 
-@pytest.mark.parametrize("freeze", ["[0-9", 3, [], ["a", "("], [3]])
+@pytest.mark.parametrize("freeze", ["pre_encode", ["[0-9"], 3, [], ["a", "("], [3]])
 def test_what_is_no_choice_is_refused(freeze):
     with pytest.raises(ValueError, match="model.encoder.freeze is"):
-        EncoderConfig(freeze=[freeze] if freeze == "[0-9" else freeze)
+        EncoderConfig(freeze=freeze)
 
 
 def test_by_default_nothing_trains(path):

@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.modules.footprint import read_encoder
+from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.footprint import read_encoder, speech_parts
 from nemo_mtbi.modules.paired_encoder import PairedEncoder
 from nemo_mtbi.modules.pretrained import load_speech_encoder
 from nemo_mtbi.modules.speech_encoder import EncoderShape
 from nemo_mtbi.modules.windows import EncoderSection, SecondEncoder
+from nemo_mtbi.parallel.memory import total
 from nemo_mtbi.testing import tiny_asr_nemo
 
 
@@ -63,14 +65,31 @@ def counter(encoder):
 
 def test_the_footprint_is_that_of_both(paths):
     config = section(paths["wavlm"], freeze=False)
-    both, built = (
-        read_encoder(str(paths["nemo"]), config),
-        load_speech_encoder(paths["nemo"], config=config),
-    )
+    both = read_encoder(str(paths["nemo"]), config)
+    built = load_speech_encoder(paths["nemo"], torch.bfloat16, config)
     assert isinstance(built, PairedEncoder) and both.shape == built.shape
-    assert both.parameters == sum(value.numel() for value in built.parameters())
-    assert both.trained == sum(value.numel() for value in built.parameters() if value.requires_grad) > 0
-    assert not any(value.requires_grad for value in built.second.parameters())
+    first, second = both.parts
+    assert [part.parameters for part in both.parts] == [
+        sum(value.numel() for value in part.parameters()) for part in (built.first, built.second)
+    ]
+    assert first.trained == sum(value.numel() for value in built.first.parameters()) and second.trained == 0
+    held = [value for value in [*built.parameters(), *built.buffers()] if not value.requires_grad]
+    bytes_held = sum(value.numel() * value.element_size() for value in held)
+    assert first.frozen_bytes(2) + second.frozen_bytes(2) == bytes_held
+
+
+@pytest.mark.parametrize("names", [("nemo", "wavlm"), ("wavlm", "nemo")])
+def test_the_fuller_moment_counts(paths, names):
+    """Each hears the same samples, one after the other."""
+    first, second = (str(paths[name]) for name in names)
+    facts = [read_encoder(first, section(second)), *(read_encoder(path, EncoderSection()) for path in (first, second))]
+    settings = dict(hidden=16, number=2, share=1, states=2)
+    moments = []
+    for found in facts:
+        rate = found.shape.frame_rate  # 60 s, one connector frame for each of the encoder's
+        parts = speech_parts(found, ConnectorConfig(frame_rate=rate), frames=round(60 * rate), **settings)
+        moments.append(total([parts.work[-1]]))
+    assert moments[0] == pytest.approx(max(moments[1:]), rel=0.01)
 
 
 def test_what_does_not_fit_together_is_refused(paths, monkeypatch):

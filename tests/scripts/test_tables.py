@@ -79,6 +79,14 @@ def test_curves_of_different_lengths_have_tables_of_their_own(script):
     ]
 
 
+def test_the_spread_is_whole_also_near_the_top(script, tmp_path, monkeypatch):
+    """0.9, 1 and 1 deviate by 5.8 points: more than is left above their mean."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    curves = {"val_agreement": [[(99, 0.9)], [(99, 1.0)], [(99, 1.0)]]}
+    monkeypatch.setitem(script["validation"].__globals__, "read_curves", lambda folders: curves)
+    assert script["validation_table"](script["validation"](tmp_path)).endswith("| a | 96.7 ± 5.8 |")
+
+
 def test_figures_are_svg_with_names_and_colors(script, results):
     svg = script["hours_chart"](results, "seen", ["a"])
     root = ET.fromstring(svg)
