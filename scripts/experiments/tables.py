@@ -4,13 +4,15 @@
 
 python scripts/experiments/tables.py OUT [--figures FOLDER]
 
-Prints Markdown: every system with its intervals and the command that makes its row anew, agreement by task, agreement
-in validation by step, and every comparison. With ``--figures`` writes the curves as SVG.
+Prints Markdown: every system with its intervals and the command that makes its row anew, what LLMs with adapters still
+answer to text, whose answers have a foreign style, agreement by task, agreement in validation by step, and every
+comparison. With ``--figures`` writes the curves as SVG.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,7 @@ FIGURES = (
 )
 GROUPS = {"seen": "seen prompts", "heldout_wordings": "held-out wordings", "heldout_tasks": "held-out tasks"}
 NO_SPEECH = ("text", "cascade")  # their answers are part of every evaluation
+OPENING = "the answer is "  # of the targets of the condition ``style``
 _LEGEND = 26  # height of a row of names above a chart, in its units
 
 
@@ -57,6 +60,39 @@ def systems_table(results: Mapping) -> str:
         wer = cell(found["test"]["seen"]["metrics"].get("wer"))
         made = "any" if name in NO_SPEECH else f"`--only {name.removeprefix('text of ')}`"
         rows.append([name, str(system["seeds"]), *shown, wer, made])
+    return markdown(rows)
+
+
+def text_table(results: Mapping) -> str:
+    """Right answers to text of the LLM as it was, and of each that was trained along."""
+    columns = [column for column in FIGURES if column[3] == "agreement"]
+    rows = [["LLM", *(title for title, *_ in columns)]]
+    for name, system in results["systems"].items():
+        if system["kind"] == "text":
+            found = [results["sets"][key]["systems"][name][group]["right"] for _, key, group, *_ in columns]
+            rows.append([name, *(cell(figure) for figure in found)])
+    return markdown(rows)
+
+
+def style_table(predictions: Path) -> str:
+    """Systems some of whose answers open in the style of the condition ``style``: share of these, and of right ones.
+
+    Right: what follows the opening is the LLM's own answer to the text.
+    """
+    total, styled, right = collections.Counter(), collections.Counter(), collections.Counter()
+    with predictions.open() as lines:
+        for line in lines:
+            answer = json.loads(line)
+            key = answer["system"], answer["set"], answer["group"]
+            opens = answer["answer"].startswith(OPENING)
+            total[key] += 1
+            styled[key] += opens
+            right[key] += opens and answer["answer"].removeprefix(OPENING) == answer["reference"]
+    columns = [column for column in FIGURES if column[3] == "agreement"]
+    rows = [["system", *(title for title, *_ in columns)]]
+    for name in dict.fromkeys(system for (system, *_), count in styled.items() if count):
+        keys = [(name, key, group) for _, key, group, *_ in columns]
+        rows.append([name, *(f"{100 * styled[k] / total[k]:.1f}, right {100 * right[k] / total[k]:.1f}" for k in keys)])
     return markdown(rows)
 
 
@@ -184,6 +220,9 @@ def main() -> None:
     most = max(results["systems"][name]["hours"] for name in names)
     whole = [name for name in names if results["systems"][name]["hours"] == most]
     print("## Systems", systems_table(results), sep="\n\n", end="\n\n")
+    print("## Text of the LLMs", text_table(results), sep="\n\n", end="\n\n")
+    answers = args.out / "evaluation" / "predictions.jsonl"
+    print(f"## Answers that open with {OPENING!r}", style_table(answers), sep="\n\n", end="\n\n")
     print("## Agreement by task", tasks_table(results, whole), sep="\n\n", end="\n\n")
     print("## Agreement in validation", validation_table(curves), sep="\n\n", end="\n\n")
     print("## Comparisons", comparisons_table(results), sep="\n\n")

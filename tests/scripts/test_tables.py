@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import runpy
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -64,6 +65,30 @@ def test_tables(script, results):
     )
     (only,) = script["comparisons_table"](results).splitlines()[2:]
     assert only == "| test | seen prompts | a-10 | a-100 | -10.0 (-12.5 to +1.0) | 0.0010 | 0.0020 |"
+
+
+def test_what_each_llm_answers_to_text(script, results):
+    results["systems"] |= {"text": {"kind": "text"}}
+    for chosen in results["sets"].values():
+        chosen["systems"]["text"] = {name: {"right": figure(0.75)} for name in chosen["systems"]["a-100"]}
+    head, _, only = script["text_table"](results).splitlines()
+    assert head == "| LLM | seen prompts | held-out wordings | held-out tasks | new family |"
+    assert only == "| text " + "| 75.0 (73.0–76.0) " * 4 + "|"
+
+
+def test_the_share_of_a_foreign_style(script, tmp_path):
+    """Of four answers three open in it, one of them rightly; a system without such answers is not named."""
+    answers = ["the answer is blue", "the answer is red", "the answer is blue or red", "blue"]
+    groups = [("test", "seen"), ("test", "heldout_wordings"), ("test", "heldout_tasks"), ("letters", "heldout_tasks")]
+    lines = [
+        {"system": system, "set": key, "group": group, "reference": "blue", "answer": answer}
+        for key, group in groups
+        for system, said in (("a", answers), ("b", ["blue", "red"]))
+        for answer in said
+    ]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, _, only = script["style_table"](tmp_path / "predictions.jsonl").splitlines()
+    assert only == "| a " + "| 75.0, right 25.0 " * 4 + "|"
 
 
 def test_curves_of_different_lengths_have_tables_of_their_own(script):
