@@ -92,7 +92,9 @@ def style_table(predictions: Path) -> str:
     rows = [["system", *(title for title, *_ in columns)]]
     for name in dict.fromkeys(system for (system, *_), count in styled.items() if count):
         keys = [(name, key, group) for _, key, group, *_ in columns]
-        rows.append([name, *(f"{100 * styled[k] / total[k]:.1f}, right {100 * right[k] / total[k]:.1f}" for k in keys)])
+        rows.append(
+            [name, *(f"{100 * styled[k] / total[k]:.1f}, right {100 * right[k] / total[k]:.1f}" for k in keys)]
+        )
     return markdown(rows)
 
 
