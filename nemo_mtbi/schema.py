@@ -32,15 +32,26 @@ def read_section(schema: type[Schema], cfg: Mapping | None, section: str = "") -
         # not a copy of a DictConfig: it would lose the parent that ${...} may point to
         node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg or {}))
         values = OmegaConf.to_container(node, resolve=True)
-        for key in typed:
-            if OmegaConf.is_missing(typed, key) or not OmegaConf.is_config(typed._get_node(key)):
-                continue
-            OmegaConf.set_readonly(typed._get_node(key), False)  # OmegaConf takes frozen dataclasses for read-only
-            if OmegaConf.is_dict(typed[key]) and not isinstance(values.get(key, {}), (Mapping, type(None))):
-                raise ValueError(f"{name}{key} must hold keys and values, got {values[key]!r}")
+        _unlock(typed, values, name)
         return OmegaConf.to_object(OmegaConf.merge(typed, values))
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, section)) from error
+
+
+def _unlock(typed: DictConfig, values: Mapping, name: str) -> None:
+    """OmegaConf takes frozen dataclasses for read-only, at every depth: lets ``values`` be merged into them."""
+    OmegaConf.set_readonly(typed, False)
+    for key in typed:
+        if OmegaConf.is_missing(typed, key) or not OmegaConf.is_config(node := typed._get_node(key)):
+            continue
+        OmegaConf.set_readonly(node, False)
+        given = values.get(key)
+        if isinstance(given, Mapping) and typed[key] is None:
+            typed[key] = node._metadata.ref_type  # an optional section that is given: its defaults
+        if OmegaConf.is_dict(typed[key]):
+            if not isinstance(given, (Mapping, type(None))):
+                raise ValueError(f"{name}{key} must hold keys and values, got {given!r}")
+            _unlock(typed[key], given or {}, f"{name}{key}.")
 
 
 def explain(error: OmegaConfBaseException, section: str = "") -> str:

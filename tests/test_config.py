@@ -7,8 +7,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_mtbi.config import FORMAT_VERSION, parse_model_config
+from nemo_mtbi.data.interleave import InterleaveConfig, InterleaveSchedule
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.windows import EncoderSection, SecondEncoder
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 BASE = {"pretrained_asr": "demo", "pretrained_llm": "demo"}
@@ -25,6 +27,16 @@ def test_a_dict_config_and_a_mapping_mean_the_same():
     given = {**BASE, "connector": {"kind": "stack"}, "interleave": None}
     assert parse_model_config(OmegaConf.create(given)) == parse_model_config(given)
     assert parse_model_config(given).interleave is None
+
+
+@pytest.mark.parametrize("given", [dict, OmegaConf.create])
+def test_a_section_within_a_section_that_is_optional_can_be_given(given):
+    schedule = {"epochs": 4, "text_share": 0.9}
+    found = parse_model_config(given({**BASE, "interleave": {"unit": "word", "schedule": schedule}})).interleave
+    assert found == InterleaveConfig(unit="word", schedule=InterleaveSchedule(epochs=4, text_share=0.9))
+    beside = {"path": "demo", "pad": False}
+    encoder = parse_model_config(given({**BASE, "encoder": {"beside": beside}})).encoder
+    assert encoder == EncoderSection(beside=SecondEncoder(path="demo", pad=False))
 
 
 def test_interpolations_within_the_section_are_resolved():
@@ -52,6 +64,7 @@ def test_the_callers_config_is_left_as_it_is():
         ({"interleave": {"probabilty": 1}}, "model.interleave.probabilty", "probability"),
         ({"generation": {"max_new_token": 1}}, "model.generation.max_new_token", "max_new_tokens"),
         ({"targets": {"allow_foregin": True}}, "model.targets.allow_foregin", "allow_foreign"),
+        ({"interleave": {"schedule": {"epoch": 4}}}, "model.interleave.schedule.epoch", "epochs"),
         ({"loss": {"kl_wieght": 1.0}}, "model.loss.kl_wieght", "kl_weight"),
     ],
 )

@@ -196,11 +196,12 @@ def parts_of(settings: dict) -> dict[str, dict]:
 
 
 def hours_of_speech(out: Path) -> float:
-    """Of the whole training corpus."""
+    """Of all the speech, from the largest training corpus that was made: where that is a part, by its share."""
     from lhotse import CutSet
 
     corpora = [list(CutSet.from_file(path)) for path in (out / "cache").glob("synthetic-train-*/cuts.jsonl.gz")]
-    return sum(cut.duration for cut in max(corpora, key=len)) / 3600
+    largest = max(corpora, key=len)
+    return sum(cut.duration for cut in largest) / len(largest) * UTTERANCES / 3600
 
 
 def evaluate_all(settings: dict, out: Path, at_once: int) -> int:

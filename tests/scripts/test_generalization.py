@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from lhotse import CutSet, MonoCut
+from omegaconf import OmegaConf
 
+from nemo_mtbi.config import parse_model_config
 from nemo_mtbi.evaluation.settings import parse_eval_config
 
 PATH = Path(__file__).parents[2] / "scripts" / "experiments" / "generalization.py"
@@ -95,15 +98,43 @@ def test_the_evaluation_has_a_system_for_each_amount(script, tmp_path):
     assert system["nemo"][1] == str(tmp_path / "runs" / "continuation-30" / "seed1" / "seed1.nemo")
 
 
-def test_connectors_are_compared_at_one_rate(script, tmp_path):
+def sibling(name):
+    """Another experiment's script."""
     sys.path.insert(0, str(PATH.parent))
     try:
-        connectors = runpy.run_path(str(PATH.with_name("connectors.py")))
+        return runpy.run_path(str(PATH.with_name(name)))
     finally:
         sys.path.remove(str(PATH.parent))
+
+
+def test_connectors_are_compared_at_one_rate(tmp_path):
     from nemo_mtbi.modules.connector import KINDS
 
+    connectors = sibling("connectors.py")
     found = connectors["runs"]()
     assert {run.line for run in found} == set(KINDS) and len(found) == 3 * len(KINDS)
     (run,) = [run for run in connectors["runs"]("cif") if run.seed == 0]
     assert "model.connector.kind=cif" in run.command(tmp_path, []) and run.system == "cif-100"
+
+
+def test_ways_of_interleaving_are_compared_on_a_tenth_of_the_speech(tmp_path):
+    """Each way is a configuration that the example accepts."""
+    interleaving = sibling("interleaving.py")
+    found = interleaving["runs"]()
+    assert len(found) == 21 and {run.percent for run in found} == {10}
+    demo = OmegaConf.load(PATH.parents[2] / "conf" / "mtbi_demo.yaml")
+    ways = {}
+    for name, keys in interleaving["KEYS"].items():
+        changed = OmegaConf.merge(demo, OmegaConf.from_dotlist(list(keys)))
+        ways[name] = parse_model_config(changed.model).interleave
+    assert ways["never"] is None and ways["schedule"].schedule.text_share == 0.9
+    assert len(set(ways.values())) == len(ways)  # no two are the same
+
+
+def test_hours_are_those_of_all_the_speech(script, tmp_path):
+    """Also where only a part of it was made: 3 utterances of 3000 last 9 s in all."""
+    folder = tmp_path / "cache" / "synthetic-train-0"
+    folder.mkdir(parents=True)
+    cuts = [MonoCut(str(n), 0, n + 2.0, 0) for n in range(3)]
+    CutSet.from_cuts(cuts).to_file(folder / "cuts.jsonl.gz")
+    assert script["hours_of_speech"](tmp_path) == pytest.approx(3.0 * 3000 / 3600)
