@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+_LEAVE = 10.0  # seconds to end in
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -75,12 +77,16 @@ class WorkerPool:
         return "\n".join(f"--- {name}\n{tail}" for name, tail in tails if tail)
 
     def stop(self) -> None:
-        """Ends all processes."""
+        """Ends all processes: by the end of their input, so that they end their own, or else by force."""
         for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
             process.stdin.close()
+        deadline = time.monotonic() + _LEAVE
+        for process in self.processes:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             process.stdout.close()
         self.processes.clear()
 

@@ -26,7 +26,7 @@ PLAN = (
     (50, ("mtbi", "imitation", "transcription_sft", "continuation"), range(3)),
 )
 ADAPTERS = "model.lora={rank: 8, alpha: 16, target_modules: [linear_qkv, linear_proj, linear_fc1, linear_fc2]}"
-STYLE = "data.reference_format='the answer is {}'"
+STYLE = "++data.reference_format='the answer is {}'"
 # Under which conditions an effect appears: systems trained on all of the speech, and what differs from the plan's.
 CONDITIONS = {
     # Adapters in the LLM, which then learns to listen, and may forget how to read.
