@@ -141,8 +141,20 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
             **({} if timeout is None else {"distributed_timeout_minutes": timeout / 60}),
         )
     _start_control(limit)
+    _seed_tracker()
     _layout = layout
     return layout
+
+
+def _seed_tracker() -> None:
+    """Gives Megatron the random states from which it draws first weights on CUDA: without them no model is built.
+
+    A run seeds them anew when it begins: see :func:`nemo_mtbi.parallel.strategy.seed_processes`.
+    """
+    if torch.cuda.is_available():
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
 
 
 def start_one_replica(tensor: int, pipeline: int) -> None:

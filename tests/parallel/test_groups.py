@@ -115,3 +115,16 @@ def test_a_layout_for_another_number_of_processes_is_refused(tensor, pipeline, p
 @pytest.mark.slow
 def test_virtual_stages(processes):
     processes(virtual_stages)
+
+
+def test_megatrons_random_states_are_there_before_a_model(monkeypatch):
+    """On CUDA it draws weights from them, and refuses to where they are missing."""
+    from megatron.core import tensor_parallel
+
+    seeds = []
+    monkeypatch.setattr(tensor_parallel, "model_parallel_cuda_manual_seed", seeds.append)
+    torch.manual_seed(2**33 + 5)
+    for available, expected in ((False, []), (True, [5])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        groups._seed_tracker()
+        assert seeds == expected
