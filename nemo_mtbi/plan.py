@@ -24,8 +24,9 @@ from nemo_mtbi.data.loader import EpochSampler, build_dataloader
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.data.step import Step, assumed_step, judge_step, steps_of_pass
 from nemo_mtbi.layout_table import RankFacts
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.connector import connector_stages
-from nemo_mtbi.modules.decoder import DecoderConfig, check_training
+from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.footprint import EncoderFacts, read_encoder, speech_parts
 from nemo_mtbi.modules.lora import adapted_memory, check_lora
 from nemo_mtbi.modules.pretrained import resolve

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +47,7 @@ def _unlock(typed: DictConfig, values: Mapping, name: str) -> None:
             continue
         OmegaConf.set_readonly(node, False)
         given = values.get(key)
-        if isinstance(given, Mapping) and typed[key] is None:
+        if isinstance(given, Mapping) and typed[key] is None and is_dataclass(node._metadata.ref_type):
             typed[key] = node._metadata.ref_type  # an optional section that is given: its defaults
         if OmegaConf.is_dict(typed[key]):
             if not isinstance(given, (Mapping, type(None))):

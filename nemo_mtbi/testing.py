@@ -139,12 +139,13 @@ def tiny_text_llm(folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
     Args:
         folder: made if it is missing.
         seed: of the weights.
-        **overrides: keys of :class:`nemo_mtbi.modules.decoder.DecoderConfig`.
+        **overrides: keys of :class:`nemo_mtbi.modules.architecture.DecoderConfig`.
 
     Returns:
         ``folder``, for ``model.pretrained_llm``.
     """
-    from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+    from nemo_mtbi.modules.architecture import DecoderConfig
+    from nemo_mtbi.modules.decoder import GPTDecoder
     from nemo_mtbi.modules.pretrained import save_text_llm
     from nemo_mtbi.parallel import groups
 
@@ -214,7 +215,7 @@ def tiny_speech_llm(
         seed: of all weights.
         dtype: of encoder, connector and LLM (the front end stays float32).
         connector: its shape; by default strided convolutions to 6.25 Hz.
-        **overrides: keys of :class:`nemo_mtbi.modules.decoder.DecoderConfig`.
+        **overrides: keys of :class:`nemo_mtbi.modules.architecture.DecoderConfig`.
     """
     from nemo_mtbi.modules.connector import ConnectorConfig
     from nemo_mtbi.modules.pretrained import load_text_llm

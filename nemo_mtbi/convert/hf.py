@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_mtbi.modules.decoder import DecoderConfig, Llama3Scaling
+from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_mtbi.convert.hf import INDEX, SINGLE, canonical_names_of, segments, theirs_of
-from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.weights import WeightSource
 
 SHARD_BYTES = 5 * 10**9

@@ -100,7 +100,8 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, resume: bool = False
     """Trains the LLM and writes it to ``out``; ``resume`` goes on from there, at half the learning rate."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+    from nemo_mtbi.modules.architecture import DecoderConfig
+    from nemo_mtbi.modules.decoder import GPTDecoder
     from nemo_mtbi.modules.pretrained import load_text_llm, save_text_llm
     from nemo_mtbi.parallel import groups
 

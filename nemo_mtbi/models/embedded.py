@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.archive import NemoFile, read_yaml
-from nemo_mtbi.modules.decoder import DecoderConfig
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 from nemo_mtbi.modules.text_llm import SETTINGS, TOKENIZER_FILES

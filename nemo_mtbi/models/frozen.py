@@ -26,12 +26,13 @@ from nemo_mtbi.models.embedded import (
     check_architecture,
     read_encoder,
 )
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
-from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig
 from nemo_mtbi.modules.hearing import trained_shapes
 from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
 from nemo_mtbi.modules.hf_encoder import is_hf_encoder
+from nemo_mtbi.modules.layers import HAVE_TE
 from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
 from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder

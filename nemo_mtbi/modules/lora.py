@@ -27,7 +27,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.weights import named_modules, sharing_of
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
-from nemo_mtbi.modules.decoder import HAVE_TE, DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.decoder import GPTDecoder, build_decoder
 from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
+from nemo_mtbi.modules.layers import HAVE_TE
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.paired_encoder import PairedEncoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder

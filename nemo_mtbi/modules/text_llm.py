@@ -25,7 +25,7 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig, chat_format
 from nemo_mtbi.data.hf_tokenizer import FILES as HF_TOKENIZER
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
-from nemo_mtbi.modules.decoder import DecoderConfig
+from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.weights import SafetensorsWeights, WeightSource
 
 SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"

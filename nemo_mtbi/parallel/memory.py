@@ -19,7 +19,7 @@ from nemo_mtbi.losses import COMPARED_AT_ONCE
 from nemo_mtbi.parallel.groups import ParallelConfig
 
 if TYPE_CHECKING:
-    from nemo_mtbi.modules.decoder import DecoderConfig
+    from nemo_mtbi.modules.architecture import DecoderConfig
 
 FLOAT32 = 4  # bytes; of norms, losses, and of whatever trains
 

@@ -167,7 +167,8 @@ def test_steps_below_the_resolution_of_bfloat16_add_up():
 
 @pytest.fixture
 def decoder():
-    from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder
+    from nemo_mtbi.modules.architecture import DecoderConfig
+    from nemo_mtbi.modules.decoder import GPTDecoder
     from nemo_mtbi.parallel import groups
 
     groups.initialize()

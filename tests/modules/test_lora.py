@@ -226,7 +226,7 @@ def test_recomputation_would_mix_up_microbatches(folder):
 
 
 def test_targets_are_found_by_pattern():
-    from nemo_mtbi.modules.decoder import DecoderConfig
+    from nemo_mtbi.modules.architecture import DecoderConfig
 
     config = LoraConfig(target_modules=[r"layers\.0\.", "linear_fc2"])
     names = targets(DecoderConfig(**{**ARCHITECTURE, "num_layers": 2}), config)

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_mtbi.data.layout import collate, make_row, speech
 from nemo_mtbi.losses import LossConfig
-from nemo_mtbi.modules.decoder import DecoderConfig, GPTDecoder, build_decoder
+from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.modules.decoder import GPTDecoder, build_decoder
 from nemo_mtbi.modules.lora import LoraConfig, adapted_memory, add_lora
 from nemo_mtbi.parallel import groups, memory
 from nemo_mtbi.parallel.cpu import megatron_device

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a text LLM is made of: sizes and choices, without a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3.1 and later: long wavelengths are stretched, for longer sequences.
+
+    Attributes:
+        factor: by which the longest are stretched.
+        low_freq_factor: wavelengths above the original length divided by it are stretched whole.
+        high_freq_factor: wavelengths below the original length divided by it stay; those between, in part.
+        original_max_position_embeddings: the original length.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass
+class DecoderConfig:
+    """Architecture of a Llama-like GPT (RoPE, RMSNorm, SwiGLU, grouped queries). Stored beside its weights.
+
+    With ``num_experts`` each layer has as many feed-forward networks of ``ffn_hidden_size``, of which each position
+    goes through ``experts_per_token``, weighted by the router's probabilities: over all experts, or with
+    ``normalize_experts`` over those that were chosen.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_sequence_length: int
+    kv_channels: int | None = None
+    rotary_base: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    layernorm_epsilon: float = 1e-5
+    qk_layernorm: bool = False
+    add_qkv_bias: bool = False
+    tie_embeddings: bool = True
+    num_experts: int | None = None
+    experts_per_token: int = 1
+    normalize_experts: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):  # as YAML has it
+            self.rope_scaling = Llama3Scaling(**self.rope_scaling)
+        elif not isinstance(self.rope_scaling, Llama3Scaling | None):
+            raise TypeError(f"rope_scaling is {self.rope_scaling!r}; it must hold the keys of Llama3Scaling")
