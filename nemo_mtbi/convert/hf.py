@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling
+from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, weight_shapes
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -224,16 +224,6 @@ def theirs_of(name: str, family: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{number}.{part}" for part in parts)
 
 
-def canonical_names_of(architecture: DecoderConfig, family: str) -> list[str]:
-    """Our names of all weights."""
-    names = [name for name in _GLOBAL if not (architecture.tie_embeddings and name == "output_layer.weight")]
-    layer = []
-    for name in FAMILIES[family]:
-        experts = range(architecture.num_experts or 0) if "{expert}" in name else ("",)
-        layer += [name.replace("{expert}", str(expert)) for expert in experts]
-    return names + [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in layer]
-
-
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors of a directory: one, or the shards that its index names.
 
@@ -266,7 +256,7 @@ class HFWeights:
         config = read_config(path)
         self.family, self.architecture = config["model_type"], architecture_of(config)
         self._files = dict(self._open())  # not mapped into memory: the pages would count as this process's
-        self._names = canonical_names_of(self.architecture, self.family)
+        self._shapes = weight_shapes(self.architecture)
         self._check()
 
     def _open(self) -> Iterator[tuple[str, StoredTensors]]:
@@ -281,7 +271,7 @@ class HFWeights:
             yield from ((name, file) for name in file.names() if not name.endswith(_IGNORED))
 
     def _check(self) -> None:
-        wanted = {theirs: shape for name in self._names for theirs, shape in self._wanted(name).items()}
+        wanted = {theirs: shape for name in self._shapes for theirs, shape in self._wanted(name).items()}
         found = {name: file.shape(name) for name, file in self._files.items()}
         if self.architecture.tie_embeddings:
             found = {name: shape for name, shape in found.items() if name not in _GLOBAL["output_layer.weight"]}
@@ -294,17 +284,17 @@ class HFWeights:
         """Shapes of the tensors of theirs that make up one of ours."""
         parts = segments(name, self.architecture, self.family)
         if parts is None:
-            return {theirs_of(name, self.family)[0]: _shape(name, self.architecture)}
+            return {theirs_of(name, self.family)[0]: self._shapes[name]}
         rows: dict[str, int] = {}
         for part in parts:
             rows[part.name] = max(rows.get(part.name, 0), part.stop)
-        return {theirs: (count, *_shape(name, self.architecture)[1:]) for theirs, count in rows.items()}
+        return {theirs: (count, *self._shapes[name][1:]) for theirs, count in rows.items()}
 
     def names(self) -> Iterable[str]:
-        return self._names
+        return self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return _shape(name, self.architecture)
+        return self._shapes[name]
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """The tensor between two positions of one of its first two axes."""
@@ -322,23 +312,3 @@ class HFWeights:
                 found.append(self._files[part.name].rows(part.name, 0, part.start + low, part.start + high))
             first += size
         return torch.cat(found)
-
-
-def _shape(name: str, architecture: DecoderConfig) -> tuple[int, ...]:
-    """Shape of one of our tensors."""
-    a = architecture
-    width = a.kv_channels * a.num_attention_heads
-    qkv = width + 2 * a.kv_channels * a.num_query_groups
-    shapes = {
-        "embedding.word_embeddings.weight": (a.vocab_size, a.hidden_size),
-        "output_layer.weight": (a.vocab_size, a.hidden_size),
-        "linear_qkv.weight": (qkv, a.hidden_size),
-        "linear_qkv.bias": (qkv,),
-        "linear_proj.weight": (a.hidden_size, width),
-        "router.weight": (a.num_experts, a.hidden_size),
-        "linear_fc1.weight": (2 * a.ffn_hidden_size, a.hidden_size),
-        "linear_fc2.weight": (a.hidden_size, a.ffn_hidden_size),
-        "q_layernorm.weight": (a.kv_channels,),
-        "k_layernorm.weight": (a.kv_channels,),
-    }
-    return next((shape for end, shape in shapes.items() if name.endswith(end)), (a.hidden_size,))

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_mtbi.convert.hf import INDEX, SINGLE, canonical_names_of, segments, theirs_of
-from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.convert.hf import INDEX, SINGLE, segments, theirs_of
+from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.weights import WeightSource
 
 SHARD_BYTES = 5 * 10**9
@@ -32,7 +32,7 @@ class Rows:
 def rows_of_theirs(source: WeightSource, architecture: DecoderConfig, family: str) -> dict[str, list[Rows]]:
     """What each of their tensors is made of: the inverse of :func:`nemo_mtbi.convert.hf.segments`."""
     found: dict[str, list[tuple[int, Rows]]] = {}
-    for name in canonical_names_of(architecture, family):
+    for name in weight_shapes(architecture):
         parts = segments(name, architecture, family)
         if parts is None:
             found[theirs_of(name, family)[0]] = [(0, Rows(name, 0, source.shape(name)[0]))]

@@ -10,7 +10,7 @@ Format 1 had configuration and connector only.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -35,6 +35,7 @@ from nemo_mtbi.models.embedded import (
     encoder_settings,
 )
 from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, Restored, adapter_weights, check_trained, restoring
+from nemo_mtbi.modules.architecture import weight_shapes
 from nemo_mtbi.modules.archive import (
     CONFIG,
     WEIGHTS,
@@ -46,7 +47,7 @@ from nemo_mtbi.modules.archive import (
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.lora import adapters, is_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
-from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights, whole_shape
+from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.strategy import MTBIStrategy
@@ -209,18 +210,15 @@ def _add_state(file, name: str, state: Mapping[str, Tensor], shorten: bool) -> N
     add_tensors(file, name, specs, ((key, state[key]) for key in specs))
 
 
-def llm_specs(chunks: list[GPTDecoder]) -> dict[str, Spec]:
+def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
     """Names, shapes and dtype of the LLM's weights as they are stored; in all processes of a replica.
 
     An LLM that was stored in 16 bits and computes in 32 is stored in 16 bits again.
     """
-    vocabulary = chunks[0].architecture.vocab_size
-    own = [item for chunk in chunks for item in named_weights(chunk)]
-    shapes = {name: whole_shape(name, value, vocabulary) for name, value in own}
-    everyone = groups.gather_objects((shapes, exact_dtypes(value.detach() for _, value in own)), "replica")
-    dtype = shortest(own[0][1].dtype, set.intersection(*(exact for _, exact in everyone)))
-    merged = {name: shape for shapes, _ in everyone for name, shape in shapes.items()}
-    return {name: Spec(dtype, merged[name]) for name in sorted(merged)}
+    own = [value.detach() for chunk in chunks for _, value in named_weights(chunk)]
+    everyone = groups.gather_objects(exact_dtypes(own), "replica")
+    dtype = shortest(own[0].dtype, set.intersection(*everyone))
+    return {name: Spec(dtype, shape) for name, shape in sorted(weight_shapes(chunks[0].architecture).items())}
 
 
 @contextmanager

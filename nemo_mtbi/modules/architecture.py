@@ -56,3 +56,36 @@ class DecoderConfig:
             self.rope_scaling = Llama3Scaling(**self.rope_scaling)
         elif not isinstance(self.rope_scaling, Llama3Scaling | None):
             raise TypeError(f"rope_scaling is {self.rope_scaling!r}; it must hold the keys of Llama3Scaling")
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all weights of an LLM, in the order of its layers."""
+    hidden, ffn = config.hidden_size, config.ffn_hidden_size
+    width = config.head_channels * config.num_attention_heads
+    qkv = width + 2 * config.head_channels * config.num_query_groups
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attention.linear_qkv.weight": (qkv, hidden),
+        "self_attention.linear_proj.weight": (hidden, width),
+        "pre_mlp_layernorm.weight": (hidden,),
+    }
+    if config.add_qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = (qkv,)
+    if config.qk_layernorm:
+        layer |= {f"self_attention.{part}_layernorm.weight": (config.head_channels,) for part in "qk"}
+    networks = ["mlp."]
+    if config.num_experts:
+        layer["mlp.router.weight"] = (config.num_experts, hidden)
+        networks = [f"mlp.experts.local_experts.{expert}." for expert in range(config.num_experts)]
+    for network in networks:  # gate and value stand one behind the other
+        layer |= {f"{network}linear_fc1.weight": (2 * ffn, hidden), f"{network}linear_fc2.weight": (hidden, ffn)}
+    shapes = {"embedding.word_embeddings.weight": (config.vocab_size, hidden)}
+    for number in range(config.num_layers):
+        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    return shapes if config.tie_embeddings else {**shapes, "output_layer.weight": (config.vocab_size, hidden)}

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from nemo.utils import logging
 from torch import nn
 
+from nemo_mtbi.modules import freezing
 from nemo_mtbi.modules.windows import EncoderConfig
 
 
@@ -71,20 +70,5 @@ def trained_shapes(encoder: nn.Module | None) -> dict[str, tuple[int, ...]]:
 
 
 def unfrozen(names: Sequence[str], config: EncoderConfig | None) -> set[str]:
-    """Names of the weights that train; patterns that do nothing are warned of.
-
-    Args:
-        names: of all weights.
-        config: of the encoder; ``None``: everything is frozen.
-    """
-    if config is None or isinstance(config.freeze, bool):
-        return set() if config is None or config.freeze else set(names)
-    frozen: set[str] = set()
-    for pattern in config.freeze:
-        found = {name for name in names if re.search(pattern, name)}
-        if not found:
-            logging.warning(f"{config.key}.freeze: {pattern!r} matches none of the encoder's weights")
-        frozen |= found
-    if frozen == set(names):
-        logging.warning(f"{config.key}.freeze: all of the encoder's weights match, so it does not train")
-    return set(names) - frozen
+    """Names of the weights of an encoder that train; without a configuration none does."""
+    return set() if config is None else freezing.unfrozen(names, config.freeze, config.key)

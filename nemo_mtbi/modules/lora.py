@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.weights import named_modules, sharing_of
 from nemo_mtbi.parallel import groups
@@ -128,17 +128,9 @@ def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str
 
 def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of all adapters of the whole LLM, in a single process."""
-    a, heads = architecture, architecture.kv_channels or architecture.hidden_size // architecture.num_attention_heads
-    inner = heads * a.num_attention_heads
-    sizes = {  # output, input
-        LINEAR[0]: (inner + 2 * heads * a.num_query_groups, a.hidden_size),
-        LINEAR[1]: (a.hidden_size, inner),
-        LINEAR[2]: (2 * a.ffn_hidden_size, a.hidden_size),
-        LINEAR[3]: (a.hidden_size, a.ffn_hidden_size),
-    }
-    shapes = {}
+    weights, shapes = weight_shapes(architecture), {}
     for name in targets(architecture, config):
-        rows, columns = next(size for end, size in sizes.items() if name.endswith(end))
+        rows, columns = weights[f"{name}.weight"]
         shapes |= {f"{name}.lora.a": (config.rank, columns), f"{name}.lora.b": (rows, config.rank)}
     return shapes
 

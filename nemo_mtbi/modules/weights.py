@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from nemo_mtbi.modules.architecture import weight_shapes
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.parallel import groups
 
@@ -136,17 +137,6 @@ def sharing_of(name: str) -> tuple[int, int] | None:
     return (axis, parts) if part == ("b" if axis == 0 else "a") else None
 
 
-def canonical_names(decoder: GPTDecoder) -> set[str]:
-    """Names of all weights of the LLM, of which this process holds a run of layers."""
-    names, layers = set(), range(decoder.architecture.num_layers)
-    for name, _ in named_weights(decoder):
-        layer = _LAYER.match(name)
-        names |= {f"decoder.layers.{n}.{name[layer.end() :]}" for n in layers} if layer else {name}
-    # what only the first or the last stage holds
-    names |= {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
-    return names if decoder.share_embeddings_and_output_weights else names | {"output_layer.weight"}
-
-
 def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
     """Copies this process's share of canonical weights into its runs of layers, in their dtype.
 
@@ -154,9 +144,9 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
         ValueError: if names or shapes differ; nothing is copied then.
     """
     own = [item for chunk in chunks for item in named_weights(chunk)]
-    vocabulary = chunks[0].architecture.vocab_size
-    wrong = sorted(canonical_names(chunks[0]) ^ set(source.names()))
-    wrong = wrong or sorted(name for name, value in own if source.shape(name) != whole_shape(name, value, vocabulary))
+    shapes = weight_shapes(chunks[0].architecture)
+    wrong = sorted(shapes.keys() ^ set(source.names()))
+    wrong = wrong or sorted(name for name, _ in own if source.shape(name) != shapes[name])
     if wrong:
         raise ValueError(
             f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
@@ -175,15 +165,6 @@ def load_shares(owned: Iterable[tuple[str, Tensor]], source: WeightSource, prefi
     """
     for name, value in owned:
         _copy_share(name, value, source, prefix)
-
-
-def whole_shape(name: str, value: Tensor, vocabulary: int) -> tuple[int, ...]:
-    """Shape of the tensor that ``value`` is this process's share of."""
-    shape, sharing = list(value.shape), sharing_of(name)
-    if sharing is not None:
-        size = groups.layout().tensor_model_parallel_size
-        shape[sharing[0]] = vocabulary if name in _VOCABULARY else shape[sharing[0]] * size
-    return tuple(shape)
 
 
 def _copy_share(name: str, value: Tensor, source: WeightSource, prefix: str) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +13,7 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.modules.freezing import check_freeze
 
 WINDOW = 30.0  # seconds
 AT_ONCE = 300  # seconds of windows that are encoded at once: what a convolution gives of an hour fills 25 GB
@@ -42,27 +42,12 @@ class EncoderConfig:
     overlap_seconds: float = 2.0
 
     def __post_init__(self):
-        if not isinstance(self.freeze, bool):
-            self._check_patterns()
+        check_freeze(self.freeze, self.key)
         if not 0 <= self.overlap_seconds < self.window / 2:
             raise ValueError(
                 f"{self.key}.overlap_seconds is {self.overlap_seconds}; it must be at least 0 and below half of "
                 f"window_seconds, {self.window / 2:g}"
             )
-
-    def _check_patterns(self) -> None:
-        reason = "it is no list" if not isinstance(self.freeze, (list, tuple)) else None
-        try:
-            for pattern in () if reason else self.freeze:
-                re.compile(pattern)
-        except (TypeError, re.error) as error:
-            reason = str(error)
-        if reason:
-            raise ValueError(
-                f"{self.key}.freeze is {self.freeze!r}; it must be true, false or a list of patterns ({reason})"
-            )
-        if not self.freeze:
-            raise ValueError(f"{self.key}.freeze is an empty list: set it to false to train the whole encoder")
 
     @property
     def key(self) -> str:

@@ -66,7 +66,7 @@ def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
 def decoder_parameters(config: DecoderConfig, layout: ParallelConfig, stage: int) -> int:
     """Parameters of the LLM on one process of a stage; the same on all its tensor-parallel processes."""
     tensor, hidden = layout.tensor_model_parallel_size, config.hidden_size
-    channels = _head_channels(config)
+    channels = config.head_channels
     qkv = (config.num_attention_heads + 2 * config.num_query_groups) * channels // tensor
     layer = hidden * qkv + (qkv if config.add_qkv_bias else 0)
     layer += config.num_attention_heads * channels // tensor * hidden
@@ -81,10 +81,6 @@ def decoder_parameters(config: DecoderConfig, layout: ParallelConfig, stage: int
         count += hidden  # final norm
     # a tied head is the embedding itself where both are on one process, else a copy
     return count + table * (first + (last and not (first and config.tie_embeddings)))
-
-
-def _head_channels(config: DecoderConfig) -> int:
-    return config.kv_channels or config.hidden_size // config.num_attention_heads
 
 
 def _vocabulary_share(config: DecoderConfig, layout: ParallelConfig) -> int:
@@ -275,7 +271,7 @@ def layer_terms(
     split = tensor if layout.sequence_parallel else 1  # norms and residuals
     if granularity == "full":
         return [Term("layer inputs", ((hidden, "channels"), (number, "B")), split)]
-    channels, heads, groups = _head_channels(config), config.num_attention_heads, config.num_query_groups
+    channels, heads, groups = config.head_channels, config.num_attention_heads, config.num_query_groups
     # what the projection gave (the values are part of it), rotated queries and keys, and the output, which
     # recomputation does not keep
     kept = 2 * heads + 3 * groups if granularity == "selective" else 3 * heads + 3 * groups
@@ -372,7 +368,7 @@ def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, numbe
 def generation_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
     """Keys and values of all layers of a stage, and the mask of the prompts."""
     layers = config.num_layers // layout.pipeline_model_parallel_size
-    width = config.num_query_groups * _head_channels(config)
+    width = config.num_query_groups * config.head_channels
     pair = ((2, "of keys and values"), (layers, "layers"), (load.cached, "positions"), (width, "channels"))
     return [
         Term("cache", (*pair, (number, "B")), layout.tensor_model_parallel_size),

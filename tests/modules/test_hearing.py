@@ -27,10 +27,10 @@ def sound(samples=(16000, 12000)):
 
 
 def test_patterns_name_what_stays_frozen(monkeypatch):
-    from nemo_mtbi.modules import hearing
+    from nemo_mtbi.modules import freezing
 
     told = []
-    monkeypatch.setattr(hearing.logging, "warning", told.append)
+    monkeypatch.setattr(freezing.logging, "warning", told.append)
 
     def chosen(freeze, kind=EncoderConfig):
         return unfrozen(NAMES, kind(freeze=freeze))
