@@ -14,12 +14,14 @@ from nemo_mtbi.data.interleave import InterleaveConfig
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.connector import ConnectorConfig
+from nemo_mtbi.modules.llm_training import LlmConfig
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
 FORMAT_VERSION = 2  # of the .nemo
+ADAMS = ("adam", "adamw", "fused_adam")  # beside which the LLM may train
 FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
 RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout", "encoder_cache")  # of a run: a .nemo fits any other
@@ -48,6 +50,8 @@ class ModelConfig:
         chat: how prompt and speech are put into the LLM's chat format: see
             :class:`nemo_mtbi.data.chat_template.ChatConfig`; ``null``: as the LLM says.
         connector: the trainable part.
+        llm: whether the LLM itself trains: see :class:`nemo_mtbi.modules.llm_training.LlmConfig`; ``null``: it is
+            frozen.
         lora: adapters in the LLM, which are trained too: see :class:`nemo_mtbi.modules.lora.LoraConfig`; ``null``: the
             LLM stays what it is.
         interleave: which rows get words as text; ``null`` leaves all rows speech.
@@ -78,6 +82,7 @@ class ModelConfig:
     encoder: EncoderSection | None = None
     chat: ChatConfig | None = None
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    llm: LlmConfig | None = None
     lora: LoraConfig | None = None
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -148,6 +153,7 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
         raise ValueError(
             "model.encoder_cache keeps what a frozen encoder gives: remove it, or set model.encoder.freeze=true"
         )
+    _check_llm(config)
     config.layout  # noqa: B018 (raises for sizes that contradict each other)
     if config.format_version > FORMAT_VERSION:
         raise ValueError(
@@ -155,3 +161,23 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
             "install a newer nemo_mtbi"
         )
     return config
+
+
+def _check_llm(config: ModelConfig) -> None:
+    """What does not go with an LLM that trains.
+
+    Raises:
+        ValueError: names the remedy.
+    """
+    if config.llm is None or not config.llm.trains:
+        return
+    if config.lora is not None:
+        raise ValueError("model.llm trains the LLM itself and model.lora adapters in it: choose one of them")
+    if config.loss.uses_teacher:
+        raise ValueError(
+            "model.loss compares with the LLM as it was, which model.llm.freeze does not keep: use model.lora, or set "
+            "kl_weight and hidden_weight to 0"
+        )
+    name = (config.optim or {}).get("name", "adamw")
+    if name not in ADAMS:
+        raise ValueError(f"model.optim.name is {name}, but the LLM is trained by Adam: set it to adamw")

@@ -28,6 +28,7 @@ from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.connector import connector_stages
 from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.footprint import EncoderFacts, read_encoder, speech_parts
+from nemo_mtbi.modules.llm_training import trained_memory
 from nemo_mtbi.modules.lora import adapted_memory, check_lora
 from nemo_mtbi.modules.pretrained import resolve
 from nemo_mtbi.modules.text_llm import TextLLMDirectory, open_text_llm
@@ -353,13 +354,11 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
         states=states,
     )
     stages = range(layout.pipeline_model_parallel_size)
-    adapted = None
-    if config.lora:
-        check_lora(architecture, config.lora, config.activations_checkpoint_granularity)
-        adapted = adapted_memory(architecture, config.lora, layout)
+    adapted, learning = learned_memory(plan, architecture, config)
 
     def count(layout: ParallelConfig, granularity: str | None) -> list[StageMemory]:
-        given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity, adapted=adapted)
+        given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity)
+        given |= dict(adapted=adapted, learning=learning)
         return [memory.stage_memory(architecture, layout, stage, **given) for stage in stages]
 
     granularity = config.activations_checkpoint_granularity
@@ -369,6 +368,21 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
         for choice in GRANULARITIES:
             found = count(replace(layout, sequence_parallel=split), choice)
             plan.choices[choice, split] = max(memory.total(stage.activations) for stage in found)
+
+
+def learned_memory(
+    plan: Plan, architecture: DecoderConfig, config: ModelConfig
+) -> tuple[memory.Adapted | None, memory.Learning | None]:
+    """What adapters, or the LLM where it trains itself, add to the memory.
+
+    Raises:
+        ValueError: if the LLM can't learn so.
+    """
+    if config.lora:
+        check_lora(architecture, config.lora, config.activations_checkpoint_granularity)
+        return adapted_memory(architecture, config.lora, plan.layout), None
+    found = trained_memory(architecture, config.llm, plan.layout)
+    return (found[1], memory.Learning(found[0], plan.replicas)) if found else (None, None)
 
 
 def name_ranks(plan: Plan, architecture: DecoderConfig, per_node: int, accelerator: str) -> None:

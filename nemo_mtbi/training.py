@@ -25,8 +25,11 @@ from nemo_mtbi.config import ModelConfig, parse_model_config
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
+from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.modules.pretrained import load_text_llm
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO, choose_resume
 from nemo_mtbi.parallel.stop import StopOnSignal, explained
@@ -139,13 +142,23 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
     model.save_to(str(nemo))
     if benchmark.enabled and benchmark.cuts:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        answers = run_benchmark(model.responder(), CutSet.from_file(benchmark.cuts), pool, benchmark.seed)
+        cuts = CutSet.from_file(benchmark.cuts)
+        answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
         figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
         written = folder / "results.json"
         if groups.is_global_first():
             _report(answers, written, trainer, seed=cfg.seed, train=figures, nemo=nemo)
     _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
     return written
+
+
+def _reader(model: MTBIModel) -> Responder | None:
+    """The LLM as it was, where training has changed it itself; it takes the memory of a second one."""
+    if not model.speech_llm.decoder.trains:
+        return None
+    config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
+    found = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)
+    return Responder(LayoutDecoder(found.chunks).to(model.device), found.chat, config.generation)
 
 
 def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]) -> Trainer:
@@ -156,7 +169,10 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
             cfg.model.frozen_dtype = PRECISIONS[precision]
     settings = {key: value for key, value in cfg.trainer.items() if key not in ("precision", "strategy")}
     checkpoints = ShardedCheckpointIO(
-        lambda: trainer.lightning_module.state_dict(keep_vars=True), lambda: trainer.optimizers, cfg.seed
+        lambda: trainer.lightning_module.state_dict(keep_vars=True),
+        lambda: trainer.optimizers,
+        cfg.seed,
+        llm=lambda: trainer.lightning_module.llm_optimizer,
     )
     strategy = MTBIStrategy(config.layout, config.dist_timeout, checkpoint_io=checkpoints)
     trainer = Trainer(**settings, precision="32-true", strategy=strategy, callbacks=callbacks)

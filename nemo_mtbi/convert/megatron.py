@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_mtbi.modules.weights import WeightSource, canonical_name
+from nemo_mtbi.modules.weights import VOCABULARY, WeightSource, canonical_name
 from nemo_mtbi.parallel.checkpoint.metadata import unpickle_metadata
 
 _OF_THE_LLM = ("embedding.", "decoder.", "output_layer.")
@@ -43,7 +43,6 @@ _THEIRS_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 _EXPERTS = "mlp.experts.experts."
 _ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 # Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
 _WITH_STATE = ("self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj")
 _FEED_FORWARD = ("linear_fc1", "linear_fc2")
@@ -135,7 +134,7 @@ class MegatronWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         key, place = self._places[name]
         shape = tuple(self._metadata.state_dict_metadata[key].size)[len(place) :]
-        return (min(shape[0], self._vocabulary), *shape[1:]) if name in _VOCABULARY else shape
+        return (min(shape[0], self._vocabulary), *shape[1:]) if name in VOCABULARY else shape
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """The tensor between two positions of one of its first two axes."""

@@ -79,16 +79,22 @@ def _asked(pool: TaskPool) -> list[tuple[Task, str, tuple[str, ...]]]:
 
 
 def run_benchmark(
-    responder: Responder, cuts: Iterable[Cut], pool: TaskPool, seed: int = 0, progress: bool = True
+    responder: Responder,
+    cuts: Iterable[Cut],
+    pool: TaskPool,
+    seed: int = 0,
+    progress: bool = True,
+    reader: Responder | None = None,
 ) -> list[Answer]:
     """Asks every question by transcript and by speech.
 
     Args:
-        responder: the model. The text answers come from the same decoder.
+        responder: the model.
         cuts: test utterances; the custom field ``references`` (task to right answer) is used where it is there.
         pool: tasks.
         seed: of the wordings.
         progress: show a bar.
+        reader: answers to the text; ``None``: the model's own LLM, without adapters.
 
     Raises:
         BadAudioError: if a test utterance can't be used. A benchmark leaves nothing out.
@@ -105,7 +111,7 @@ def run_benchmark(
         by_text = bar.add_task("answers to text", total=len(rows))
         by_speech = bar.add_task("answers to speech", total=len(rows))
         read = [(row.prompt, texts[row.utterance]) for row in rows]
-        text = responder.without_adapters().text(read, lambda n: bar.advance(by_text, n))
+        text = (reader or responder.without_adapters()).text(read, lambda n: bar.advance(by_text, n))
         speech = responder.speech(
             samples, [(row.prompt, row.utterance) for row in rows], lambda n: bar.advance(by_speech, n)
         )

@@ -31,7 +31,7 @@ class Responder:
         chat: its chat format.
         config: decoding parameters.
         encode_seconds: longest padded audio, in seconds, that is encoded at once.
-        adapted: whether adapters in the LLM are on; without them it is the text LLM that it was.
+        adapted: whether what the LLM has learned is on; without its adapters it is the text LLM that it was.
     """
 
     model: SpeechLLM | LayoutDecoder
@@ -56,7 +56,16 @@ class Responder:
         return replace(self, adapted=False)
 
     def adaptation(self) -> AbstractContextManager:
-        """The LLM with or without adapters, in the body."""
+        """The LLM with or without adapters, in the body.
+
+        Raises:
+            ValueError: if the LLM itself was trained, and is to be what it was.
+        """
+        if not self.adapted and self.model.decoder.trains:
+            raise ValueError(
+                "this model's LLM itself was trained, so that it can't answer as it did before: ask the LLM that it "
+                "was by its path (in an evaluation: a system with kind: text and llm: its path)"
+            )
         return nullcontext() if self.adapted else without_lora(self.model.chunks)
 
     def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:

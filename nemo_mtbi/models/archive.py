@@ -34,7 +34,7 @@ from nemo_mtbi.models.embedded import (
     TOKENIZERS,
     encoder_settings,
 )
-from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, Restored, adapter_weights, check_trained, restoring
+from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, LLM, Restored, check_trained, llm_shapes, restoring
 from nemo_mtbi.modules.architecture import weight_shapes
 from nemo_mtbi.modules.archive import (
     CONFIG,
@@ -45,6 +45,7 @@ from nemo_mtbi.modules.archive import (
     end_archive,
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.modules.llm_training import trained_weights
 from nemo_mtbi.modules.lora import adapters, is_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
 from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights
@@ -99,16 +100,16 @@ class MTBIArchive(SaveRestoreConnector):
         """What went wrong, on the first process. The first replica's processes give their shares of the LLM."""
         if groups.data_parallel_rank() > 0:
             return None
-        trained = gather_adapters(model)
-        specs = llm_specs(model.speech_llm.chunks) if full else {}
-        weights = gather_weights(model.speech_llm.chunks) if full else iter(())
+        chunks, adapted = model.speech_llm.chunks, gather_adapters(model)
+        specs, weights = (llm_specs(chunks), gather_weights(chunks)) if full else ({}, learned_of(chunks))
         with led(weights) as weights:
             if not groups.is_global_first():
                 return None
             try:
                 with replacing(path) as file:
-                    write_model(file, model, trained, full)
+                    write_model(file, model, adapted, iter(()) if full else weights, full)
                     if full:
+                        write_encoder(file, model)
                         add_tensors(file, LLM_WEIGHTS, specs, weights)
                     end_archive(file)
             except OSError as error:
@@ -175,17 +176,42 @@ def gather_adapters(model: MTBIModel) -> dict[str, Tensor]:
     return {ADAPTERS + name: value for name, value in found if value is not None}
 
 
-def write_model(file, model: MTBIModel, trained: Mapping[str, Tensor], full: bool) -> None:
-    """Writes all but the LLM's weights; on the first process."""
+def learned_of(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | None]]:
+    """Whole weights of the LLM that train, by the names of stored weights: see :func:`gather_shares`."""
+    for name, value in gather_shares(trained_weights(chunks), chunks[0].architecture.vocab_size):
+        yield LLM + name, value
+
+
+def write_model(
+    file, model: MTBIModel, adapted: Mapping[str, Tensor], learned: Iterator[tuple[str, Tensor]], full: bool
+) -> None:
+    """Writes all but the frozen parts; on the first process.
+
+    Args:
+        file: of the archive.
+        model: this process's share of it.
+        adapted: whole adapters.
+        learned: whole weights of the LLM that train, one at a time, unless the whole LLM is stored.
+        full: whether it is, and the encoder too.
+    """
     add_file(file, CONFIG, stored_config(model, full))
     for name, content in model.frozen.texts.items():
         add_file(file, name, content)
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(ADAPTERS)}
-    _add_state(file, WEIGHTS, {**own, **trained}, shorten=False)
-    if full:
-        encoder = model.speech_llm.encoder
-        add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
-        _add_state(file, ENCODER_WEIGHTS, encoder.state_dict(), shorten=True)
+    held = {**{name: x for name, x in model.state_dict().items() if not name.startswith((ADAPTERS, LLM))}, **adapted}
+    decoder = model.speech_llm.decoder
+    shapes = llm_shapes(decoder.architecture, model.config, inside=full)
+    specs = {key: Spec(value.dtype, tuple(value.shape)) for key, value in held.items()}
+    specs |= {key: Spec(decoder.config.params_dtype, shape) for key, shape in shapes.items() if key.startswith(LLM)}
+    _add_state(file, WEIGHTS, specs, held, learned)
+
+
+def write_encoder(file, model: MTBIModel) -> None:
+    """Writes the encoder, in fewer bits where that loses nothing; on the first process."""
+    encoder = model.speech_llm.encoder
+    add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
+    state = encoder.state_dict()
+    specs = {k: Spec(shortest(x.dtype, exact_dtypes([x])), tuple(x.shape)) for k, x in state.items()}
+    _add_state(file, ENCODER_WEIGHTS, specs, state)
 
 
 def stored_config(model: MTBIModel, full: bool) -> bytes:
@@ -199,15 +225,16 @@ def stored_config(model: MTBIModel, full: bool) -> bytes:
     return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
 
 
-def _add_state(file, name: str, state: Mapping[str, Tensor], shorten: bool) -> None:
-    """Appends tensors, in fewer bits where that loses nothing."""
-    specs = ordered(
-        {
-            key: Spec(shortest(value.dtype, exact_dtypes([value])) if shorten else value.dtype, tuple(value.shape))
-            for key, value in state.items()
-        }
-    )
-    add_tensors(file, name, specs, ((key, state[key]) for key in specs))
+def _add_state(
+    file,
+    name: str,
+    specs: Mapping[str, Spec],
+    held: Mapping[str, Tensor],
+    coming: Iterator[tuple[str, Tensor]] | None = None,
+) -> None:
+    """Appends tensors: those that are here, and where they lack, those that come one by one in the order of names."""
+    specs = ordered(specs)
+    add_tensors(file, name, specs, ((key, held[key]) if key in held else next(coming) for key in specs))
 
 
 def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
@@ -341,7 +368,7 @@ def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
 def load_trained(
     model: MTBIModel, tensors: StoredTensors, strict: bool, what: str, only: Collection[str] | None = None
 ) -> None:
-    """Reads connector, adapters and what trains of the encoder into a model.
+    """Reads connector, adapters and what trains of encoder and LLM into a model.
 
     If they do not fit, the same error in all processes of a replica.
 
@@ -352,10 +379,12 @@ def load_trained(
         what: the stored weights, for messages.
         only: names that are wanted; ``None``: all.
     """
-    held = model.state_dict()
-    own = {name: tuple(value.shape) for name, value in held.items() if not name.startswith(ADAPTERS)}
+    held, shares = model.state_dict(), (ADAPTERS, LLM)
+    inside = "llm" in model.frozen.embedded  # what the LLM has learned was read with it
+    held = {name: value for name, value in held.items() if not (inside and name.startswith(LLM))}
+    own = {name: tuple(value.shape) for name, value in held.items() if not name.startswith(shares)}
     own = groups.broadcast_object(own)  # the first stage has connector and encoder
-    own |= adapter_weights(model.speech_llm.decoder.architecture, model.config.lora)
+    own |= llm_shapes(model.speech_llm.decoder.architecture, model.config, inside)
     own, found = (
         {name: shape for name, shape in shapes.items() if only is None or name in only}
         for shapes in (own, tensors.shapes)
@@ -363,9 +392,10 @@ def load_trained(
     check_trained(own, found, strict, what)
     used = own.keys() & found.keys()
     state = {name: torch.empty_like(value, device="cpu") for name, value in held.items() if name in used}
-    shares = {name.removeprefix(ADAPTERS): value for name, value in state.items() if name.startswith(ADAPTERS)}
-    load_shares(shares.items(), tensors, ADAPTERS)
-    state |= {name: tensors.tensor(name) for name in state if not name.startswith(ADAPTERS)}
+    for prefix in shares:
+        parts = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_shares(parts.items(), tensors, prefix)
+    state |= {name: tensors.tensor(name) for name in state if not name.startswith(shares)}
     model.load_state_dict(state, strict=False)
     left = sorted((own.keys() | found.keys()) - used)
     if left and groups.is_global_first():

@@ -26,14 +26,15 @@ from nemo_mtbi.models.embedded import (
     check_architecture,
     read_encoder,
 )
-from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
 from nemo_mtbi.modules.hearing import trained_shapes
 from nemo_mtbi.modules.hf_encoder import FILES as ENCODER_FILES
 from nemo_mtbi.modules.hf_encoder import is_hf_encoder
 from nemo_mtbi.modules.layers import HAVE_TE
-from nemo_mtbi.modules.lora import LoraConfig, adapter_shapes
+from nemo_mtbi.modules.llm_training import trained_names
+from nemo_mtbi.modules.lora import adapter_shapes
 from nemo_mtbi.modules.pretrained import TextLLM, find_text_llm, load_speech_encoder, load_text_llm, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
@@ -47,6 +48,7 @@ from nemo_mtbi.schema import read_section
 
 # Prefixes of the weights that are trained and saved.
 TRAINED, ADAPTERS, ENCODER = "speech_llm.connector.", "speech_llm.adapters.", "speech_llm.encoder."
+LLM = "speech_llm.llm."  # weights of the LLM that train; a full .nemo has them among those of its LLM
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 _BESIDE = "{'encoder': {'beside': {'path': its path}}}"
@@ -154,7 +156,7 @@ class FrozenParts:
         shape, heard = facts
         self._check_trained(shape, heard, text.decoder.architecture)
         self._restored = None  # its file will be closed
-        return SpeechLLM(encoder, config.connector, text.chunks, shape, config.lora), text
+        return SpeechLLM(encoder, config.connector, text.chunks, shape, config.lora, config.llm), text
 
     def _reference(self, part: str) -> str:
         return str(getattr(self._config, f"pretrained_{part}"))
@@ -283,15 +285,25 @@ class FrozenParts:
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
         expected |= {ENCODER + name: size for name, size in heard.items()}
-        expected |= adapter_weights(architecture, self._config.lora)
+        expected |= llm_shapes(architecture, self._config, inside="llm" in self.embedded)
         found = self._restored.file.tensors(WEIGHTS).shapes
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
 
 
-def adapter_weights(architecture: DecoderConfig, config: LoraConfig | None) -> dict[str, tuple[int, ...]]:
-    """Names and whole shapes of stored adapters."""
-    shapes = adapter_shapes(architecture, config) if config else {}
-    return {ADAPTERS + name: shape for name, shape in shapes.items()}
+def llm_shapes(architecture: DecoderConfig, config: ModelConfig, inside: bool) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of what is stored of the LLM: adapters, or weights that train.
+
+    Args:
+        architecture: of the LLM.
+        config: of the model.
+        inside: whether the whole LLM is in the archive, with what it has learned.
+    """
+    shapes = adapter_shapes(architecture, config.lora) if config.lora else {}
+    found = {ADAPTERS + name: shape for name, shape in shapes.items()}
+    if inside:
+        return found
+    whole = weight_shapes(architecture)
+    return found | {LLM + name: whole[name] for name in sorted(trained_names(architecture, config.llm))}
 
 
 def check_trained(
@@ -314,7 +326,7 @@ def check_trained(
     wrong = misfits(expected, found)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        keys = {ADAPTERS: "model.lora", ENCODER: "model.encoder.freeze"}
+        keys = {ADAPTERS: "model.lora", ENCODER: "model.encoder.freeze", LLM: "model.llm.freeze"}
         blamed = {next((key for part, key in keys.items() if part in name), "model.connector") for name in wrong}
         key = blamed.pop() if len(blamed) == 1 else "model.connector"
         raise ValueError(

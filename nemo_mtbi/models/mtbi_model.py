@@ -26,17 +26,19 @@ from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
-from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, TRAINED, FrozenParts, check_trained, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained, refusal
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.encoder_cache import EncoderCache
 from nemo_mtbi.modules.hearing import trained_shapes
+from nemo_mtbi.modules.llm_training import build_llm_optimizer, trained_weights
 from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.agreement import agreed
-from nemo_mtbi.parallel.checkpoint.content import RANDOM_STATES
-from nemo_mtbi.parallel.gradients import clip_gradients, gradient_norm, share_parameters, sum_gradients
+from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, RANDOM_STATES
+from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, share_parameters, sum_gradients
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 from nemo_mtbi.parallel.replica import ReplicaLoader
 from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
@@ -84,6 +86,8 @@ class MTBIModel(ModelPT):
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from
+        self._llm_moments: dict | None = None  # the same
+        self.llm_optimizer: LlmOptimizer | None = None  # within a fit, if the LLM trains
         self.wants_to_stop: Callable[[], bool] = lambda: False  # asked before each step, on every process
         self._gradient_norm = torch.zeros(())
         if not restoring:  # the data may be elsewhere
@@ -137,8 +141,9 @@ class MTBIModel(ModelPT):
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What this process trains: nothing, if it holds a later stage of a frozen LLM."""
-        return [value for value in self.parameters() if value.requires_grad]
+        """What this process trains beside weights of the LLM itself: nothing, if it holds a later stage."""
+        llm = {id(value) for value in trained_weights(self.speech_llm.chunks).values()}
+        return [value for value in self.parameters() if value.requires_grad and id(value) not in llm]
 
     def setup_optimizer_param_groups(self) -> None:
         """Hands only what is trained to the optimizer; an empty group is fine."""
@@ -155,11 +160,23 @@ class MTBIModel(ModelPT):
             raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before training")
         share_parameters(self.trained)
         seed_processes()
+        if self.speech_llm.decoder.trains:
+            (optimizer,) = self.trainer.optimizers
+            self.llm_optimizer = build_llm_optimizer(self.speech_llm.chunks, self.config.llm, optimizer.defaults)
+
+    def on_fit_end(self) -> None:
+        if self.llm_optimizer is not None:
+            self.llm_optimizer.close()
+            self.llm_optimizer = None
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._random_states = checkpoint.get(RANDOM_STATES)
+        self._llm_moments = checkpoint.get(LLM_OPTIMIZER)
 
     def on_train_start(self) -> None:
+        if self.llm_optimizer is not None:
+            self.llm_optimizer.restore(self._llm_moments)
+            self._llm_moments = None
         if self._random_states is not None:  # a run that goes on: right before its first step
             random_states.restore(self._random_states)
             self._random_states = None
@@ -178,6 +195,8 @@ class MTBIModel(ModelPT):
         trained = self.trained
         for value in trained:
             value.grad = None  # before the schedule: Lightning would clear what it computed
+        if self.llm_optimizer is not None:
+            self.llm_optimizer.zero_grad()
         self._skipped.update(batch.skipped)
         count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets), device=self.device))
         if not count:
@@ -187,10 +206,13 @@ class MTBIModel(ModelPT):
         loss = groups.data_parallel_sum(loss.detach())
         sum_gradients(trained)
         norm = gradient_norm(trained, self.device)
+        if self.llm_optimizer is not None:
+            self.llm_optimizer.reduce()
+            norm = (norm.square() + self.llm_optimizer.norm().square()).sqrt()
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             self._on_nonfinite(batch, own)
             return None
-        self._gradient_norm = norm
+        self._gradient_norm, self._learned = norm, True
         self.log("train_loss", loss, prog_bar=True)
         for name, value in self.speech_llm.parts.items():
             self.log(f"train_{name}", groups.data_parallel_sum(value))
@@ -223,6 +245,15 @@ class MTBIModel(ModelPT):
             raise ValueError("trainer.gradient_clip_algorithm must be norm: it is the norm over all processes")
         if gradient_clip_val:
             clip_gradients(self.trained, self._gradient_norm, gradient_clip_val)
+            if self.llm_optimizer is not None:
+                self.llm_optimizer.scale(clip_factor(self._gradient_norm, gradient_clip_val))
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        """Lightning's step runs the closure and updates the connector; the LLM follows, if it learns."""
+        self._learned = False
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.llm_optimizer is not None and self._learned:
+            self.llm_optimizer.step(optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"])
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         """Nothing is left to do: the schedule has run backward."""
@@ -315,8 +346,9 @@ class MTBIModel(ModelPT):
         full = super().state_dict(*args, keep_vars=keep_vars, **kwargs)
         heard = {ENCODER + name for name in trained_shapes(self.speech_llm.encoder)}
         found = {name: value for name, value in full.items() if name.startswith(TRAINED) or name in heard}
-        for name, value in adapters(self.speech_llm.chunks).items():
-            found[ADAPTERS + name] = value if keep_vars else value.detach()
+        for prefix, held in ((ADAPTERS, adapters), (LLM, trained_weights)):
+            for name, value in held(self.speech_llm.chunks).items():
+                found[prefix + name] = value if keep_vars else value.detach()
         return found
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):

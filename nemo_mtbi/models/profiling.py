@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.layout import Row, StepBatch, collate, make_row, speech
+from nemo_mtbi.modules.llm_training import build_llm_optimizer
 
 if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_model import MTBIModel
@@ -94,7 +95,9 @@ def fits_in_memory(model: MTBIModel, make: StepMaker, samples: int, answer: int)
         samples: of each utterance.
         answer: tokens of each answer.
     """
-    optimizer = torch.optim.AdamW(model.trained, lr=0.0)
+    optimizer, llm = torch.optim.AdamW(model.trained, lr=0.0), None
+    if model.speech_llm.decoder.trains:
+        llm = build_llm_optimizer(model.speech_llm.chunks, model.config.llm, optimizer.defaults)
 
     def attempt(utterances: int) -> bool:
         audio = 0.1 * torch.randn(utterances, samples)
@@ -102,6 +105,10 @@ def fits_in_memory(model: MTBIModel, make: StepMaker, samples: int, answer: int)
         try:
             model.speech_llm.train_step(batch, batch.num_targets)
             optimizer.step()
+            if llm is not None:
+                llm.zero_grad()
+                llm.reduce()
+                llm.step(0.0)
             return True
         except torch.OutOfMemoryError:
             return False

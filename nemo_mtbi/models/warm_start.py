@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo.utils import logging
 
 from nemo_mtbi.models.archive import load_trained, read_config
-from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, INSIDE, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, INSIDE, LLM, refusal
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
     """Takes the weights that are trained from other ``.nemo`` files, and nothing else of them.
 
-    Where a file has no adapters, or nothing of the encoder, since they did not train there, those of the model stay.
+    Where a file has no adapters, or nothing of the encoder or the LLM, since they did not train there, those of the
+    model stay.
 
     Args:
         model: changed in place.
@@ -31,7 +32,7 @@ def warm_start(model: MTBIModel, cfg: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: if a file is no MTBI ``.nemo``, its weights are of another shape, or what is trained of its encoder
-            belongs to another one than that of the model.
+            or LLM belongs to another one than that of the model.
     """
     for key in ("init_from_pretrained_model", "init_from_ptl_ckpt"):
         if cfg.get(key):
@@ -61,16 +62,18 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
         with NemoFile(path) as file:
             stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
             names = set(tensors.names()) | set(model.state_dict())
-            for part in (ADAPTERS, ENCODER):
+            _check_whole(stored, path)
+            for part in (ADAPTERS, ENCODER, LLM):
                 if not any(name.startswith(part) for name in tensors.names()):  # it was frozen there
                     names = {name for name in names if not name.startswith(part)}
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
             other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
-            if "asr" in other and any(name.startswith(ENCODER) for name in only):
-                raise ValueError(
-                    f"init_from_nemo_model: {path} has trained weights of another encoder than model.pretrained_asr: "
-                    f"give that one, or exclude: [{ENCODER}]"
-                )
+            for part, prefix in (("asr", ENCODER), ("llm", LLM)):
+                if part in other and any(name.startswith(prefix) for name in only):
+                    raise ValueError(
+                        f"init_from_nemo_model: {path} has trained weights of another {part} than "
+                        f"model.pretrained_{part}: give that one, or exclude: [{prefix}]"
+                    )
             load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))
     except ArchiveError as error:
         raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
@@ -78,3 +81,13 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
         logging.info(f"the connector starts from {path}")
         for part in other:
             logging.warning(f"the connector in {path} was trained with another {part} than this model has")
+
+
+def _check_whole(stored: Mapping[str, Any], path: Path) -> None:
+    """Refuses a file that holds a trained LLM as a whole: what it has learned can't be told from what it was."""
+    learned = (stored.get("llm") or {}).get("freeze", True) is not True
+    if learned and stored.pretrained_llm == INSIDE["llm"]:
+        raise ValueError(
+            f"init_from_nemo_model: {path} is a full .nemo whose LLM has been trained: restore it, or unpack it (tar) "
+            "and give its folder llm as model.pretrained_llm"
+        )

@@ -85,6 +85,7 @@ class GPTDecoder(GPTModel):
             )
         self.architecture = config
         self.lora: Any = None  # see nemo_mtbi.modules.lora
+        self.trains = False  # whether weights of the LLM do, here or in other runs of its layers
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
             rotary = self.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))

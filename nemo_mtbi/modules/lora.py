@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -137,23 +137,37 @@ def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str,
 
 def adapted_memory(architecture: DecoderConfig, config: LoraConfig, layout: ParallelConfig) -> Adapted:
     """What adapters add to the memory of the processes of a layout."""
-    chosen, layers = targets(architecture, config), architecture.num_layers
-    shapes = adapter_shapes(architecture, config)
-    widths = {name: shapes[f"{name}.lora.a"][1] for name in chosen}
-    by_column = [name for name in chosen if sharing_of(f"{name}.lora.a") is None]
-    by_row = [name for name in chosen if name not in by_column]
     stages = [
-        [layer for run in stage_runs(layout, layers, stage) for layer in run]
+        [layer for run in stage_runs(layout, architecture.num_layers, stage) for layer in run]
         for stage in range(layout.pipeline_model_parallel_size)
     ]
     tensor = layout.tensor_model_parallel_size
-    return Adapted(
-        parameters=tuple(adapter_parameters(architecture, config, tensor, held) for held in stages),
-        whole=-(-sum(widths[name] for name in by_column) // layers),
-        shared=-(-sum(widths[name] for name in by_row) // layers),
-        attended=-(-sum(widths[name] for name in by_row if name.endswith(LINEAR[1])) // layers),
-        gathered=-(-config.rank * len(by_column) // layers),
-        scattered=-(-config.rank * len(by_row) // layers),
+    counts = tuple(adapter_parameters(architecture, config, tensor, held) for held in stages)
+    return Adapted(counts, **kept_inputs(architecture, targets(architecture, config), config.rank))
+
+
+def kept_inputs(architecture: DecoderConfig, linears: Iterable[str], rank: int = 0) -> dict[str, int]:
+    """Channels that linear layers keep until backward which a frozen LLM would not, on average over all layers.
+
+    Args:
+        architecture: of the LLM.
+        linears: names of the layers.
+        rank: of their adapters.
+
+    Returns:
+        Keys of :class:`nemo_mtbi.parallel.memory.Adapted`.
+    """
+    weights, layers = weight_shapes(architecture), architecture.num_layers
+    by_column, by_row = {}, {}
+    for name in linears:
+        axis, _ = sharing_of(f"{name}.weight")
+        (by_row if axis else by_column)[name] = weights[f"{name}.weight"][1]
+    return dict(
+        whole=-(-sum(by_column.values()) // layers),
+        shared=-(-sum(by_row.values()) // layers),
+        attended=-(-sum(width for name, width in by_row.items() if name.endswith(LINEAR[1])) // layers),
+        gathered=-(-rank * len(by_column) // layers),
+        scattered=-(-rank * len(by_row) // layers),
     )
 
 

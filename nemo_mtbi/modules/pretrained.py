@@ -23,6 +23,7 @@ from nemo_mtbi.modules.connector import ConnectorConfig
 from nemo_mtbi.modules.decoder import GPTDecoder, build_decoder
 from nemo_mtbi.modules.hf_encoder import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
 from nemo_mtbi.modules.layers import HAVE_TE
+from nemo_mtbi.modules.llm_training import LlmConfig
 from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.paired_encoder import PairedEncoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
@@ -187,6 +188,7 @@ def load_speech_llm(
     connector: ConnectorConfig,
     dtype: torch.dtype = torch.float32,
     lora: LoraConfig | None = None,
+    llm: LlmConfig | None = None,
     encoder_config: EncoderConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
@@ -198,10 +200,11 @@ def load_speech_llm(
         connector: the trainable part.
         dtype: of the frozen weights; the front end, the connector and adapters are float32.
         lora: adapters in the LLM; ``None``: none.
+        llm: what trains of the LLM itself; ``None``: nothing.
         encoder_config: how the encoder is used, and what of it trains.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
     encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
-    return SpeechLLM(encoder, connector, text.chunks, shape, lora), text
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm), text

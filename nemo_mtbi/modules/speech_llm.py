@@ -21,6 +21,7 @@ from nemo_mtbi.losses import COMPARED_AT_ONCE, LossConfig, hidden_distance, resp
 from nemo_mtbi.modules.connector import Connector, ConnectorConfig, build_connector, connector_stages
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.encoder_cache import EncoderCache
+from nemo_mtbi.modules.llm_training import LlmConfig, unfreeze
 from nemo_mtbi.modules.lora import LoraConfig, add_lora, without_lora
 from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.parallel import groups
@@ -32,19 +33,31 @@ Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
 class LayoutDecoder(nn.Module):
-    """The frozen decoder behind layouts. Alone it is the text LLM: its layouts hold token ids only.
+    """The decoder behind layouts, frozen unless asked for. Alone it is the text LLM: its layouts hold token ids only.
 
     Args:
         decoder: the LLM, or this process's runs of its layers.
         lora: adapters in it, which are trained; ``None``: none.
+        llm: what trains of itself; ``None``: nothing.
     """
 
-    def __init__(self, decoder: GPTDecoder | Sequence[GPTDecoder], lora: LoraConfig | None = None):
+    def __init__(
+        self,
+        decoder: GPTDecoder | Sequence[GPTDecoder],
+        lora: LoraConfig | None = None,
+        llm: LlmConfig | None = None,
+    ):
         super().__init__()
         chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
         self.chunks = nn.ModuleList(chunks).requires_grad_(False)
+        unfreeze(self.chunks, llm)
         if lora is not None:
             add_lora(self.chunks, lora)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the LLM learns, by adapters or itself: then text alone teaches it too."""
+        return self.decoder.lora is not None or self.decoder.trains
 
     @property
     def decoder(self) -> GPTDecoder:
@@ -92,8 +105,8 @@ class LayoutDecoder(nn.Module):
         def forward_step(iterator, decoder: GPTDecoder):
             microbatch = next(iterator)
             embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
-            if decoder.lora is not None and embeddings is not None and not forward_only:
-                embeddings.requires_grad_()  # text alone does, if no adapter is in these layers
+            if self.learns and embeddings is not None and not forward_only:
+                embeddings.requires_grad_()  # text alone does, if nothing in these layers learns
             hidden = decoder.hidden(embeddings, speech=speech_positions(decoder, microbatch.layout))  # [T, R, H]
             if not decoder.post_process:
                 return hidden, None
@@ -151,6 +164,7 @@ class SpeechLLM(LayoutDecoder):
         decoder: the LLM, or this process's runs of its layers.
         shape: of the encoder, where there is none.
         lora: adapters in the LLM, which are trained too; ``None``: none.
+        llm: what trains of the LLM itself; ``None``: nothing.
 
     Attributes:
         encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
@@ -166,8 +180,9 @@ class SpeechLLM(LayoutDecoder):
         decoder: GPTDecoder | Sequence[GPTDecoder],
         shape: EncoderShape | None = None,
         lora: LoraConfig | None = None,
+        llm: LlmConfig | None = None,
     ):
-        super().__init__(decoder, lora)
+        super().__init__(decoder, lora, llm)
         shape = encoder.shape if encoder is not None else shape
         self.frame_counter = FrameCounter(
             shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
@@ -292,8 +307,8 @@ class SpeechLLM(LayoutDecoder):
         teacher = self.teach(batch) if self.loss.uses_teacher else None
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
-        # without a single frame the connector does not train, and autograd refuses to run backward for nothing
-        forward_only = not batch.num_frames and self.decoder.lora is None
+        # without a single frame nothing trains beside a frozen LLM, and autograd refuses to run backward for nothing
+        forward_only = not batch.num_frames and not self.learns
         loss = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)

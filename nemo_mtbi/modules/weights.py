@@ -33,7 +33,7 @@ _SHARED = {
     "mlp.linear_fc1.weight": (0, 2),
     "mlp.linear_fc2.weight": (1, 1),
 }
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
 
@@ -228,4 +228,4 @@ def _join(name: str, shares: list[Tensor], vocabulary: int) -> Tensor:
     axis, parts = sharing
     pieces = [share.chunk(parts, axis) for share in shares]
     whole = torch.cat([piece[part] for part in range(parts) for piece in pieces], axis)
-    return whole.narrow(axis, 0, vocabulary) if name in _VOCABULARY else whole
+    return whole.narrow(axis, 0, vocabulary) if name in VOCABULARY else whole

@@ -112,3 +112,25 @@ def megatron_device(device: torch.device | str = "cpu") -> Iterator[None]:
             _depth -= 1
             if _depth == 0:
                 _patches.close()
+
+
+@contextlib.contextmanager
+def megatron_optimizer_device(device: torch.device | str = "cpu") -> Iterator[None]:
+    """:func:`megatron_device` for Megatron's optimizer too, which asks for the CUDA names of types. In one thread."""
+    if torch.device(device).type == "cuda":
+        yield
+        return
+    from megatron.core.optimizer import optimizer
+
+    type_of = torch.Tensor.type
+
+    def cuda_name(tensor: torch.Tensor, *args, **kwargs):
+        found = type_of(tensor, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+
+    with (
+        megatron_device(device),
+        mock.patch.object(optimizer, "torch", _CpuTorch()),
+        mock.patch.object(torch.Tensor, "type", cuda_name),
+    ):
+        yield

@@ -69,7 +69,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> T
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
     """Scales gradients so that their global ``norm`` is at most ``limit``, as torch's ``clip_grad_norm_`` does."""
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    factor = clip_factor(norm, limit)
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor.to(parameter.grad))
+
+
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What gradients of a global ``norm`` are multiplied by so that it is at most ``limit``."""
+    return (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -98,7 +98,7 @@ class Term:
     Attributes:
         name: what the bytes are.
         factors: numbers and what they count; the last counts bytes.
-        share: number of tensor-parallel processes that share it.
+        share: number of processes that share it.
     """
 
     name: str
@@ -181,6 +181,32 @@ class Adapted:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """What trains of the LLM itself, with Megatron's distributed optimizer.
+
+    Attributes:
+        parameters: on one process of each stage.
+        replicas: data-parallel processes, which share the optimizer's numbers.
+    """
+
+    parameters: tuple[int, ...]
+    replicas: int = 1
+
+    def terms(self, stage: int, number: int) -> list[Term]:
+        """Gradients, and the optimizer's moments, with weights in float32 where the LLM's are not.
+
+        Args:
+            stage: of the pipeline.
+            number: bytes of a weight.
+        """
+        factor, kept = (self.parameters[stage], "parameters"), 2 + (number < FLOAT32)
+        return [
+            Term("gradients of the LLM", (factor, (FLOAT32, "B"))),
+            Term("optimizer of the LLM", (factor, (kept, "numbers"), (FLOAT32, "B")), self.replicas),
+        ]
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """Bytes of one process of a stage, with their arithmetic.
 
@@ -220,6 +246,7 @@ def stage_memory(
     number: int = FLOAT32,
     granularity: str | None = None,
     adapted: Adapted | None = None,
+    learning: Learning | None = None,
 ) -> StageMemory:
     """What one process of a stage holds.
 
@@ -231,11 +258,12 @@ def stage_memory(
         speech: the parts of the first stage.
         number: bytes of a number of the LLM.
         granularity: of recomputation: ``None``, ``selective`` (attention) or ``full`` (layers).
-        adapted: what adapters add; ``None``: there are none.
+        adapted: what adapters, or layers that train, add; ``None``: there are none.
+        learning: what trains of the LLM itself; ``None``: nothing.
     """
     first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
-    frozen = decoder_parameters(config, layout, stage)
-    weights = [Term("LLM", ((frozen, "parameters"), (number, "B")))]
+    llm = decoder_parameters(config, layout, stage)
+    weights = [Term("LLM", ((llm, "parameters"), (number, "B")))]
     activations = activation_terms(config, layout, stage, load, number, granularity, adapted)
     trained = (speech.trained_parameters if first else 0) + (adapted.parameters[stage] if adapted else 0)
     training = [
@@ -244,15 +272,20 @@ def stage_memory(
             ((trained, "parameters"), (2 + speech.optimizer_states, "numbers"), (FLOAT32, "B")),
         )
     ]
+    training = training if trained else []
+    if learning and learning.parameters[stage]:
+        training += learning.terms(stage, number)
+        trained += learning.parameters[stage]
+        llm -= learning.parameters[stage]
     if first:
         weights.append(Term("encoder", ((speech.encoder_bytes, "B"),)))
         activations += speech.work
     return StageMemory(
         stage=stage,
-        frozen=frozen + (speech.encoder_parameters if first else 0),
+        frozen=llm + (speech.encoder_parameters if first else 0),
         trained=trained,
         weights=tuple(weights),
-        training=tuple(training) if trained else (),
+        training=tuple(training),
         activations=tuple(activations),
         logits=tuple(logit_terms(config, layout, load, number)) if last else (),
         generation=tuple(generation_terms(config, layout, load, number)),
@@ -296,12 +329,13 @@ def layer_terms(
     if adapted:  # a frozen layer does not need its input
         shared = adapted.shared - (adapted.attended if granularity is None else 0)
         for name, channels, share in (
-            ("inputs of adapters", adapted.whole, split),
-            ("shared inputs of adapters", shared, tensor),
+            ("inputs of layers that learn", adapted.whole, split),
+            ("shared inputs of layers that learn", shared, tensor),
             ("between A and B", adapted.gathered, 1),
             ("between A and B, of shared inputs", adapted.scattered, split),
         ):
-            terms.append(Term(name, ((channels, "channels"), (number, "B")), share))
+            if channels:
+                terms.append(Term(name, ((channels, "channels"), (number, "B")), share))
     return terms
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llm_steps import frames, microbatches, run
 from lora_values import ALL, draw_adapters
 
 from nemo_mtbi.data.layout import MicroBatch, make_row
@@ -28,7 +29,7 @@ CONFIGS = {
     "speech_only": dict(rank=3, alpha=6.0, target_modules=ALL, speech_only=True),
     "late": dict(rank=2, alpha=2.0, target_modules=[r"layers\.3\..*linear_(qkv|fc2)"]),
 }
-FRAMES, STEPS = 7, 3
+STEPS = 3
 
 
 def build(folder, config, values=True):
@@ -41,39 +42,6 @@ def build(folder, config, values=True):
     if values:
         draw_adapters(model.chunks)
     return model
-
-
-def microbatches(replica=0, replicas=1):
-    """Rows of tokens and speech, of which replicas take turns."""
-    generator = torch.Generator().manual_seed(4)
-
-    def some(n):
-        return torch.randint(3, ARCHITECTURE["vocab_size"], (n,), generator=generator).tolist()
-
-    rows = [make_row([*some(3), -1, -2, -3, *some(2)], some(4)), make_row(some(5), some(3))]
-    rows += [make_row([-4, *some(2), -5], some(2)), make_row([*some(6), -6, -7], some(5))]
-    groups = [rows[:2], rows[2:3], rows[3:], rows[1:2]]
-    return [MicroBatch.from_rows(group, []) for group in groups[replica::replicas]]
-
-
-def frames(hidden):
-    return torch.randn(FRAMES, hidden, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-
-
-def run(model, batches, forward_only=False):
-    """Summed loss, and gradients in the adapters and the frames."""
-    from nemo_mtbi.losses import response_cross_entropy
-    from nemo_mtbi.parallel import groups
-
-    leaf = frames(model.decoder.config.hidden_size).requires_grad_()
-
-    def finish(decoder, batch, hidden):
-        logits = decoder.logits(hidden, batch.response_index)
-        loss = response_cross_entropy(logits, batch.targets, groups.tensor_parallel_group())
-        return loss, loss.detach()
-
-    kept = model.run_schedule(batches, leaf, finish, forward_only)
-    return torch.stack(kept).sum() if kept else None
 
 
 def train(model, batches):

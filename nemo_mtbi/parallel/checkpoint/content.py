@@ -20,9 +20,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nemo_mtbi.parallel.checkpoint.optimizer_state import group_options, parameter_names, state_shards
-from nemo_mtbi.parallel.checkpoint.tensors import Place, random_shard, weight_shards
+from nemo_mtbi.parallel.checkpoint.tensors import Place, fragments, llm_key, random_shard, weight_shards
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
 RANDOM_STATES = "random_states"  # key of what is loaded for random_states.restore()
+LLM_OPTIMIZER = "llm_optimizer"  # key of what the optimizer of an LLM that trains goes on from
 OPTIMIZER_GROUPS = "optimizer_groups"  # key of the options of parameter groups, in the file
 # May differ between processes, as a timer does.
 _OWN = ("callbacks", "loops")
@@ -106,6 +108,7 @@ def to_save(
     optimizers: Sequence[Optimizer],
     random: Mapping[str, Tensor],
     place: Place,
+    llm: LlmOptimizer | None = None,
 ) -> tuple[dict[str, Any], list]:
     """Splits Lightning's checkpoint of this process.
 
@@ -115,6 +118,7 @@ def to_save(
         optimizers: of this process.
         random: its random states.
         place: of this process.
+        llm: the optimizer of the LLM, if that trains.
 
     Returns:
         What is equal in all processes, and this process's sharded tensors.
@@ -142,4 +146,9 @@ def to_save(
             names = parameter_names(optimizer, weights)
             tensors += state_shards(number, state["state"], names, weights, place)
             common[OPTIMIZER_GROUPS].append(plain([group_options(group) for group in state["param_groups"]]))
+        if llm is not None:
+            common[LLM_OPTIMIZER] = {"steps": llm.steps}
+            for one in llm.fragments():
+                for kind, value in one.values.items():
+                    tensors += fragments(llm_key(kind, one.name), value.detach(), one.start, one.weight, place)
     return common, tensors

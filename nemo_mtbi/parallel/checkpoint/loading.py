@@ -22,14 +22,21 @@ from torch.optim import Optimizer
 from nemo_mtbi.parallel import random_states
 from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import files, optimizer_state, tensors
-from nemo_mtbi.parallel.checkpoint.content import OPTIMIZER_GROUPS, RANDOM_STATES
+from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, OPTIMIZER_GROUPS, RANDOM_STATES
 from nemo_mtbi.parallel.checkpoint.metadata import read_metadata
 from nemo_mtbi.parallel.checkpoint.tensors import Place
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
 logger = logging.getLogger(__name__)
 
 
-def load(folder: Path, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer], seed: int) -> dict[str, Any]:
+def load(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    seed: int,
+    llm: LlmOptimizer | None = None,
+) -> dict[str, Any]:
     """Reads this process's part of a checkpoint, by all processes together.
 
     Args:
@@ -37,10 +44,12 @@ def load(folder: Path, weights: Mapping[str, Tensor], optimizers: Sequence[Optim
         weights: what the model saves by name, the parameters themselves; they are not changed.
         optimizers: of this process; none where nothing trains, or if their state is not wanted.
         seed: of random generators whose state the checkpoint does not hold for this process.
+        llm: the optimizer of the LLM, if that trains.
 
     Returns:
         Lightning's checkpoint for this process. Tensors are on the CPU, optimizer states have the numbers of
-        ``optimizers``, and ``RANDOM_STATES`` holds what :func:`nemo_mtbi.parallel.random_states.restore` takes.
+        ``optimizers``, ``LLM_OPTIMIZER`` holds what ``llm`` restores, and ``RANDOM_STATES`` holds what
+        :func:`nemo_mtbi.parallel.random_states.restore` takes.
 
     Raises:
         ValueError: the same in all processes; if the checkpoint is not whole, or does not fit.
@@ -48,7 +57,7 @@ def load(folder: Path, weights: Mapping[str, Tensor], optimizers: Sequence[Optim
     what = f"the checkpoint {folder} could not be loaded"
     together(what, lambda: _check(folder) if dist.get_rank() == 0 else None, files.explain)
     loading = _Loading(folder, weights, Place.here())
-    stored = together(what, lambda: loading.read(optimizers, seed), files.explain)[0]
+    stored = together(what, lambda: loading.read(optimizers, seed, llm), files.explain)[0]
     wanted = together(what, lambda: list(weights))
     unknown = sorted(stored - {name for names in wanted for name in names})
     if unknown:
@@ -81,7 +90,7 @@ class _Loading:
         self._weights, self._place = weights, place
         self._sharded: dict[str, list] = {}  # key -> sharded tensors, whose memory is to be filled
 
-    def read(self, optimizers: Sequence[Optimizer], seed: int) -> set[str]:
+    def read(self, optimizers: Sequence[Optimizer], seed: int, llm: LlmOptimizer | None) -> set[str]:
         """Fills ``result``; returns the names of all weights that are stored."""
         self._metadata = read_metadata(self.folder, files.read_marker(self.folder).files)
         self._stored = self._metadata.state_dict_metadata
@@ -91,6 +100,8 @@ class _Loading:
         numbers = []
         if options is not None:
             self.result["optimizer_states"] = self._optimizers(optimizers, options, numbers)
+        if llm is not None and LLM_OPTIMIZER in common:
+            self.result[LLM_OPTIMIZER] = {**common[LLM_OPTIMIZER], "values": self._moments(llm)}
         self.result[RANDOM_STATES] = self._random(saved, seed, common["global_step"])
         self._fill()
         for state, kind in numbers:  # they were stored as tensors
@@ -116,7 +127,7 @@ class _Loading:
     def _weight(self, name: str) -> Tensor:
         """Memory for a weight."""
         parameter = self._weights[name]
-        data = torch.empty_like(parameter, device="cpu", requires_grad=False)
+        data = torch.zeros_like(parameter, device="cpu", requires_grad=False)  # where it is padded, it stays so
         shards = tensors.weight_shards(name, data, parameter, self._place)
         stored = self._stored.get(shards[0].key)
         if stored is None:
@@ -155,6 +166,17 @@ class _Loading:
             "state": dict(sorted(states.items())),
             "param_groups": optimizer_state.with_options(groups_now, options),
         }
+
+    def _moments(self, llm: LlmOptimizer) -> dict[str, dict[str, Tensor]]:
+        """Memory for what this process's optimizer of the LLM goes on from, by the names of weights."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for fragment in llm.fragments(complete=True):
+            for kind, value in fragment.values.items():
+                key = tensors.llm_key(kind, fragment.name)
+                if key in self._stored:
+                    data = found.setdefault(fragment.name, {})[kind] = torch.zeros(value.shape, dtype=value.dtype)
+                    self._want(tensors.fragments(key, data, fragment.start, fragment.weight, self._place))
+        return found
 
     def _random(self, saved: Place, seed: int, step: int) -> dict[str, Tensor]:
         """Random states: those of this process as far as they are stored, else new ones."""

@@ -24,6 +24,7 @@ from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import files
 from nemo_mtbi.parallel.checkpoint.loading import load
 from nemo_mtbi.parallel.checkpoint.saving import Save
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
 logger = logging.getLogger(__name__)
 _WITHOUT_OPTIMIZER = ("optimizer_states", "lr_schedulers")
@@ -42,6 +43,7 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
         optimizers: gives those of this process.
         seed: of random numbers where a checkpoint of another layout has none for this process.
         timeout: seconds after which a save counts as failed.
+        llm: gives the optimizer of the LLM, if that trains.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
         optimizers: Callable[[], Sequence[Optimizer]],
         seed: int = 0,
         timeout: float = 1800,
+        llm: Callable[[], LlmOptimizer | None] = lambda: None,
     ):
         # NeMo's class is a base for its name only, which NeMo's callback looks for: its own writer is not used
         super(AsyncFinalizableCheckpointIO, self).__init__()
-        self._weights, self._optimizers, self._seed, self._timeout = weights, optimizers, seed, timeout
+        self._weights, self._optimizers, self._llm = weights, optimizers, llm
+        self._seed, self._timeout = seed, timeout
         self._pending: Save | None = None
         self._finalize: Callable[[], None] | None = None
 
@@ -78,6 +82,7 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
             files.folder_of(path),
             self._weights(),
             self._optimizers(),
+            self._llm(),
             copy=in_background,
             timeout=self._timeout,
         )
@@ -123,7 +128,7 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
             weights_only: never is more loaded than that.
         """
         self.maybe_finalize_save_checkpoint(blocking=True)
-        return load(files.folder_of(path), self._weights(), self._optimizers(), self._seed)
+        return load(files.folder_of(path), self._weights(), self._optimizers(), self._seed, self._llm())
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint. One process does it, so a failure is told and not raised: others would wait."""

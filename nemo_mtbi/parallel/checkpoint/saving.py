@@ -30,6 +30,7 @@ from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import content, files
 from nemo_mtbi.parallel.checkpoint.content import OPTIMIZER_GROUPS
 from nemo_mtbi.parallel.checkpoint.tensors import Place
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
 Value = TypeVar("Value")
 _COMMON, _CONFIG, _METADATA = "common.pt", "metadata.json", ".metadata"
@@ -76,6 +77,7 @@ class Save:
         folder: where it will stand.
         weights: what the model saves by name, the parameters themselves.
         optimizers: of this process.
+        llm: the optimizer of the LLM, if that trains.
         copy: whether training goes on while it is written.
         timeout: seconds after which writing counts as failed.
 
@@ -89,6 +91,7 @@ class Save:
         folder: Path,
         weights: Mapping[str, Tensor],
         optimizers: Sequence[Optimizer],
+        llm: LlmOptimizer | None = None,
         *,
         copy: bool,
         timeout: float,
@@ -100,7 +103,7 @@ class Save:
         self._writer = FileSystemWriter(self._staging)
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         with self._abandoned_on_failure():
-            summaries = self._together(lambda: self._collect(checkpoint, weights, optimizers))
+            summaries = self._together(lambda: self._collect(checkpoint, weights, optimizers, llm))
             plans = self._together(lambda: self._plan(summaries))
             plans, self._metadata = self._planner.create_global_plan(plans)
             plan = self._planner.finish_plan(self._writer.prepare_global_plan(plans)[dist.get_rank()])
@@ -120,12 +123,18 @@ class Save:
                 files.abandon(self.folder)
             raise
 
-    def _collect(self, checkpoint: Mapping, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer]) -> dict:
+    def _collect(
+        self,
+        checkpoint: Mapping,
+        weights: Mapping[str, Tensor],
+        optimizers: Sequence[Optimizer],
+        llm: LlmOptimizer | None,
+    ) -> dict:
         """What this process has, and a summary of it for the others."""
         if is_first():
             files.prepare_staging(self.folder)
         random = random_states.capture()
-        self._common, self._tensors = content.to_save(checkpoint, weights, optimizers, random, self._place)
+        self._common, self._tensors = content.to_save(checkpoint, weights, optimizers, random, self._place, llm)
         return {
             "hashes": content.hashes(self._common),
             "tensors": [tensor.without_data() for tensor in self._tensors],

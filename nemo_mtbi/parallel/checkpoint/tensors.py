@@ -7,6 +7,8 @@ saved at one layout loads at any other.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.distributed.checkpoint import Metadata
 
 from nemo_mtbi.parallel import groups
 
-_WEIGHT, _RANDOM = "model.", "random."
+_WEIGHT, _RANDOM, _LLM = "model.", "random.", "llm_optimizer."
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,14 @@ def shards(key: str, data: Tensor, like: Tensor, place: Place) -> list:
     Args:
         key: the tensor's name in the checkpoint.
         data: this process's share.
-        like: the parameter that says how it is shared.
+        like: the parameter that says how it is shared; with ``whole_shape``, the shape of the tensor in the
+            checkpoint, it may be padded, and the last stage may hold a copy that Megatron calls ``shared``.
         place: of this process.
     """
     from megatron.core.dist_checkpointing import ShardedTensor
 
+    if hasattr(like, "whole_shape"):
+        return fragments(key, data.reshape(-1), 0, like, place, replica=place.data)
     sharing = partition(like)
     if sharing is None:
         return [ShardedTensor.from_rank_offsets(key, data, replica_id=(place.tensor, place.data))]
@@ -83,6 +88,55 @@ def shards(key: str, data: Tensor, like: Tensor, place: Place) -> list:
     ]
 
 
+def fragments(key: str, flat: Tensor, start: int, like: Tensor, place: Place, replica: int = 0) -> list:
+    """A run of this process's flattened share as boxes of the whole tensor, which are views of it.
+
+    Args:
+        key: the tensor's name in the checkpoint.
+        flat: ``[n]``, contiguous.
+        start: of the run, in the flattened share.
+        like: the parameter, with ``whole_shape``; rows beyond it are padding, and left out.
+        place: of this process.
+        replica: which replica's copy it is, if all of them hold the same.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    axis, parts = partition(like) or (None, 1)
+    copies = (0 if axis is not None else place.tensor, replica, int(getattr(like, "shared", False)))
+    found = []
+    for offset, size in _boxes(tuple(like.shape), start, start + len(flat), parts):
+        first = sum(o * stride for o, stride in zip(offset, like.stride(), strict=True)) - start
+        offset = list(offset)
+        if axis is not None:
+            share = like.shape[axis] // parts
+            part, within = divmod(offset[axis], share)
+            offset[axis] = (part * place.tensor_size + place.tensor) * share + within
+        size = (min(size[0], like.whole_shape[0] - offset[0]), *size[1:])
+        if size[0] > 0:
+            data = flat[first : first + math.prod(size)].view(size)
+            found.append(ShardedTensor(key, data, data.dtype, size, like.whole_shape, tuple(offset), None, copies))
+    return found
+
+
+def _boxes(
+    shape: tuple[int, ...], start: int, stop: int, parts: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offset and size of boxes that make up a run of a flattened vector or matrix; none lies in two parts of rows."""
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    rows, columns = shape
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column or stop - start < columns:  # a piece of a row
+            size = (1, min(columns - column, stop - start))
+        else:
+            limit = (row // (rows // parts) + 1) * (rows // parts)
+            size = (min((stop - start) // columns, limit - row), columns)
+        yield (row, column), size
+        start += math.prod(size)
+
+
 def weight_shards(name: str, data: Tensor, parameter: Tensor, place: Place) -> list:
     """:func:`shards` of a weight."""
     return shards(_WEIGHT + name, data, parameter, place)
@@ -91,6 +145,11 @@ def weight_shards(name: str, data: Tensor, parameter: Tensor, place: Place) -> l
 def stored_weights(metadata: Metadata) -> set[str]:
     """Names of the weights in a checkpoint."""
     return {key[len(_WEIGHT) :] for key in metadata.state_dict_metadata if key.startswith(_WEIGHT)}
+
+
+def llm_key(kind: str, name: str) -> str:
+    """Key of what the LLM's optimizer holds for a weight."""
+    return f"{_LLM}{kind}.{name}"
 
 
 def random_key(name: str) -> str:
