@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-SIZES = {  # tensor- and pipeline-parallel
-    "tp2_pp2": (2, 2),
-    "single": (1, 1),
-    "pp4": (1, 4),
+SIZES = {  # tensor- and pipeline-parallel, and processes
+    "tp2_pp2": (2, 2, 4),
+    "single": (1, 1, 1),
+    "pp4": (1, 4, 4),
+    "pp2_dp2": (1, 2, 4),
+    "tp2_dp2": (2, 1, 4),
+}
+LEARNERS = {  # what of the LLM trains; the layout of the whole run, and those that go on with it
+    "lora": ({"lora": {"rank": 3, "target_modules": ["linear_qkv", "mlp"]}}, "tp2_pp2", ("single", "pp4")),
+    # with as many replicas, which read the same data
+    "llm": ({"llm": {"freeze": [r"layers\.0\."], "lr": 1e-3}}, "pp2_dp2", ("tp2_dp2",)),
 }
 STEPS, SAVED = 6, 3  # the run in all, and when it is saved
 
@@ -20,7 +27,7 @@ def make_section(folder):
     from nemo_mtbi.testing import tiny_asr_nemo, tiny_cuts, tiny_text_llm
 
     folder = Path(folder)
-    llm = tiny_text_llm(folder / "llm", num_layers=4, tie_embeddings=False)
+    llm = tiny_text_llm(folder / "llm", num_layers=4, tie_embeddings=False, vocab_size=129)  # 2 processes pad it
     tiny_asr_nemo(folder / "asr.nemo")
     tiny_cuts(folder / "cuts", 12, llm=llm)
 
@@ -30,12 +37,12 @@ def warm_up():
     import nemo_mtbi.training  # noqa: F401
 
 
-def configuration(folder, out, name):
+def configuration(folder, out, name, learner):
     """A run of :data:`STEPS` steps that saves its state halfway, and goes on from what it finds."""
     from omegaconf import OmegaConf
 
     (cuts,) = Path(folder, "cuts").glob("*.jsonl*")
-    tensor, pipeline = SIZES[name]
+    tensor, pipeline, processes = SIZES[name]
     return OmegaConf.create(
         {
             "name": "tiny",
@@ -46,7 +53,7 @@ def configuration(folder, out, name):
                 "connector": {"hidden_size": 24},
                 "generation": {"max_new_tokens": 8},
                 "interleave": {"probability": 0.5},
-                "lora": {"rank": 3, "target_modules": ["linear_qkv", "mlp"]},
+                **LEARNERS[learner][0],
                 "tensor_model_parallel_size": tensor,
                 "pipeline_model_parallel_size": pipeline,
                 "dist_timeout": 60,
@@ -63,7 +70,7 @@ def configuration(folder, out, name):
                 "max_steps": STEPS,
                 "max_epochs": -1,
                 "accelerator": "cpu",
-                "devices": tensor * pipeline,
+                "devices": processes,
                 "val_check_interval": SAVED,
                 "check_val_every_n_epoch": None,
                 "num_sanity_val_steps": 0,
@@ -86,12 +93,12 @@ def configuration(folder, out, name):
     )
 
 
-def run(folder, out, name):
+def run(folder, out, name, learner):
     """Worker: trains; the first process writes the losses of the steps that it took."""
     from nemo_mtbi.parallel import groups
     from nemo_mtbi.training import train
 
-    path = train(configuration(folder, out, name))
+    path = train(configuration(folder, out, name, learner))
     if groups.is_global_first():
         Path(out, "losses.json").write_text(json.dumps(losses(path.parent)))
 
@@ -109,7 +116,7 @@ def losses(folder):
     return found
 
 
-def connector(nemo):
+def trained(nemo):
     import tarfile
 
     from safetensors.torch import load
@@ -119,26 +126,35 @@ def connector(nemo):
         return load(archive.extractfile(member).read())
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, _pool):
+    path = tmp_path_factory.mktemp("layouts")
+    _pool.run(__file__, "make_section", [str(path)], 1, 180)
+    return path
+
+
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_layout(tmp_path, processes):
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_run_goes_on_in_another_layout(folder, learner, tmp_path, processes):
     """Losses of the second half and the last weights are those of the run that stayed in its layout."""
     import torch
 
+    _, whole, others = LEARNERS[learner]
     processes(warm_up, count=4)
-    processes(make_section, tmp_path, count=1)
-    first = tmp_path / "tp2_pp2"
+    first = tmp_path / whole
     first.mkdir()
-    processes(run, tmp_path, first, "tp2_pp2", count=4)
+    processes(run, folder, first, whole, learner, count=SIZES[whole][2])
     expected = json.loads((first / "losses.json").read_text())
     assert sorted(expected) == sorted(f"train_loss {n}" for n in range(STEPS)) + ["val_loss 2", "val_loss 5"]
     (saved,) = (path for path in (first / "tiny" / "checkpoints").iterdir() if f"step={SAVED}" in path.name)
-    for name in ("single", "pp4"):
+    for name in others:
         own = tmp_path / name
         shutil.copytree(saved, own / "tiny" / "checkpoints" / saved.name)
-        processes(run, tmp_path, own, name, count=SIZES[name][0] * SIZES[name][1])
+        processes(run, folder, own, name, learner, count=SIZES[name][2])
         found = json.loads((own / "losses.json").read_text())
         late = {key: value for key, value in expected.items() if int(key.split()[1]) >= SAVED}
         assert found == pytest.approx(late, rel=1e-5)
-        weights = [connector(path / "tiny" / "tiny.nemo") for path in (first, own)]
+        weights = [trained(path / "tiny" / "tiny.nemo") for path in (first, own)]
+        assert weights[0].keys() == weights[1].keys()
         for key, value in weights[0].items():
             torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which part of a tensor a process holds, in every layout."""
 
+import itertools
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nemo_mtbi.parallel.checkpoint.tensors import Place, partition, random_origin, random_shard, shards
+from nemo_mtbi.parallel.checkpoint.tensors import Place, fragments, partition, random_origin, random_shard, shards
 
 
 def shared(shape, axis, parts):
@@ -36,6 +41,51 @@ def test_shares_fill_the_whole_tensor_once(axis, parts, size):
                     filled[shard.global_slice()] = shard.data
                     writers[shard.global_slice()] += 1
     assert torch.equal(filled, whole) and bool((writers == 1).all())
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_fragments_of_all_replicas_fill_the_whole_tensor_once(data):
+    """Whatever the sizes are: rows that pad a vocabulary are left out, and no box lies in two parts."""
+    size, sharing = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([None, (0, 1), (1, 1), (0, 2)]))
+    axis, parts = sharing or (None, 1)
+    flat = sharing in (None, (0, 1)) and data.draw(st.booleans())
+    shape = [data.draw(st.integers(1, 5)) for _ in range(1 if flat else 2)]
+    if sharing is not None:
+        shape[axis] *= size * parts
+    missing = data.draw(st.integers(0, size - 1)) if sharing == (0, 1) else 0
+    shape, padded = (max(shape[0] - missing, 1), *shape[1:]), tuple(shape)
+    whole = torch.arange(float(math.prod(shape))).reshape(shape) + 1
+    wide = torch.zeros(padded)
+    wide[: shape[0]] = whole
+    filled, writers = torch.zeros(shape), torch.zeros(shape)
+    for rank in range(size):
+        mine = wide
+        if sharing is not None:
+            mine = torch.cat([part.chunk(size, axis)[rank] for part in wide.chunk(parts, axis)], axis)
+        like = torch.zeros(mine.shape) if sharing is None else shared(mine.shape, axis, parts)
+        like.whole_shape = shape
+        place, read = Place(tensor=rank, tensor_size=size), torch.zeros(mine.numel())
+        cuts = sorted({0, mine.numel(), *data.draw(st.lists(st.integers(0, mine.numel()), max_size=3))})
+        for start, stop in itertools.pairwise(cuts):
+            flattened = mine.reshape(-1)[start:stop].clone()
+            for shard in fragments("x", flattened, start, like, place):
+                assert shard.data.untyped_storage().data_ptr() == flattened.untyped_storage().data_ptr()  # fills it
+                if not any(shard.replica_id):
+                    filled[shard.global_slice()] = shard.data
+                    writers[shard.global_slice()] += 1
+            for shard in fragments("x", read[start:stop], start, like, place):
+                shard.data.copy_(whole[shard.global_slice()])
+        assert torch.equal(read, mine.reshape(-1))
+    assert torch.equal(filled, whole) and bool((writers == 1).all())
+
+
+def test_a_copy_of_a_tied_table_is_not_written():
+    table = shared((4, 2), 0, 1)
+    table.whole_shape = (4, 2)
+    assert [shard.replica_id for shard in shards("x", torch.zeros(4, 2), table, Place(1, 2))] == [(0, 1, 0)]
+    table.shared = True  # Megatron's word for the head of the last stage
+    assert [shard.replica_id for shard in fragments("x", torch.zeros(8), 0, table, Place())] == [(0, 0, 1)]
 
 
 def test_what_every_process_has_is_written_once():
