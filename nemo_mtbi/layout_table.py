@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.memory import Place
+from nemo_mtbi.parallel.places import Place
 
 MOST_ROWS = 32  # of the table; more processes are shown stage by stage
 

@@ -35,6 +35,7 @@ from nemo_mtbi.modules.text_llm import TextLLMDirectory, open_text_llm
 from nemo_mtbi.parallel import memory
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import Load, StageMemory, Term
+from nemo_mtbi.parallel.places import places
 from nemo_mtbi.recipe import parse_data_config
 from nemo_mtbi.schema import explain
 
@@ -390,6 +391,6 @@ def name_ranks(plan: Plan, architecture: DecoderConfig, per_node: int, accelerat
     if plan.world % plan.layout.model_parallel_size:
         return
     devices = device_names(plan.world, per_node, accelerator)
-    for place in memory.places(plan.layout, architecture.num_layers, plan.world):
+    for place in places(plan.layout, architecture.num_layers, plan.world):
         stage = plan.stages[place.stage]
         plan.ranks.append(RankFacts(place, devices[place.rank], stage.trained, stage.frozen))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters whose values are a function of their names: the same in every layout."""
+"""Adapters and weights whose values are a function of their names: the same in every layout."""
 
 import zlib
 
@@ -9,7 +9,7 @@ ALL = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
 class Drawn:
-    """A source of whole adapters of the shapes given."""
+    """A source of whole tensors of the shapes given."""
 
     def __init__(self, shapes):
         self._shapes = shapes
@@ -21,6 +21,15 @@ class Drawn:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         whole = torch.randn(self._shapes[name], generator=generator, dtype=torch.float64) * 0.3
         return whole.narrow(axis, start, stop - start)
+
+
+def draw_learned(chunks):
+    """Fills this process's share of the weights of an LLM that train."""
+    from nemo_mtbi.modules.architecture import weight_shapes
+    from nemo_mtbi.modules.llm_training import trained_weights
+    from nemo_mtbi.modules.weights import load_shares
+
+    load_shares(trained_weights(chunks).items(), Drawn(weight_shapes(chunks[0].architecture)))
 
 
 def draw_adapters(chunks):

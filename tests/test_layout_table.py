@@ -5,9 +5,9 @@ import pytest
 from rich.console import Console
 
 from nemo_mtbi.layout_table import MOST_ROWS, RankFacts, count_text, layout_table, own_facts, show_start, step_text
-from nemo_mtbi.parallel import groups, memory
+from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.parallel.memory import Place
+from nemo_mtbi.parallel.places import Place, places
 
 
 def printed(content, width=100):
@@ -19,7 +19,7 @@ def printed(content, width=100):
 def facts_of(layout, world, layers=8):
     return [
         RankFacts(place, f"cuda:{place.rank % 8}", 7 if place.stage == 0 else 0, 10**6 * (place.stage + 1))
-        for place in memory.places(layout, layers, world)
+        for place in places(layout, layers, world)
     ]
 
 

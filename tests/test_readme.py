@@ -108,14 +108,15 @@ def test_a_corpus(corpus, place):
 
 
 def test_an_llm(corpus, place):
-    train, to_megatron, to_hf, lora = commands("Your own LLM")
+    train, to_megatron, to_hf, lora, whole = commands("Your own LLM")
     asr = f"model.pretrained_asr={ASR}"
     run(place, train, asr, "+model.targets={allow_foreign: true}", *DATA)  # a system prompt of its own
     run(place, to_megatron)
     run(place, to_hf)
     same = [load_file(place / name / "model.safetensors") for name in (LLM, "Qwen2.5-7B-again")]
     assert all(torch.equal(value, same[1][name]) for name, value in same[0].items())
-    run(place, lora, asr, f"model.pretrained_llm={LLM}", *DATA)
+    for learning in (lora, whole):
+        run(place, learning, asr, f"model.pretrained_llm={LLM}", *DATA)
 
 
 def test_an_encoder(corpus, place):

@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hf_models import hf_llm
 from omegaconf import OmegaConf
 
 from nemo_mtbi import training
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.modules.pretrained import load_text_llm
+from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.training import train
 
 TASKS = {
@@ -127,6 +132,29 @@ def test_an_llm_of_hugging_face_is_trained_with(config, tmp_path):
     assert results["train"]["steps"] == 3
     model = MTBIModel.restore_from(results["nemo"], map_location="cpu")
     assert model.chat.end == "<|im_end|>" and model.cfg.pretrained_llm == llm
+
+
+def test_an_llm_that_trains_is_compared_with_what_it_was(config, monkeypatch):
+    """The text column of the table is the LLM's before training; the speech column is that of the trained model."""
+    asked = {}
+
+    def fake(responder, cuts, pool, seed, reader):
+        weights = [dict(one.model.decoder.named_parameters()) for one in (responder, reader)]
+        asked["changed"] = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+        asked["text"] = reader.text([("say it", "red cat")])
+        return real(responder, cuts, pool, seed, reader=reader)
+
+    real = training.run_benchmark
+    monkeypatch.setattr(training, "run_benchmark", fake)
+    cfg = config(model={"llm": {"freeze": ["layers"]}})
+    results = json.loads(train(cfg).read_text())
+    assert asked["changed"] == {
+        f"{n}.weight" for n in ("embedding.word_embeddings", "decoder.final_layernorm", "output_layer")
+    }
+    text = load_text_llm(cfg.model.pretrained_llm)
+    limits = parse_model_config(cfg.model).generation
+    assert asked["text"] == Responder(LayoutDecoder(text.chunks), text.chat, limits).text([("say it", "red cat")])
+    assert MTBIModel.restore_from(results["nemo"], map_location="cpu").speech_llm.decoder.trains
 
 
 def test_tensorboard_gets_figures_and_examples(run):

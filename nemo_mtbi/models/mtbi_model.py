@@ -22,11 +22,12 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader import build_dataloader
-from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained, refusal
+from nemo_mtbi.models.nonfinite import nonfinite_message
+from nemo_mtbi.models.validation import SHOWN, validation_figures
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
 from nemo_mtbi.modules.encoder_cache import EncoderCache
@@ -230,13 +231,8 @@ class MTBIModel(ModelPT):
         for value in self.trained:
             value.grad = None
         told = groups.gather_objects((bool(torch.isfinite(loss)), batch.cut_ids), "data")
-        blamed = [cut for finite, cuts in told if not finite for cut in cuts] or [c for _, cuts in told for c in cuts]
         if self.config.on_nonfinite == "raise":
-            shown = ", ".join(blamed[:20]) + (f" and {len(blamed) - 20} more" if len(blamed) > 20 else "")
-            raise RuntimeError(
-                f"the loss or gradient of step {self.trainer.global_step} is NaN or Inf; its cuts: {shown}. Look at "
-                "their audio, lower model.optim.lr, or set model.on_nonfinite=skip to leave such steps out"
-            )
+            raise RuntimeError(nonfinite_message(told, self.trainer.global_step))
         self._skipped.update({"nonfinite_steps": 1})
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -288,24 +284,8 @@ class MTBIModel(ModelPT):
     def on_validation_epoch_end(self) -> None:
         own, self._validation = self._validation, []
         results = [result for part in groups.gather_objects(own, "data") for result in part]
-        rows = [row for result in results for row in result["rows"]]
-        answers = [answer for result in results for answer in result["answers"]]
-        tokens = sum(result["tokens"] for result in results)
-        if not rows:
-            return
-        self.log("val_loss", sum(result["loss"] for result in results) / max(tokens, 1), prog_bar=True)
-        for name in self.config.loss.parts:
-            self.log(f"val_{name}", sum(result["parts"][name] for result in results) / max(tokens, 1))
-        pairs = [(row.reference, answer) for row, answer in zip(rows, answers, strict=True)]
-        self.log("val_agreement", sum(exact(*pair) for pair in pairs) / len(pairs), prog_bar=True)
-        self.log("val_f1", sum(token_f1(*pair) for pair in pairs) / len(pairs))
-        spoken = [
-            (row.transcript, answer)
-            for row, answer in zip(rows, answers, strict=True)
-            if row.task == self.config.transcription_task
-        ]
-        if spoken:
-            self.log("val_wer", wer(*map(list, zip(*spoken, strict=True))), prog_bar=True)
+        for name, value in validation_figures(results, self.config).items():
+            self.log(name, value, prog_bar=name in SHOWN)
 
     # ----- inference
 

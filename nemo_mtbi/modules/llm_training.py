@@ -17,7 +17,8 @@ from nemo_mtbi.modules.lora import LINEAR, kept_inputs
 from nemo_mtbi.modules.weights import VOCABULARY, named_weights, sharing_of
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.llm_optimizer import AdamOptions, LlmOptimizer
-from nemo_mtbi.parallel.memory import Adapted, stage_runs
+from nemo_mtbi.parallel.memory import Adapted
+from nemo_mtbi.parallel.places import stage_runs
 
 LINEAR_WEIGHTS = tuple(f"{name}.weight" for name in LINEAR)
 
@@ -111,7 +112,24 @@ def trained_memory(
     stages = range(layout.pipeline_model_parallel_size)
     counts = tuple(_held(architecture, layout, stage, names) for stage in stages)
     linears = [name.removesuffix(".weight") for name in sorted(names) if name.endswith(LINEAR_WEIGHTS)]
-    return counts, Adapted((0,) * len(counts), **kept_inputs(architecture, linears))
+    return counts, Adapted(
+        (0,) * len(counts), **kept_inputs(architecture, linears), **_kept_norms(architecture, names)
+    )
+
+
+def _kept_norms(architecture: DecoderConfig, names: set[str]) -> dict[str, int]:
+    """Channels that norms which train keep until backward, on average over all layers."""
+
+    def mean(ends: tuple[str, ...], width: int) -> int:
+        return -(-width * sum(name.endswith(ends) for name in names) // architecture.num_layers)
+
+    heads = [(".q_layernorm.weight", architecture.num_attention_heads)]
+    heads += [(".k_layernorm.weight", architecture.num_query_groups)]
+    return dict(
+        normed=mean((".input_layernorm.weight", ".pre_mlp_layernorm.weight"), architecture.hidden_size),
+        heads_normed=sum(mean((end,), count * architecture.head_channels) for end, count in heads),
+        final_normed=architecture.hidden_size if "decoder.final_layernorm.weight" in names else 0,
+    )
 
 
 def _held(architecture: DecoderConfig, layout: ParallelConfig, stage: int, names: set[str]) -> int:

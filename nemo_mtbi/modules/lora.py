@@ -32,7 +32,8 @@ from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.weights import named_modules, sharing_of
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.parallel.memory import Adapted, stage_runs
+from nemo_mtbi.parallel.memory import Adapted
+from nemo_mtbi.parallel.places import stage_runs
 
 LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the parts of a model lie, and what each process must hold: arithmetic alone, nothing is allocated.
+"""What each process must hold: arithmetic alone, nothing is allocated.
 
 Activations are counted as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
 (arXiv 2205.05198): what autograd keeps of each layer, for each microbatch that is in flight. Three things differ from
@@ -22,42 +22,6 @@ if TYPE_CHECKING:
     from nemo_mtbi.modules.architecture import DecoderConfig
 
 FLOAT32 = 4  # bytes; of norms, losses, and of whatever trains
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one process stands.
-
-    Attributes:
-        rank: of the world.
-        data, tensor, stage: its ranks in the data-parallel, tensor-parallel and pipeline-parallel group.
-        runs: the layers of each of its runs, counted from 0 over the whole LLM.
-    """
-
-    rank: int
-    data: int
-    tensor: int
-    stage: int
-    runs: tuple[tuple[int, ...], ...]
-
-
-def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tuple[int, ...], ...]:
-    """Layers of each run of a stage: with virtual stages the runs of all stages take turns."""
-    stages = layout.pipeline_model_parallel_size
-    size = num_layers // (stages * layout.chunks)
-    starts = ((chunk * stages + stage) * size for chunk in range(layout.chunks))
-    return tuple(tuple(range(start, start + size)) for start in starts)
-
-
-def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
-    """All processes, in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
-    data = layout.replicas(world)
-    found = []
-    for rank in range(world):
-        rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
-        stage, replica = divmod(rest, data)
-        found.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -170,6 +134,9 @@ class Adapted:
         shared: input channels of those that tensor-parallel processes share.
         attended: how many of these attention gives, which keeps them itself unless it is recomputed.
         gathered, scattered: channels between A and B of the former and the latter.
+        normed: channels of norms that train, which keep what they have normed.
+        heads_normed: the same of the norms of queries and keys.
+        final_normed: the same of the final norm.
     """
 
     parameters: tuple[int, ...]
@@ -178,6 +145,9 @@ class Adapted:
     attended: int = 0
     gathered: int = 0
     scattered: int = 0
+    normed: int = 0
+    heads_normed: int = 0
+    final_normed: int = 0
 
 
 @dataclass(frozen=True)
@@ -336,6 +306,9 @@ def layer_terms(
         ):
             if channels:
                 terms.append(Term(name, ((channels, "channels"), (number, "B")), share))
+        for channels, share in ((adapted.normed, split), (adapted.heads_normed, tensor)):
+            if channels:
+                terms.append(Term("norms that train", ((channels, "channels"), (wide, "B")), share))
     return terms
 
 
@@ -376,7 +349,8 @@ def activation_terms(
         factors = ((2, "tensors"), flying, (load.positions, "positions"), (hidden, "channels"), (number, "B"))
         terms.append(Term("received and sent", factors, split))
     if stage == stages - 1:
-        factors = ((load.positions, "positions"), (hidden + 1, "channels"), (max(number, FLOAT32), "B"))
+        width = hidden + 1 + (adapted.final_normed if adapted else 0)
+        factors = ((load.positions, "positions"), (width, "channels"), (max(number, FLOAT32), "B"))
         terms.append(Term("final norm", factors, split))
     return terms
 

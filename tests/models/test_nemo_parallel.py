@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_values import ALL, draw_adapters
+from lora_values import ALL, draw_adapters, draw_learned
 
 from nemo_mtbi.parallel.groups import ParallelConfig
 
@@ -22,6 +22,7 @@ LAYOUTS = {  # name: layout and data-parallel size
     "tp2_pp2": (ParallelConfig(2, 2), 1),
     "tp2_sp_dp2": (ParallelConfig(2, sequence_parallel=True), 2),
 }
+LEARNED = {"lora": None, "llm": {"freeze": [r"layers\.0\.", "final"]}}  # in the place of adapters
 PROMPTS = ["say it", "count it", "first word"]
 
 
@@ -50,7 +51,7 @@ def build(folder, layout=None, **changes):
     }
     seed_everything(3, verbose=False)
     model = MTBIModel(OmegaConf.create(section))
-    draw_adapters(model.speech_llm.chunks)
+    (draw_adapters if section["lora"] else draw_learned)(model.speech_llm.chunks)
     return model
 
 
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
     from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
     folder = tmp_path_factory.mktemp("single")
-    tiny_text_llm(folder / "llm", num_layers=4, tie_embeddings=False)
+    tiny_text_llm(folder / "llm", num_layers=4, seed=2, tie_embeddings=False, vocab_size=129)  # 2 processes pad it
     tiny_asr_nemo(folder / "asr.nemo")
     model = build(folder)
     model.save_to(folder / "small.nemo")
@@ -68,6 +69,11 @@ def folder(tmp_path_factory):
     said = answers(model)
     assert len(set(said)) == len(PROMPTS)
     (folder / "answers.json").write_text(json.dumps(said))
+    model = build(folder, **LEARNED)
+    model.save_to(folder / "learned.nemo")
+    model.save_to(folder / "learned_full.nemo", full=True)
+    assert answers(model) != said
+    (folder / "learned.json").write_text(json.dumps(answers(model)))
     return folder
 
 
@@ -87,6 +93,7 @@ def write(folder, out, name):
     model, rank = build(folder, LAYOUTS[name][0]), torch.distributed.get_rank()
     for kind in ("small", "full"):
         model.save_to(f"{out}/{kind}{rank}.nemo", full=kind == "full")
+    build(folder, LAYOUTS[name][0], **LEARNED).save_to(f"{out}/learned{rank}.nemo")
 
 
 @pytest.mark.slow
@@ -96,8 +103,8 @@ def test_every_layout_writes_the_same_file(name, folder, tmp_path, processes):
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
     processes(write, folder, tmp_path, name, count=count(name), timeout=150)
-    assert {path.name for path in tmp_path.iterdir()} == {"small0.nemo", "full0.nemo"}
-    for kind in ("small", "full"):
+    assert {path.name for path in tmp_path.iterdir()} == {"small0.nemo", "full0.nemo", "learned0.nemo"}
+    for kind in ("small", "full", "learned"):
         assert (tmp_path / f"{kind}0.nemo").read_bytes() == (folder / f"{kind}.nemo").read_bytes()
     restored = MTBIModel.restore_from(tmp_path / "full0.nemo", map_location="cpu")
     assert answers(restored) == json.loads((folder / "answers.json").read_text())
@@ -122,8 +129,9 @@ def read(folder, name, how):
         changes["trainer"] = trainer
     else:
         changes["override_config_path"] = {**asdict(layout), "dist_timeout": 60.0}
-    expected = json.loads(Path(folder, "answers.json").read_text())
-    for kind in ("full", "small"):
+    kinds = {"full": "answers", "small": "answers", "learned": "learned", "learned_full": "learned"}
+    for kind, said in kinds.items():
+        expected = json.loads(Path(folder, f"{said}.json").read_text())
         model = MTBIModel.restore_from(f"{folder}/{kind}.nemo", map_location="cpu", **changes)
         assert groups.layout() == layout and groups.data_parallel_size() == data_size
         assert (model.speech_llm.connector is not None) == groups.is_first_stage()

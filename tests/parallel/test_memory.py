@@ -14,11 +14,13 @@ from nemo_mtbi.data.layout import collate, make_row, speech
 from nemo_mtbi.losses import LossConfig
 from nemo_mtbi.modules.architecture import DecoderConfig
 from nemo_mtbi.modules.decoder import GPTDecoder, build_decoder
+from nemo_mtbi.modules.llm_training import LlmConfig, trained_memory, unfreeze
 from nemo_mtbi.modules.lora import LoraConfig, adapted_memory, add_lora
 from nemo_mtbi.parallel import groups, memory
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.parallel.memory import Load, Place, SpeechParts, Term
+from nemo_mtbi.parallel.memory import Load, SpeechParts, Term
+from nemo_mtbi.parallel.places import places
 
 LLM = DecoderConfig(
     num_layers=4,
@@ -56,27 +58,6 @@ NO_SPEECH = SpeechParts(0, 0, 0, 2)
 # ----------------------------------------------------------------------------------------------- places and parameters
 
 
-def test_ranks_are_in_megatrons_order():
-    found = memory.places(ParallelConfig(2, 2, 2), num_layers=8, world=8)
-    early, late = ((0, 1), (4, 5)), ((2, 3), (6, 7))
-    assert found == [
-        Place(0, 0, 0, 0, early),
-        Place(1, 0, 1, 0, early),
-        Place(2, 1, 0, 0, early),
-        Place(3, 1, 1, 0, early),
-        Place(4, 0, 0, 1, late),
-        Place(5, 0, 1, 1, late),
-        Place(6, 1, 0, 1, late),
-        Place(7, 1, 1, 1, late),
-    ]
-
-
-@pytest.mark.parametrize("world", [0, 6])
-def test_a_world_that_does_not_divide(world):
-    with pytest.raises(ValueError, match=f"{world} processes do not divide .* start a multiple of 4"):
-        memory.places(ParallelConfig(2, 2), 4, world)
-
-
 @pytest.mark.parametrize(
     "layers, hidden, heads, ffn, parameters",
     [(32, 4096, 32, 14336, 8_030_261_248), (80, 8192, 64, 28672, 70_553_706_496)],  # Llama 3 8B and 70B
@@ -104,7 +85,7 @@ def compare_with_built(name):
     world, rank = groups.dist.get_world_size(), groups.dist.get_rank()
     for config in LLMS.values():
         chunks = build_decoder(config)
-        place = memory.places(layout, config.num_layers, world)[rank]
+        place = places(layout, config.num_layers, world)[rank]
         here = (groups.data_parallel_rank(), groups.tensor_parallel_rank(), groups.pipeline_parallel_rank())
         assert (place.data, place.tensor, place.stage) == here
         assert place.runs == tuple(tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks)
@@ -171,7 +152,7 @@ def test_autograd_keeps_what_is_counted_under_tensor_parallelism(name, processes
 
 
 def check_kept_with_adapters(name="one"):
-    """Worker: so it is with adapters behind each linear layer."""
+    """Worker: so it is with adapters behind each linear layer, and where all weights train."""
     layout, length = LAYOUTS[name], 40
     groups.initialize(layout)
     lora = LoraConfig(rank=3, target_modules=ALL)
@@ -183,6 +164,20 @@ def check_kept_with_adapters(name="one"):
         terms = memory.activation_terms(LLM, layout, 0, Load(length, 1, 1, 1, 1), 4, granularity, adapted)
         counted = sum(term.size for term in terms if term.name in ("kept", "final norm"))
         assert counted == kept_of_one_row(decoder, length, torch.float32), granularity
+
+        for architecture in LLMS.values():
+            if not architecture.num_experts:
+                check_kept_where_all_trains(architecture, layout, length, granularity)
+
+
+def check_kept_where_all_trains(architecture, layout, length, granularity):
+    decoder = GPTDecoder(architecture, torch.float32, **RECOMPUTE[granularity]).requires_grad_(False).train()
+    unfreeze([decoder], LlmConfig(freeze=False))
+    (count,), kept = trained_memory(architecture, LlmConfig(freeze=False), layout)
+    assert count == sum(value.numel() for value in decoder.parameters())
+    terms = memory.activation_terms(architecture, layout, 0, Load(length, 1, 1, 1, 1), 4, granularity, kept)
+    counted = sum(term.size for term in terms if term.name in ("kept", "final norm"))
+    assert counted == kept_of_one_row(decoder, length, torch.float32), (architecture, granularity)
 
 
 def test_autograd_keeps_what_is_counted_with_adapters():
