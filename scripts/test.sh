@@ -24,4 +24,6 @@ say "direction of imports"
 lint-imports
 say "tests"
 # Workers that take whole files, so that what a file shares is made once; importing NeMo is most of what each one costs.
-exec python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadfile "$@"
+# In the order of tests/conftest.py, which begins with the slow ones.
+exec python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadfile \
+    --no-loadscope-reorder "$@"

@@ -27,6 +27,14 @@ def _quiet_loggers() -> None:
     quiet()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that none of them is begun when the other workers have nothing left."""
+    slow: dict[Path, int] = {}
+    for item in items:
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
+
+
 # ------------------------------------------------------------------------------------------------ shared tiny models
 # Read only: a test that changes a model makes its own with nemo_mtbi.testing (0.2 s; NeMo's import is what costs).
 

@@ -18,6 +18,7 @@ import nemo_mtbi
 from nemo_mtbi.data.corpus import load_corpus
 from nemo_mtbi.data.synthetic import build_synthetic
 
+pytestmark = pytest.mark.slow
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PART, LLM, ASR = "train-clean-100", "Qwen2.5-7B-Instruct", "stt_en_fastconformer_ctc_large.nemo"
