@@ -44,7 +44,7 @@ def main(cfg):
     make, found = step_maker(model, rows), []
     for seconds in lengths:
         samples = int(seconds * model.speech_llm.frame_counter.sample_rate)
-        utterances = largest(fits_in_memory(model, make, samples, answer))
+        utterances = largest(fits_in_memory(model, rows, samples, answer))
         found.append(utterances * make.cost(samples, answer))
         console.print(f"{seconds} s: {utterances} utterances, {found[-1]} positions", highlight=False)
     if not min(found):

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -50,6 +49,7 @@ from nemo_mtbi.modules.lora import adapters, is_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
 from nemo_mtbi.modules.weights import gather_shares, gather_weights, load_shares, named_weights
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.agreement import led
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.strategy import MTBIStrategy
 
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
 _PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (LLM_SETTINGS, LLM_WEIGHTS)}
 _KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS}
-Item = TypeVar("Item")
 
 
 class MTBIArchive(SaveRestoreConnector):
@@ -246,34 +245,6 @@ def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
     everyone = groups.gather_objects(exact_dtypes(own), "replica")
     dtype = shortest(own[0].dtype, set.intersection(*everyone))
     return {name: Spec(dtype, shape) for name, shape in sorted(weight_shapes(chunks[0].architecture).items())}
-
-
-@contextmanager
-def led(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
-    """Lets the first process of a replica decide how far all of them get with a collective iterator.
-
-    It may fail between two items, on a full disk for instance, and the others must not wait for it then. They go
-    through the items before the body, and the body gets none.
-    """
-    if groups.control_group("replica").rank() > 0:
-        while groups.broadcast_object(None, "replica"):
-            next(items, None)
-        yield iter(())
-        return
-
-    def pulled() -> Iterator[Item]:
-        while True:
-            groups.broadcast_object(True, "replica")
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            yield item
-
-    try:
-        yield pulled()
-    finally:
-        groups.broadcast_object(False, "replica")
 
 
 def explain_writing(path: Path, error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,15 +17,16 @@ from torch import Tensor, nn
 
 from nemo_mtbi.config import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.corpus import digest_of
-from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.models import profiling
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained, refusal
+from nemo_mtbi.models.loaders import build_loader
 from nemo_mtbi.models.nonfinite import nonfinite_message
+from nemo_mtbi.models.profiling import ProfilingBatch
 from nemo_mtbi.models.validation import SHOWN, validation_figures
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
@@ -40,7 +40,6 @@ from nemo_mtbi.parallel.agreement import agreed
 from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, RANDOM_STATES
 from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, share_parameters, sum_gradients
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
-from nemo_mtbi.parallel.replica import ReplicaLoader
 from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
 
@@ -83,7 +82,7 @@ class MTBIModel(ModelPT):
             dtype = getattr(torch, config.frozen_dtype)
             self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat
-        self._expected = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
+        self.expected_targets = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from
@@ -99,44 +98,15 @@ class MTBIModel(ModelPT):
 
     # ----- data
 
-    def _dataset(self, train: bool) -> MTBIDataset:
-        return MTBIDataset(
-            self.chat,
-            self.speech_llm.frame_counter,
-            self.config.micro_batch_tokens,
-            interleave=self.config.interleave if train else None,
-            on_bad_audio=self.config.on_bad_audio,
-            with_rows=not train,
-            with_twins=self.config.loss.uses_teacher,
-        )
-
-    def _loader(self, config: DictConfig, train: bool):
-        # Longer rows are counted and left out: the LLM has not seen such positions, and generation would refuse them.
-        longest = self.speech_llm.decoder.max_sequence_length
-        longest -= 0 if train else self.config.generation.max_new_tokens
-        config = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-        config = {"max_tokens": longest, **config}
-        make = partial(
-            build_dataloader,
-            config,
-            self._dataset(train),
-            rank=groups.data_parallel_rank(),
-            world_size=groups.data_parallel_size(),
-            train=train,
-            expected=self._expected,
-            allow_foreign=self.config.targets.allow_foreign,
-        )
-        return ReplicaLoader.build(make, stop=(lambda: self.wants_to_stop()) if train else None)
-
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """Builds the training loader from NeMo's data keys."""
         self._update_dataset_config(dataset_name="train", config=train_data_config)
-        self._train_dl = self._loader(train_data_config, train=True)
+        self._train_dl = build_loader(self, train_data_config, train=True)
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:
         """Builds the validation loader: every behavior of its cuts, or ``rows_per_cut`` of them."""
         self._update_dataset_config(dataset_name="validation", config=val_data_config)
-        self._validation_dl = self._loader(val_data_config, train=False)
+        self._validation_dl = build_loader(self, val_data_config, train=False)
 
     # ----- training
 
@@ -190,8 +160,15 @@ class MTBIModel(ModelPT):
         """Whether some process had been asked to stop when the step in hand was read; the same on all of them."""
         return self._train_dl.stop_requested
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor | None:
+    @property
+    def oomptimizer_schema(self) -> dict:
+        """For NeMo's ``oomptimizer.py``: see :func:`nemo_mtbi.models.profiling.oomptimizer_schema`."""
+        return profiling.oomptimizer_schema(self)
+
+    def training_step(self, batch: StepBatch | ProfilingBatch, batch_idx: int) -> Tensor | dict[str, Tensor] | None:
         """One step through Megatron's schedule, which runs forward and backward itself."""
+        if isinstance(batch, ProfilingBatch):
+            return {"loss": profiling.profile_step(self, batch)}
         self._train_dl.mark_trained()  # no checkpoint is written before this step has ended
         trained = self.trained
         for value in trained:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of any size, to find the largest that fits into memory."""
+"""Steps of any size, to find the largest that fits into memory: by trying, or by NeMo's OOMptimizer."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
 from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
@@ -62,6 +63,55 @@ def step_maker(model: MTBIModel, rows: int = 1) -> StepMaker:
     return StepMaker(model.speech_llm.frame_counter, rows, config.micro_batch_tokens, config.loss.uses_teacher)
 
 
+@dataclass
+class ProfilingBatch:
+    """What :func:`oomptimizer_schema` describes: noise in the place of utterances and answers.
+
+    Attributes:
+        audio: ``[U, N]`` samples.
+        audio_lens: ``[U]``, all of them N.
+        responses: ``[U, T]`` token ids.
+    """
+
+    audio: Tensor
+    audio_lens: Tensor
+    responses: Tensor
+
+
+def oomptimizer_schema(model: MTBIModel) -> dict[str, Any]:
+    """How NeMo's ``oomptimizer.py`` makes batches: inputs are as long as samples, outputs as answer tokens."""
+    vocabulary = model.speech_llm.decoder.architecture.vocab_size
+    labels = {"seq_length": "output", "vocab_size": vocabulary}
+    return {
+        "cls": ProfilingBatch,
+        "inputs": [
+            {"name": "audio", "type": NeuralType(("B", "T"), AudioSignal()), "seq_length": "input"},
+            {"name": "audio_lens", "type": NeuralType(("B",), LengthsType()), "seq_length": "input"},
+            {"name": "responses", "type": NeuralType(("B", "T"), LabelsType()), **labels},
+        ],
+    }
+
+
+def profile_step(model: MTBIModel, batch: ProfilingBatch, rows: int = 1) -> Tensor:
+    """Forward and backward of a step of noise; gradients stay on what trains.
+
+    Args:
+        model: on its device.
+        batch: of noise.
+        rows: of each utterance.
+
+    Returns:
+        The loss, on which ``backward`` may be called once more and does nothing.
+    """
+    step = step_maker(model, rows)(batch.audio.float(), batch.responses).to(model.device)
+    if model.llm_optimizer is not None:
+        model.llm_optimizer.zero_grad()
+    loss = model.speech_llm.train_step(step, step.num_targets)
+    if model.llm_optimizer is not None:
+        model.llm_optimizer.reduce()
+    return loss.detach().requires_grad_()
+
+
 def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05) -> int:
     """The largest size that fits, found by doubling and then halving the gap.
 
@@ -86,35 +136,32 @@ def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05
     return good
 
 
-def fits_in_memory(model: MTBIModel, make: StepMaker, samples: int, answer: int) -> Callable[[int], bool]:
+def fits_in_memory(model: MTBIModel, rows: int, samples: int, answer: int) -> Callable[[int], bool]:
     """Whether a step of so many utterances can be trained on: forward, backward and the optimizer's states.
 
     Args:
         model: on its device.
-        make: of the steps.
+        rows: of each utterance.
         samples: of each utterance.
         answer: tokens of each answer.
     """
-    optimizer, llm = torch.optim.AdamW(model.trained, lr=0.0), None
-    if model.speech_llm.decoder.trains:
-        llm = build_llm_optimizer(model.speech_llm.chunks, model.config.llm, optimizer.defaults)
+    optimizer = torch.optim.AdamW(model.trained, lr=0.0)
+    if model.speech_llm.decoder.trains and model.llm_optimizer is None:
+        model.llm_optimizer = build_llm_optimizer(model.speech_llm.chunks, model.config.llm, optimizer.defaults)
 
     def attempt(utterances: int) -> bool:
-        audio = 0.1 * torch.randn(utterances, samples)
-        batch = make(audio, torch.ones(utterances, answer, dtype=torch.int64)).to(model.device)
+        audio, lengths = 0.1 * torch.randn(utterances, samples), torch.full((utterances,), samples)
+        batch = ProfilingBatch(audio, lengths, torch.ones(utterances, answer, dtype=torch.int64))
         try:
-            model.speech_llm.train_step(batch, batch.num_targets)
+            profile_step(model, batch, rows)
             optimizer.step()
-            if llm is not None:
-                llm.zero_grad()
-                llm.reduce()
-                llm.step(0.0)
+            if model.llm_optimizer is not None:
+                model.llm_optimizer.step(0.0)
             return True
         except torch.OutOfMemoryError:
             return False
         finally:
             optimizer.zero_grad(set_to_none=True)
-            del batch
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from nemo_mtbi.parallel import groups
@@ -71,3 +72,31 @@ def agreed(work: Callable[[], Value]) -> Value:
             kind = ValueError if found[0] else RuntimeError
             raise kind(f"process {rank} of this model replica failed: {found[1]}")
     return result
+
+
+@contextmanager
+def led(items: Iterator[Value]) -> Iterator[Iterator[Value]]:
+    """Lets the first process of a replica decide how far all of them get with a collective iterator.
+
+    It may fail between two items, on a full disk for instance, and the others must not wait for it then. They go
+    through the items before the body, and the body gets none.
+    """
+    if groups.control_group("replica").rank() > 0:
+        while groups.broadcast_object(None, "replica"):
+            next(items, None)
+        yield iter(())
+        return
+
+    def pulled() -> Iterator[Value]:
+        while True:
+            groups.broadcast_object(True, "replica")
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            yield item
+
+    try:
+        yield pulled()
+    finally:
+        groups.broadcast_object(False, "replica")

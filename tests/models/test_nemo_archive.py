@@ -156,7 +156,7 @@ def test_a_full_archive_needs_no_other_file(saved, model, away, tmp_path, monkey
     assert same(weights(restored), weights(model))
     assert answers(restored) == answers(model)
     assert restored.frozen.fingerprints == model.frozen.fingerprints
-    assert restored._expected == model._expected  # it still knows whose answers it may be trained on
+    assert restored.expected_targets == model.expected_targets  # it still knows whose answers it may be trained on
     assert not list(tmp_path.iterdir())
 
 

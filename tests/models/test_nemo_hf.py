@@ -73,7 +73,7 @@ def test_settings_and_tokenizer_are_held(saved):
 def test_it_answers_as_before(saved, model, kind):
     restored = MTBIModel.restore_from(saved / f"{kind}.nemo", map_location="cpu")
     assert answers(restored) == answers(model)
-    assert restored._expected == model._expected
+    assert restored.expected_targets == model.expected_targets
     assert restored.chat.turn == model.chat.turn and "system\nBe brief." in model.chat.turn
     before = dict(model.named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in restored.named_parameters())

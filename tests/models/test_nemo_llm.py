@@ -198,11 +198,11 @@ def test_the_learning_rate_follows_the_schedule(section, monkeypatch):
 
 
 def test_the_largest_step_is_found_with_its_optimizer(section):
-    from nemo_mtbi.models.profiling import fits_in_memory, step_maker
+    from nemo_mtbi.models.profiling import fits_in_memory
 
     model = build(section, **NO_DATA)
     before = weights(model)
-    fits = fits_in_memory(model, step_maker(model, 2), 16000, 4)
+    fits = fits_in_memory(model, 2, 16000, 4)
     assert fits(2) and fits(3)
     trained = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert trained == set()  # it is tried with a learning rate of zero

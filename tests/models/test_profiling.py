@@ -34,7 +34,7 @@ def test_steps_are_as_large_as_they_say(model):
 
 
 def test_a_step_that_does_not_fit_is_smaller_the_next_time(model, monkeypatch):
-    fits, whole = fits_in_memory(model, step_maker(model), 16000, 4), model.speech_llm.train_step
+    fits, whole = fits_in_memory(model, 1, 16000, 4), model.speech_llm.train_step
     sizes = []
 
     def limited(batch, targets):
@@ -55,3 +55,53 @@ def test_twins_where_the_loss_compares(model_section):
     other = MTBIModel(model_section(train_ds=None, validation_ds=None, loss={"kl_weight": 1.0})).train()
     batch = step_maker(other)(torch.randn(2, 16000), torch.ones(2, 4, dtype=torch.int64))
     assert batch.twins and torch.isfinite(other.speech_llm.train_step(batch, batch.num_targets))
+
+
+def by_schema(schema, lengths, size):
+    """A batch as NeMo's OOMptimizer makes it of a schema."""
+    from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType
+
+    made = {}
+    for item in schema["inputs"]:
+        length, kind = lengths[item["seq_length"]], item["type"].elements_type
+        if isinstance(kind, AudioSignal):
+            made[item["name"]] = torch.randn(size, length, dtype=torch.bfloat16)
+        elif isinstance(kind, LengthsType):
+            made[item["name"]] = torch.full((size,), length)
+        else:
+            assert isinstance(kind, LabelsType)
+            made[item["name"]] = torch.randint(0, item["vocab_size"], (size, length))
+    return schema["cls"](**made)
+
+
+def test_nemos_oomptimizer_trains_on_what_the_schema_says(model):
+    """Its loop: a step, a backward of the loss, an update; gradients are those of the step alone."""
+    batch = by_schema(model.oomptimizer_schema, {"input": 16000, "output": 5}, size=3)
+    loss = model.training_step(batch, 0)["loss"]
+    expected = [value.grad.clone() for value in model.trained]
+    loss.sum().backward()
+    assert torch.isfinite(loss) and any(grad.abs().max() > 0 for grad in expected)
+    assert all(torch.equal(value.grad, grad) for value, grad in zip(model.trained, expected, strict=True))
+    for value in model.trained:
+        value.grad = None
+
+
+def test_a_batch_of_noise_passes_through_lightning(model_section):
+    from lightning.pytorch import Trainer
+    from torch.utils.data import DataLoader
+
+    from nemo_mtbi.parallel.strategy import MTBIStrategy
+
+    model = MTBIModel(model_section(train_ds=None, validation_ds=None))
+    batch = by_schema(model.oomptimizer_schema, {"input": 16000, "output": 5}, size=2)
+    before = [value.detach().clone() for value in model.trained]
+    trainer = Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        devices=1,
+        strategy=MTBIStrategy(model.config.layout),
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+    )
+    trainer.fit(model, DataLoader([batch], batch_size=None))
+    assert trainer.global_step == 1
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.trained, strict=True))

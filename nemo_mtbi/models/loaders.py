@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a model: what its loaders must know of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.loader import build_dataloader
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.replica import ReplicaLoader
+
+if TYPE_CHECKING:
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+
+
+def build_loader(model: MTBIModel, section: DictConfig, train: bool) -> ReplicaLoader:
+    """The loader of a section of NeMo's data keys: one process of each replica reads, the others receive.
+
+    Rows that are longer than the LLM's positions are counted and left out: it has not seen such positions, and
+    generation would refuse them.
+
+    Args:
+        model: whose frames, chat format and limits count.
+        section: ``train_ds`` or ``validation_ds``.
+        train: whether rows are interleaved and the run may be stopped.
+    """
+    config = model.config
+    dataset = MTBIDataset(
+        model.chat,
+        model.speech_llm.frame_counter,
+        config.micro_batch_tokens,
+        interleave=config.interleave if train else None,
+        on_bad_audio=config.on_bad_audio,
+        with_rows=not train,
+        with_twins=config.loss.uses_teacher,
+    )
+    longest = model.speech_llm.decoder.max_sequence_length - (0 if train else config.generation.max_new_tokens)
+    given = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else section
+    make = partial(
+        build_dataloader,
+        {"max_tokens": longest, **given},
+        dataset,
+        rank=groups.data_parallel_rank(),
+        world_size=groups.data_parallel_size(),
+        train=train,
+        expected=model.expected_targets,
+        allow_foreign=config.targets.allow_foreign,
+    )
+    return ReplicaLoader.build(make, stop=(lambda: model.wants_to_stop()) if train else None)
