@@ -62,8 +62,9 @@ class ModelConfig:
             sequence_parallel: see :class:`nemo_mtbi.parallel.groups.ParallelConfig`.
         activations_checkpoint_granularity: ``full`` recomputes the LLM's layers in backward, ``selective`` its
             attention; ``null`` keeps all activations.
-        frozen_dtype: of frozen weights of encoder and LLM; follows from ``trainer.precision`` in training. The front
-            end and what is trained, with its optimizer, stay float32.
+        frozen_dtype: of frozen weights of encoder and LLM, and of the LLM's where they train; follows from
+            ``trainer.precision`` in training. The front end and what else is trained stay float32, and so does every
+            optimizer.
         encoder_cache: folder where the encoder's frames are kept by the content of the audio, for many runs over the
             same speech; ``null``: nothing is kept.
         dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.
@@ -72,9 +73,10 @@ class ModelConfig:
         targets: see :class:`TargetsConfig`.
         transcription_task: task whose generated answer is scored as a transcript in validation.
         train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).
-        optim: NeMo's optimizer and ``sched`` keys; it trains the connector.
+        optim: NeMo's optimizer and ``sched`` keys; it trains all but weights of the LLM, which follow its schedule.
         nemo_content: ``small``: a ``.nemo`` refers to the frozen parts by path and hash; ``full``: it holds them.
         fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
+        llm_was_trained: written by us: the LLM inside a full ``.nemo`` is not the one of its fingerprint any more.
     """
 
     pretrained_asr: str = MISSING
@@ -106,6 +108,7 @@ class ModelConfig:
     optim: Any = None
     nemo_content: str = "small"
     fingerprints: dict[str, str] = field(default_factory=dict)
+    llm_was_trained: bool = False
     format_version: int = FORMAT_VERSION
     # NeMo writes these into every model's configuration
     target: str | None = None
@@ -178,6 +181,9 @@ def _check_llm(config: ModelConfig) -> None:
             "model.loss compares with the LLM as it was, which model.llm.freeze does not keep: use model.lora, or set "
             "kl_weight and hidden_weight to 0"
         )
-    name = (config.optim or {}).get("name", "adamw")
+    optim = config.optim or {}
+    name = optim.get("_target_") or optim.get("name", "adamw")
     if name not in ADAMS:
         raise ValueError(f"model.optim.name is {name}, but the LLM is trained by Adam: set it to adamw")
+    if optim.get("lr") == 0:
+        raise ValueError("model.optim.lr is 0, and the LLM follows its schedule: make it small, such as 1e-8")

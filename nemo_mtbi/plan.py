@@ -382,8 +382,8 @@ def learned_memory(
     if config.lora:
         check_lora(architecture, config.lora, config.activations_checkpoint_granularity)
         return adapted_memory(architecture, config.lora, plan.layout), None
-    found = trained_memory(architecture, config.llm, plan.layout)
-    return (found[1], memory.Learning(found[0], plan.replicas)) if found else (None, None)
+    learning, kept = trained_memory(architecture, config.llm, plan.layout, plan.replicas) or (None, None)
+    return kept, learning
 
 
 def name_ranks(plan: Plan, architecture: DecoderConfig, per_node: int, accelerator: str) -> None:

@@ -74,7 +74,8 @@ class Loader:
         """The system, ready to be asked.
 
         Raises:
-            ValueError: a part is missing, damaged or of the wrong kind.
+            ValueError: a part is missing, damaged or of the wrong kind, or an LLM that was trained stands for what it
+                was before.
         """
         system = self._config.systems[name]
         nemo = self._nemo(name, seed)
@@ -82,6 +83,11 @@ class Loader:
         responder = model.responder() if system.llm is None else self._text_llm(name, system.llm)
         responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
         responder = replace(responder, adapted=system.adapted or system.kind == "speech")
+        if not responder.adapted and not responder.model.decoder.is_original:
+            raise ValueError(
+                f"systems.{name}: the LLM in {nemo} was itself trained, and is not what it was: set "
+                f"systems.{name}.llm to the path of the LLM that it was"
+            )
         if system.kind == "text":
             return TextSystem(responder)
         return SpeechSystem(responder) if system.kind == "speech" else self._cascade(name, responder, model)

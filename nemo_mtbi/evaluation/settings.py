@@ -33,7 +33,7 @@ class SystemConfig:
         frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
         asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
         adapted: for ``text``: whether the adapters of the model ``of`` are on, as they are for its speech; without
-            them the LLM is what it was before training.
+            them the LLM is what it was before training, unless it was trained itself.
         against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
         hours: hours of speech that it was trained on, for the plot of behavior gap against hours.
         line: systems with the same value are one line of that plot.

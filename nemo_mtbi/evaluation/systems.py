@@ -97,6 +97,8 @@ class TextSystem:
     ) -> list[Divergence]:
         """How far this system is from its own LLM on the transcript, at the tokens of an answer.
 
+        There is no value where the LLM itself was trained: what it would have predicted before is not known any more.
+
         Args:
             slots: Of the utterances.
             requests: (prompt, index of an utterance) pairs.
@@ -105,6 +107,8 @@ class TextSystem:
         """
         chat, rows, compared = self.responder.chat, [], []
         found = [Divergence(None, 0)] * len(requests)
+        if not self.responder.model.decoder.is_original:
+            return found
         longest = self.responder.model.decoder.max_sequence_length
         for index, ((prompt, clip), transcript, answer) in enumerate(zip(requests, transcripts, answers, strict=True)):
             slot, response = slots.values[clip], chat.response(answer.answer, answer.truncated)

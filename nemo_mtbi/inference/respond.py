@@ -61,10 +61,10 @@ class Responder:
         Raises:
             ValueError: if the LLM itself was trained, and is to be what it was.
         """
-        if not self.adapted and self.model.decoder.trains:
+        if not self.adapted and not self.model.decoder.is_original:
             raise ValueError(
                 "this model's LLM itself was trained, so that it can't answer as it did before: ask the LLM that it "
-                "was by its path (in an evaluation: a system with kind: text and llm: its path)"
+                "was, by its path"
             )
         return nullcontext() if self.adapted else without_lora(self.model.chunks)
 

@@ -221,6 +221,8 @@ def stored_config(model: MTBIModel, full: bool) -> bytes:
     conf.update(format_version=FORMAT_VERSION, fingerprints=dict(model.frozen.fingerprints))
     if full:
         conf.update({f"pretrained_{part}": inside for part, inside in INSIDE.items()})
+    if full and not model.speech_llm.decoder.is_original:
+        conf["llm_was_trained"] = True
     return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -317,13 +319,15 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
         merged = OmegaConf.merge(stored, conf)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override_config_path={given} can't be read: {error}") from error
-    for key in ("fingerprints", "target", "format_version", "nemo_version"):
+    for key in ("fingerprints", "target", "format_version", "nemo_version", "llm_was_trained"):
         if key == "fingerprints" and conf.get(key) not in (None, {}, stored[key]):
             raise ValueError(
                 f"override_config_path has the fingerprints {dict(conf[key])}, but this model was trained with "
                 f"{dict(stored[key])}: leave them out"
             )
-        merged[key] = stored.get(key)
+        merged.pop(key, None)
+        if key in stored:
+            merged[key] = stored[key]
     return merged
 
 

@@ -139,7 +139,14 @@ class FrozenParts:
                 in all processes of a model replica.
         """
         config, dtype = self._config, getattr(torch, self._config.frozen_dtype)
+        if config.llm_was_trained and "llm" not in self.embedded:
+            raise ValueError(
+                f"model.pretrained_llm={self._reference('llm')} is not the LLM of this .nemo, which was itself "
+                "trained and is inside: leave pretrained_llm out"
+            )
         text = self._load_llm(dtype)
+        for chunk in text.chunks:
+            chunk.was_trained = config.llm_was_trained
         self.texts = {f"llm/{name}": content for name, content in text.texts.items()}
         self._check_chat(text.chat)
         encoder, failure, cause = None, None, None
@@ -312,7 +319,7 @@ def check_trained(
     """Compares the shapes of stored weights with those of the model.
 
     Args:
-        expected: of connector, adapters and what trains of the encoder.
+        expected: of connector, adapters and what trains of encoder and LLM.
         found: of the stored weights.
         strict: whether names must be the same too.
         what: what holds them, for the message.

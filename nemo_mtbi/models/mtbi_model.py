@@ -131,11 +131,17 @@ class MTBIModel(ModelPT):
             raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before training")
         share_parameters(self.trained)
         seed_processes()
+        self.close_llm_optimizer()  # of a fit that has failed
+        self._random_states = self._llm_moments = None  # of a checkpoint that was only validated; now comes another
         if self.speech_llm.decoder.trains:
             (optimizer,) = self.trainer.optimizers
             self.llm_optimizer = build_llm_optimizer(self.speech_llm.chunks, self.config.llm, optimizer.defaults)
 
     def on_fit_end(self) -> None:
+        self.close_llm_optimizer()
+
+    def close_llm_optimizer(self) -> None:
+        """Gives the memory of the LLM's gradients and moments back."""
         if self.llm_optimizer is not None:
             self.llm_optimizer.close()
             self.llm_optimizer = None
@@ -196,6 +202,8 @@ class MTBIModel(ModelPT):
             self.log(f"train_{name}", groups.data_parallel_sum(value))
         self.log("gradient_norm", norm.float())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
+        if self.llm_optimizer is not None:
+            self.log("llm_learning_rate", self.llm_optimizer.base_lr * _decay(self.optimizers()))
         self.log("response_tokens", count)
         return loss
 
@@ -218,7 +226,7 @@ class MTBIModel(ModelPT):
             raise ValueError("trainer.gradient_clip_algorithm must be norm: it is the norm over all processes")
         if gradient_clip_val:
             clip_gradients(self.trained, self._gradient_norm, gradient_clip_val)
-            if self.llm_optimizer is not None:
+            if self.llm_optimizer is not None and self._learned:
                 self.llm_optimizer.scale(clip_factor(self._gradient_norm, gradient_clip_val))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
@@ -226,7 +234,7 @@ class MTBIModel(ModelPT):
         self._learned = False
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.llm_optimizer is not None and self._learned:
-            self.llm_optimizer.step(optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"])
+            self.llm_optimizer.step(_decay(optimizer))
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         """Nothing is left to do: the schedule has run backward."""
@@ -387,3 +395,9 @@ class MTBIModel(ModelPT):
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
         return []
+
+
+def _decay(optimizer: torch.optim.Optimizer) -> float:
+    """What the schedule has made of a learning rate, as a share of what it is at the top."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("initial_lr", optimizer.defaults["lr"])

@@ -85,8 +85,7 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
 
 def _check_whole(stored: Mapping[str, Any], path: Path) -> None:
     """Refuses a file that holds a trained LLM as a whole: what it has learned can't be told from what it was."""
-    learned = (stored.get("llm") or {}).get("freeze", True) is not True
-    if learned and stored.pretrained_llm == INSIDE["llm"]:
+    if stored.get("llm_was_trained"):
         raise ValueError(
             f"init_from_nemo_model: {path} is a full .nemo whose LLM has been trained: restore it, or unpack it (tar) "
             "and give its folder llm as model.pretrained_llm"

@@ -85,13 +85,24 @@ class GPTDecoder(GPTModel):
             )
         self.architecture = config
         self.lora: Any = None  # see nemo_mtbi.modules.lora
-        self.trains = False  # whether weights of the LLM do, here or in other runs of its layers
+        self.learned: frozenset[str] = frozenset()  # canonical names of the weights that train, of the whole LLM
+        self.was_trained = False  # whether it came out of an archive that holds what the LLM has learned
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
             rotary = self.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
         if self.post_process:
             # ``hidden`` gathers the positions already, since the head reads a few of them only
             self.output_layer.sequence_parallel = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights of the LLM do, here or in other runs of its layers."""
+        return bool(self.learned)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether its weights, without adapters, are those of the LLM that targets come from."""
+        return not (self.trains or self.was_trained)
 
     def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
         return hidden_states

@@ -34,13 +34,14 @@ def check_freeze(freeze: Any, key: str) -> None:
         raise ValueError(f"{key}.freeze is an empty list: set it to false to train all of its weights")
 
 
-def unfrozen(names: Iterable[str], freeze: Any, key: str) -> set[str]:
-    """Names of the weights that train; patterns that do nothing are warned of.
+def unfrozen(names: Iterable[str], freeze: Any, key: str, warn: bool = True) -> set[str]:
+    """Names of the weights that train.
 
     Args:
         names: of all weights.
         freeze: as :func:`check_freeze` takes it; a pattern is searched for in each name.
         key: of the section, for warnings.
+        warn: whether there are any.
     """
     names = set(names)
     if isinstance(freeze, bool):
@@ -48,9 +49,9 @@ def unfrozen(names: Iterable[str], freeze: Any, key: str) -> set[str]:
     frozen: set[str] = set()
     for pattern in freeze:
         found = {name for name in names if re.search(pattern, name)}
-        if not found:
+        if warn and not found:
             logging.warning(f"{key}.freeze: {pattern!r} matches none of its weights")
         frozen |= found
-    if frozen == names:
+    if warn and frozen == names:
         logging.warning(f"{key}.freeze: all of its weights match, so it does not train")
     return names - frozen

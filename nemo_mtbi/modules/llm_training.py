@@ -15,9 +15,10 @@ from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.freezing import check_freeze, unfrozen
 from nemo_mtbi.modules.lora import LINEAR, kept_inputs
 from nemo_mtbi.modules.weights import VOCABULARY, named_weights, sharing_of
+from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.llm_optimizer import AdamOptions, LlmOptimizer
-from nemo_mtbi.parallel.memory import Adapted
+from nemo_mtbi.parallel.memory import Adapted, Learning
 from nemo_mtbi.parallel.places import stage_runs
 
 LINEAR_WEIGHTS = tuple(f"{name}.weight" for name in LINEAR)
@@ -51,8 +52,13 @@ class LlmConfig:
         return self.freeze is not True
 
 
-def trained_names(architecture: DecoderConfig, config: LlmConfig | None) -> set[str]:
+def trained_names(architecture: DecoderConfig, config: LlmConfig | None, warn: bool = False) -> set[str]:
     """Canonical names of the weights of the LLM that train.
+
+    Args:
+        architecture: of the LLM.
+        config: what is asked for.
+        warn: of patterns that do nothing.
 
     Raises:
         ValueError: for an LLM with experts.
@@ -61,7 +67,7 @@ def trained_names(architecture: DecoderConfig, config: LlmConfig | None) -> set[
         return set()
     if architecture.num_experts:
         raise ValueError("model.llm.freeze must be true for an LLM with experts: it learns by model.lora only")
-    return unfrozen(weight_shapes(architecture), config.freeze, "model.llm")
+    return unfrozen(weight_shapes(architecture), config.freeze, "model.llm", warn)
 
 
 def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
@@ -71,50 +77,40 @@ def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
         ValueError: as :func:`trained_names`.
     """
     architecture = chunks[0].architecture
-    names, shapes = trained_names(architecture, config), weight_shapes(architecture)
-    for name, value in trained_weights(chunks, names).items():
+    names, shapes = trained_names(architecture, config, warn=groups.is_global_first()), weight_shapes(architecture)
+    for chunk in chunks:
+        chunk.learned = frozenset(names)
+    for name, value in trained_weights(chunks).items():
         value.requires_grad_()
         value.whole_shape = shapes[name]
         sharing = sharing_of(name)
         value.tensor_model_parallel = sharing is not None
         if sharing is not None:
             value.partition_dim, value.partition_stride = sharing
-    for chunk in chunks:
-        chunk.trains = bool(names)
 
 
-def trained_weights(chunks: Sequence[GPTDecoder], names: set[str] | None = None) -> dict[str, nn.Parameter]:
-    """This process's share of the LLM's weights that train, by canonical names.
-
-    Args:
-        chunks: its runs of layers.
-        names: that are wanted; ``None``: those that train.
-    """
-    found: dict[str, nn.Parameter] = {}
-    for chunk in chunks:
-        for name, value in named_weights(chunk):
-            if value.requires_grad if names is None else name in names:
-                found[name] = value
-    return found
+def trained_weights(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
+    """This process's share of the LLM's weights that train, by canonical names, and if NeMo's freeze() holds them."""
+    return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.learned}
 
 
 def trained_memory(
-    architecture: DecoderConfig, config: LlmConfig | None, layout: ParallelConfig
-) -> tuple[tuple[int, ...], Adapted] | None:
+    architecture: DecoderConfig, config: LlmConfig | None, layout: ParallelConfig, replicas: int = 1
+) -> tuple[Learning, Adapted] | None:
     """What trains on one process of each stage of a layout, and what its layers keep until backward.
 
     Returns:
-        Numbers of weights by stage, and the inputs of linear layers; ``None`` if nothing of the LLM trains.
+        What trains, and what of its layers is kept; ``None`` if nothing of the LLM trains.
     """
-    names = trained_names(architecture, config)
+    names = trained_names(architecture, config, warn=True)
     if not names:
         return None
     stages = range(layout.pipeline_model_parallel_size)
-    counts = tuple(_held(architecture, layout, stage, names) for stage in stages)
+    held = [_held(architecture, layout, stage, names) for stage in stages]
     linears = [name.removesuffix(".weight") for name in sorted(names) if name.endswith(LINEAR_WEIGHTS)]
-    return counts, Adapted(
-        (0,) * len(counts), **kept_inputs(architecture, linears), **_kept_norms(architecture, names)
-    )
+    kept = {**kept_inputs(architecture, linears), **_kept_norms(architecture, names)}
+    learning = Learning(tuple(map(sum, held)), tuple(max(sizes, default=0) for sizes in held), replicas)
+    return learning, Adapted((0,) * len(held), **kept)
 
 
 def _kept_norms(architecture: DecoderConfig, names: set[str]) -> dict[str, int]:
@@ -132,30 +128,33 @@ def _kept_norms(architecture: DecoderConfig, names: set[str]) -> dict[str, int]:
     )
 
 
-def _held(architecture: DecoderConfig, layout: ParallelConfig, stage: int, names: set[str]) -> int:
-    """Numbers of some weights on one process of a stage."""
+def _held(architecture: DecoderConfig, layout: ParallelConfig, stage: int, names: set[str]) -> list[int]:
+    """Sizes of some weights on one process of a stage."""
     runs, tensor = stage_runs(layout, architecture.num_layers, stage), layout.tensor_model_parallel_size
     held = tuple(f"decoder.layers.{layer}." for run in runs for layer in run)
     first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
-    count = 0
+    sizes = []
     for name, shape in weight_shapes(architecture).items():
         here = name.startswith(held)
         here |= first and name == VOCABULARY[0] or last and name in ("decoder.final_layernorm.weight", VOCABULARY[1])
         here |= last and name == VOCABULARY[0] and architecture.tie_embeddings  # the copy that is the head
         if name in names and here:
             rows = -(-shape[0] // tensor) * tensor if name in VOCABULARY else shape[0]  # padded
-            count += math.prod((rows, *shape[1:])) // (tensor if sharing_of(name) else 1)
-    return count
+            sizes.append(math.prod((rows, *shape[1:])) // (tensor if sharing_of(name) else 1))
+    return sizes
 
 
 def build_llm_optimizer(chunks: Sequence[GPTDecoder], config: LlmConfig, defaults: Mapping[str, Any]) -> LlmOptimizer:
-    """The optimizer of the weights that train.
+    """The optimizer of the weights that train, whatever NeMo's freeze() and unfreeze() have made of them.
 
     Args:
         chunks: this process's runs of layers.
         config: what is asked for.
         defaults: of the connector's optimizer, in torch's terms.
     """
+    for chunk in chunks:
+        for name, value in named_weights(chunk):
+            value.requires_grad_(name in chunk.learned)
     options = AdamOptions(
         lr=defaults["lr"] if config.lr is None else config.lr,
         betas=tuple(defaults["betas"]),

@@ -153,7 +153,7 @@ class LayoutDecoder(nn.Module):
 
 
 class SpeechLLM(LayoutDecoder):
-    """The model of one process. The connector trains, adapters and weights of the encoder may too, the rest is frozen.
+    """The model of one process. The connector trains; weights of the encoder and adapters or weights of the LLM may.
 
     The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
     inside ``generate``, where its cache needs ``eval()``.

@@ -132,7 +132,7 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
     if not dist.is_initialized():
         _start(limit)
     layout.replicas(dist.get_world_size())  # raises if they do not divide
-    with megatron_device("cuda" if dist.get_backend() == "nccl" else "cpu"):
+    with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
         parallel_state.initialize_model_parallel(
             layout.tensor_model_parallel_size,
             layout.pipeline_model_parallel_size,
@@ -178,7 +178,9 @@ def start_one_replica(tensor: int, pipeline: int) -> None:
 
 def _start(limit: timedelta | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # no port, no environment
+        # no port, no environment; the optimizer of an LLM that trains asks for collectives also of one process
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -105,7 +105,7 @@ class LlmOptimizer:
         """Euclidean norm of the gradients, equal on all processes; a weight that several of them hold counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in self._optimizer.get_main_grads_for_grad_norm():
-            total += gradient.double().square().sum()
+            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         dist.all_reduce(total, group=self._optimizer.get_grad_stats_parallel_group())
         return total.sqrt()
 

@@ -156,10 +156,12 @@ class Learning:
 
     Attributes:
         parameters: on one process of each stage.
+        largest: of its weights, in numbers: its gradient comes in the LLM's dtype before it is added in float32.
         replicas: data-parallel processes, which share the optimizer's numbers.
     """
 
     parameters: tuple[int, ...]
+    largest: tuple[int, ...]
     replicas: int = 1
 
     def terms(self, stage: int, number: int) -> list[Term]:
@@ -172,6 +174,7 @@ class Learning:
         factor, kept = (self.parameters[stage], "parameters"), 2 + (number < FLOAT32)
         return [
             Term("gradients of the LLM", (factor, (FLOAT32, "B"))),
+            Term("gradient of a weight at work", ((self.largest[stage], "parameters"), (number, "B"))),
             Term("optimizer of the LLM", (factor, (kept, "numbers"), (FLOAT32, "B")), self.replicas),
         ]
 

@@ -13,6 +13,7 @@ from nemo_mtbi.models.archive import NemoFile
 from nemo_mtbi.models.frozen import LLM
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.modules.archive import WEIGHTS
+from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.testing import tiny_text_llm
 
@@ -59,6 +60,41 @@ def test_a_nemo_holds_what_the_llm_has_learned(model, tmp_path, full):
     assert (tmp_path / "again.nemo").read_bytes() == (tmp_path / "llm.nemo").read_bytes()
 
 
+def test_a_full_nemo_knows_that_its_llm_was_trained(model, model_section, tmp_path):
+    """Also where it trains no more, and with the LLM that it was in its place nothing is lost in silence."""
+    model.save_to(tmp_path / "full.nemo", full=True)
+    restored = MTBIModel.restore_from(tmp_path / "full.nemo", override_config_path={"llm": None}, map_location="cpu")
+    assert not restored.speech_llm.decoder.trains and not restored.speech_llm.decoder.is_original
+    assert answers(restored) == answers(model)
+    restored.save_to(tmp_path / "again.nemo")
+    again = MTBIModel.restore_from(tmp_path / "again.nemo", map_location="cpu")
+    with pytest.raises(ValueError, match="this model's LLM itself was trained"):
+        again.responder().without_adapters().text([("say it", "red cat")])
+    other = {"pretrained_llm": model_section().pretrained_llm}
+    with pytest.raises(ValueError, match="is not the LLM of this .nemo, which was itself trained and is inside"):
+        MTBIModel.restore_from(tmp_path / "full.nemo", override_config_path={**other, "llm": None}, strict=False)
+
+
+@pytest.mark.parametrize("change", ["freeze", "unfreeze"])
+def test_what_nemo_freezes_for_a_while_stays_what_it_is(model_section, tmp_path, change):
+    model = build(model_section, **NO_DATA)
+    draw_learned(model.speech_llm.chunks)
+    model.save_to(tmp_path / "before.nemo")
+    getattr(model, change)()
+    model.save_to(tmp_path / "after.nemo")
+    assert (tmp_path / "after.nemo").read_bytes() == (tmp_path / "before.nemo").read_bytes()
+
+
+def test_kl_from_the_llm_that_it_was_is_not_measured(model):
+    from nemo_mtbi.evaluation.items import Reply
+    from nemo_mtbi.evaluation.systems import Slots, SpeechSystem
+
+    slots = Slots([[-1, -2]], torch.zeros(2, model.speech_llm.decoder.config.hidden_size))
+    answers = [Reply("red", 2, False)]
+    (found,) = SpeechSystem(model.responder()).divergences(slots, [("say it", 0)], ["red"], answers)
+    assert found.kl is None and found.tokens == 0
+
+
 def test_another_choice_does_not_fit(model, tmp_path):
     model.save_to(tmp_path / "llm.nemo")
     with pytest.raises(ValueError, match="does not fit model.llm.freeze; missing or unknown: speech_llm.llm.*unknown"):
@@ -93,7 +129,7 @@ def test_what_an_llm_has_learned_is_not_taken_where_it_would_be_lost(model, mode
 
 
 def test_it_is_not_asked_for_the_llm_that_it_was(model):
-    with pytest.raises(ValueError, match="this model's LLM itself was trained.*kind: text and llm: its path"):
+    with pytest.raises(ValueError, match="this model's LLM itself was trained.*ask the LLM that it was, by its path"):
         model.responder().without_adapters().text([("say it", "red cat")])
 
 
@@ -102,6 +138,8 @@ def test_it_is_not_asked_for_the_llm_that_it_was(model):
     [
         ({"lora": {"rank": 2}}, "model.llm trains the LLM itself and model.lora adapters in it: choose one"),
         ({"loss": {"kl_weight": 1.0}}, "model.loss compares with the LLM as it was, which model.llm.freeze does not"),
+        ({"optim": {"_target_": "torch.optim.SGD"}}, "model.optim.name is torch.optim.SGD, but the LLM is trained by"),
+        ({"optim": {"lr": 0}}, "model.optim.lr is 0, and the LLM follows its schedule"),
         ({"optim": {"name": "sgd"}}, "model.optim.name is sgd, but the LLM is trained by Adam: set it to adamw"),
     ],
 )
@@ -150,7 +188,7 @@ def fit(model, steps=4, save=None, resume=None):
 
 @pytest.fixture(scope="module")
 def section(model_section):
-    schedule = {"name": "CosineAnnealing", "warmup_steps": 1, "max_steps": 4}
+    schedule = {"name": "CosineAnnealing", "warmup_steps": 1, "max_steps": 40}
     return lambda **changes: model_section(
         optim={"name": "adamw", "lr": 1e-2, "betas": [0.9, 0.98], "sched": schedule}, **changes
     )
@@ -172,12 +210,29 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(section, tmp_path, dtype):
     assert {name for name in whole if not torch.equal(found[name], whole[name])} == set()
 
 
-def test_a_step_that_is_left_out_changes_nothing(section, monkeypatch):
+@pytest.mark.parametrize("why", ["not finite", "no targets"])
+def test_steps_that_are_left_out_change_nothing(section, tmp_path, monkeypatch, why):
+    """And a run goes on from a checkpoint that was saved before the LLM has learned anything."""
     model = build(section, on_nonfinite="skip")
     before = weights(model)
-    monkeypatch.setattr(model.speech_llm, "train_step", lambda batch, count: torch.tensor(float("nan")))
-    found = fit(model, 1)
+    with monkeypatch.context() as patch:
+        if why == "not finite":
+            patch.setattr(model.speech_llm, "train_step", lambda batch, count: torch.tensor(float("nan")))
+        else:
+            patch.setattr(groups, "data_parallel_sum", torch.zeros_like)
+        found = fit(model, save=tmp_path / "2.ckpt")
     assert all(torch.equal(value, before[name]) for name, value in found.items())
+    assert torch.load(tmp_path / "2" / "common.pt")["checkpoint"]["llm_optimizer"] == {"steps": 0}
+    later = fit(build(section), resume=tmp_path / "2.ckpt")
+    assert any(not torch.equal(value, before[name]) for name, value in later.items())
+
+
+def test_a_checkpoint_without_the_moments_is_not_gone_on_with(section, tmp_path):
+    model = build(section)
+    fit(model, 2)
+    model.trainer.save_checkpoint(tmp_path / "late.ckpt")
+    with pytest.raises(ValueError, match="holds nothing of the LLM's optimizer, since it was saved behind a fit"):
+        fit(build(section), resume=tmp_path / "late.ckpt")
 
 
 def test_the_learning_rate_follows_the_schedule(section, monkeypatch):

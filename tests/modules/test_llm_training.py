@@ -133,7 +133,7 @@ def test_parity_with_torch(folder, layout, processes):
     reports = [json.loads((folder / f"{layout}.{rank}.json").read_text()) for rank in range(count)]
     for name, (special, freeze) in MODELS.items():
         architecture = DecoderConfig(**{**ARCHITECTURE, "num_layers": 4, **special})
-        counts, _ = trained_memory(architecture, LlmConfig(freeze=freeze), config)
+        counts = trained_memory(architecture, LlmConfig(freeze=freeze), config)[0].parameters
         held = [report[name]["weights"] for report in reports]
         # Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline
         assert held == [counts[rank * len(counts) // count] for rank in range(count)], name
@@ -174,7 +174,8 @@ def test_experts_learn_by_adapters_only():
 @pytest.mark.parametrize("layout", [ParallelConfig(), ParallelConfig(2, 2), ParallelConfig(1, 2, 2)])
 def test_all_weights_are_those_that_a_plan_counts(special, layout):
     architecture = DecoderConfig(**{**ARCHITECTURE, "num_layers": 4, **special})
-    counts, kept = trained_memory(architecture, LlmConfig(freeze=False), layout)
+    learning, kept = trained_memory(architecture, LlmConfig(freeze=False), layout)
+    counts = learning.parameters
     stages = range(layout.pipeline_model_parallel_size)
     assert counts == tuple(memory.decoder_parameters(architecture, layout, stage) for stage in stages)
     heads = architecture.head_channels * architecture.num_attention_heads

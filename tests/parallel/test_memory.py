@@ -173,8 +173,9 @@ def check_kept_with_adapters(name="one"):
 def check_kept_where_all_trains(architecture, layout, length, granularity):
     decoder = GPTDecoder(architecture, torch.float32, **RECOMPUTE[granularity]).requires_grad_(False).train()
     unfreeze([decoder], LlmConfig(freeze=False))
-    (count,), kept = trained_memory(architecture, LlmConfig(freeze=False), layout)
-    assert count == sum(value.numel() for value in decoder.parameters())
+    learning, kept = trained_memory(architecture, LlmConfig(freeze=False), layout)
+    sizes = [value.numel() for value in decoder.parameters()]
+    assert learning.parameters == (sum(sizes),) and learning.largest == (max(sizes),)
     terms = memory.activation_terms(architecture, layout, 0, Load(length, 1, 1, 1, 1), 4, granularity, kept)
     counted = sum(term.size for term in terms if term.name in ("kept", "final norm"))
     assert counted == kept_of_one_row(decoder, length, torch.float32), (architecture, granularity)

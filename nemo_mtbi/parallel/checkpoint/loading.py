@@ -95,13 +95,18 @@ class _Loading:
         self._metadata = read_metadata(self.folder, files.read_marker(self.folder).files)
         self._stored = self._metadata.state_dict_metadata
         common, saved = self._read_common()
-        options = common.pop(OPTIMIZER_GROUPS, None)
+        options, moments = common.pop(OPTIMIZER_GROUPS, None), common.pop(LLM_OPTIMIZER, None)
         self.result = {**common, "state_dict": {name: self._weight(name) for name in self._weights}}
         numbers = []
         if options is not None:
             self.result["optimizer_states"] = self._optimizers(optimizers, options, numbers)
-        if llm is not None and LLM_OPTIMIZER in common:
-            self.result[LLM_OPTIMIZER] = {**common[LLM_OPTIMIZER], "values": self._moments(llm)}
+        if llm is not None and options is not None:
+            if moments is None:
+                raise ValueError(
+                    "it holds nothing of the LLM's optimizer, since it was saved behind a fit: resume from one that "
+                    "was saved within"
+                )
+            self.result[LLM_OPTIMIZER] = {**moments, "values": self._moments(llm) if moments["steps"] else {}}
         self.result[RANDOM_STATES] = self._random(saved, seed, common["global_step"])
         self._fill()
         for state, kind in numbers:  # they were stored as tensors
