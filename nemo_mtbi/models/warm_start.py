@@ -68,10 +68,10 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
                     names = {name for name in names if not name.startswith(part)}
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
             other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
-            for part, prefix in (("asr", ENCODER), ("llm", LLM)):
+            for part, prefix, what in (("asr", ENCODER, "encoder"), ("llm", LLM, "LLM")):
                 if part in other and any(name.startswith(prefix) for name in only):
                     raise ValueError(
-                        f"init_from_nemo_model: {path} has trained weights of another {part} than "
+                        f"init_from_nemo_model: {path} has trained weights of another {what} than "
                         f"model.pretrained_{part}: give that one, or exclude: [{prefix}]"
                     )
             load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))

@@ -117,7 +117,7 @@ def test_what_an_llm_has_learned_is_not_taken_where_it_would_be_lost(model, mode
     model.save_to(tmp_path / "small.nemo")
     model.save_to(tmp_path / "full.nemo", full=True)
     other = str(tiny_text_llm(tmp_path / "other", seed=7, tie_embeddings=False))
-    with pytest.raises(ValueError, match="has trained weights of another llm than model.pretrained_llm: give that"):
+    with pytest.raises(ValueError, match="has trained weights of another LLM than model.pretrained_llm: give that"):
         build(model_section, pretrained_llm=other, **NO_DATA).maybe_init_from_pretrained_checkpoint(
             {"init_from_nemo_model": str(tmp_path / "small.nemo")}
         )
