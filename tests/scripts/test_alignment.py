@@ -11,11 +11,11 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "alig
 
 
 def test_boundaries_of_a_few_sentences(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path), "--utterances", "12"])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path), "--utterances", "40"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     (line,) = (text for text in capsys.readouterr().out.splitlines() if text.startswith("| espeak"))
     (report,) = json.loads((tmp_path / "alignment.json").read_text())
-    assert report["counts"]["cuts"] == 12
+    assert report["counts"]["cuts"] == 40
     both = report["against_the_former"]["median_boundary_ms"]
-    assert re.fullmatch(rf"\| espeak.* \| demo \| \d+ of 12 \| \d+ \| \d+ \| \d+ \| {both} \|", line)
+    assert re.fullmatch(rf"\| espeak.* \| demo \| \d+ of 40 \| \d+ \| \d+ \| \d+ \| {both} \|", line)
     assert both <= 40
