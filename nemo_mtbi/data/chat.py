@@ -108,21 +108,38 @@ class ChatFormat:
         Raises:
             ValueError: if there is no turn, one without contents, or the LLM knows no further turns.
         """
-        if not turns or not all(turn.contents for turn in turns):
-            raise ValueError("a conversation needs turns, and each turn something that the user says")
-        if len(turns) > 1 and not self.more:
-            raise ValueError(
-                f"a conversation has {len(turns)} turns, but the chat format of this LLM has one: train on single "
-                "turns, or set model.chat={format: …} to a format that has more"
-            )
         values: list[int] = []
         labels: list[int] = []
-        for number, turn in enumerate(turns):
-            prompt = self._layout(self.more if number else self.turn, turn.contents)
+        for prompt, turn in zip(self._prompts([turn.contents for turn in turns]), turns, strict=True):
             answer = self.response(turn.answer)
             values += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
         return values[:-1], labels[1:]
+
+    def question(self, turns: Sequence[Turn], contents: Sequence[Content]) -> list[int]:
+        """Layout of a conversation up to where the next answer begins.
+
+        Args:
+            turns: that have been answered.
+            contents: what the user gives now.
+
+        Raises:
+            ValueError: as :meth:`conversation`.
+        """
+        *earlier, last = self._prompts([*(turn.contents for turn in turns), contents])
+        answered = (prompt + self.response(turn.answer) for prompt, turn in zip(earlier, turns, strict=True))
+        return [value for part in (*answered, last) for value in part]
+
+    def _prompts(self, turns: Sequence[Sequence[Content]]) -> list[list[int]]:
+        """Layout of what the user gives in each turn."""
+        if not turns or not all(turns):
+            raise ValueError("a conversation needs turns, and each turn something that the user says")
+        if len(turns) > 1 and not self.more:
+            raise ValueError(
+                f"a conversation has {len(turns)} turns, but the chat format of this LLM has one: keep to single "
+                "turns, or set model.chat={format: …} to a format that has more"
+            )
+        return [self._layout(self.more if number else self.turn, turn) for number, turn in enumerate(turns)]
 
     def _layout(self, parts: Sequence[str], contents: Sequence[Content]) -> list[int]:
         """The parts of a turn with its contents in the place of the slots."""

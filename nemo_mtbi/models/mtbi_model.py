@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,10 +19,9 @@ from nemo_mtbi.config import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.inference.audio import load_audio
-from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
+from nemo_mtbi.models.asking import Asking
 from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained, refusal
 from nemo_mtbi.models.loaders import build_loader
 from nemo_mtbi.models.nonfinite import nonfinite_message
@@ -36,7 +35,6 @@ from nemo_mtbi.modules.llm_training import build_llm_optimizer, trained_weights
 from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
-from nemo_mtbi.parallel.agreement import agreed
 from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, RANDOM_STATES
 from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, share_parameters, sum_gradients
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
@@ -44,7 +42,7 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
 
 
-class MTBIModel(ModelPT):
+class MTBIModel(Asking, ModelPT):
     """A speech LLM trained by multi-task behavior imitation (arXiv 2505.18644).
 
     Args:
@@ -271,38 +269,6 @@ class MTBIModel(ModelPT):
         results = [result for part in groups.gather_objects(own, "data") for result in part]
         for name, value in validation_figures(results, self.config).items():
             self.log(name, value, prog_bar=name in SHOWN)
-
-    # ----- inference
-
-    def responder(self) -> Responder:
-        """Answers with this model."""
-        return Responder(self.speech_llm, self.chat, self.config.generation)
-
-    def generate(
-        self,
-        audio: Sequence[str | Path | Tensor],
-        prompts: Sequence[str] | str,
-        sample_rate: int = 16000,
-    ) -> list[str]:
-        """Answers to spoken utterances.
-
-        Args:
-            audio: paths, or arrays ``[n]`` or ``[channels, n]`` at ``sample_rate``; any rate, channels are averaged.
-            prompts: one for each utterance, or one for all; ``""`` is the empty prompt.
-            sample_rate: of arrays, in hertz; files know theirs.
-
-        Raises:
-            ValueError: if the numbers differ, or audio is empty, silent, not finite, unreadable or too long.
-        """
-        if isinstance(audio, (str, Path)) or hasattr(audio, "shape"):
-            raise ValueError("audio must be a list of paths or arrays, also for one utterance: audio=[...]")
-        prompts = [prompts] * len(audio) if isinstance(prompts, str) else list(prompts)
-        if len(prompts) != len(audio):
-            raise ValueError(f"{len(audio)} utterances, but {len(prompts)} prompts: give one each, or one for all")
-        counter = self.speech_llm.frame_counter
-        # a file that one process can't read must not leave the others waiting
-        samples = agreed(lambda: [load_audio(item, counter, sample_rate) for item in audio])
-        return self.responder().speech(samples, list(zip(prompts, range(len(samples)), strict=True)))
 
     # ----- checkpoints: the frozen parts are referred to by path and hash, unless a .nemo is to be full
 
