@@ -26,4 +26,4 @@ say "tests"
 # Workers that take whole files, so that what a file shares is made once; importing NeMo is most of what each one costs.
 # In the order of tests/conftest.py, which begins with the slow ones.
 exec python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadfile \
-    --no-loadscope-reorder "$@"
+    --no-loadscope-reorder --durations=25 "$@"

@@ -142,8 +142,9 @@ def test_at_the_level_of_waves_spoken_runs_are_utterances(corpus, chat, frames, 
     # each piece is cut out of the utterance
     sources = {cut.id: load_samples(cut, frames) for cut in cuts}
     for piece, length, name in zip(batch.audio, batch.audio_lengths.tolist(), batch.cut_ids, strict=True):
-        windows = sources[name].unfold(0, length, 1)
-        assert (windows == piece[:length]).all(1).any()
+        source, head = sources[name], piece[: min(length, 32)]
+        starts = (source.unfold(0, len(head), 1) == head).all(1).nonzero().flatten().tolist()
+        assert any(torch.equal(source[start : start + length], piece[:length]) for start in starts)
 
 
 def replace_level(dataset):
