@@ -13,7 +13,7 @@ from nemo.collections.asr.modules import SpectrogramAugmentation
 from omegaconf import OmegaConf, open_dict
 
 from nemo_mtbi.data.tokenizer import train_tokenizer
-from nemo_mtbi.modules.archive import TensorArchive
+from nemo_mtbi.modules.asr_archive import TensorArchive
 
 
 def train_ctc(

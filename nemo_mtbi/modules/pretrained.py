@@ -145,7 +145,7 @@ def load_asr_model(name: str | Path):
     """Restores a NeMo ASR model on the CPU; our own safetensors archives too."""
     from nemo.collections.asr.models import ASRModel
 
-    from nemo_mtbi.modules.archive import TensorArchive
+    from nemo_mtbi.modules.asr_archive import TensorArchive
 
     path = resolve(name, "model.pretrained_asr", "encoder.nemo")
     try:

@@ -19,12 +19,12 @@ from nemo_mtbi.modules import archive as archives
 from nemo_mtbi.modules.archive import (
     WEIGHTS,
     NemoFile,
-    TensorArchive,
     add_file,
     end_archive,
     read_members,
     read_yaml,
 )
+from nemo_mtbi.modules.asr_archive import TensorArchive
 from nemo_mtbi.modules.tensor_file import ArchiveError
 
 
@@ -178,7 +178,7 @@ def test_packed_archives_of_old_are_read_and_bombs_are_not(archive, asr_model, t
 
 def test_an_archive_is_not_unpacked_where_there_is_no_room(archive, monkeypatch, unpacked):
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RuntimeError, match="set TMPDIR to a larger folder"):
         restore(archive)
     assert not unpacked

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text files as people have them: with a byte order mark, with CRLF, with every character that JSON allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_GZIP = b"\x1f\x8b"
+
+
+def read_text(path: str | Path, key: str = "") -> str:
+    """Return the content of a UTF-8 file, without its byte order mark and with ``\\n`` at the end of each line.
+
+    Args:
+        path: of the file.
+        key: configuration key or command-line option that named it, for messages.
+
+    Raises:
+        ValueError: if it is a folder, compressed, not UTF-8 or can't be read; names the file and the remedy.
+    """
+    named = f"{key}={path}" if key else str(path)
+    try:
+        content = Path(path).read_bytes()
+    except IsADirectoryError:
+        raise ValueError(f"{named} is a folder: name a file") from None
+    except (OSError, ValueError) as error:  # a name may hold a null character
+        raise ValueError(f"{named} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if content.startswith(_GZIP):
+        raise ValueError(f"{named} is compressed: unpack it with gunzip, and name what comes out")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{named} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for example with "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def read_lines(path: str | Path, key: str = "") -> list[str]:
+    """Return the lines of a UTF-8 file without their ends. Only a line feed ends a line.
+
+    ``str.splitlines`` would also cut at U+0085, U+2028 and U+2029, which JSON allows inside a string.
+
+    Raises:
+        ValueError: as :func:`read_text`.
+    """
+    lines = read_text(path, key).split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_json_lines(path: str | Path, key: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number (from 1) and the object of each line of a JSONL file that is not blank.
+
+    Raises:
+        ValueError: as :func:`read_text`, or if a line is not a JSON object; names the line.
+    """
+    for number, line in enumerate(read_lines(path, key), start=1):
+        if line.strip():
+            yield number, parse_json_object(line, f"line {number} of {path}")
+
+
+def parse_json_object(text: str, place: str) -> dict[str, Any]:
+    """Return the JSON object in a text.
+
+    Raises:
+        ValueError: if it is not one; begins with ``place``.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}): write one JSON object a line") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is not a JSON object: write one a line, in braces")
+    return value
+
+
+def is_writable_text(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: half a surrogate pair, or a name that is not UTF-8, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
