@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from rich.console import Console
 
 from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
+from nemo_mtbi.data.gate import read_gated
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
-from nemo_mtbi.data.targets import generate_targets
+from nemo_mtbi.data.targets import BAD_ENTRY, LEAVE_OUT, generate_targets
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
+from nemo_mtbi.io.sources import SourcePolicy
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.recipe import load_pool, text_responder
@@ -59,10 +61,12 @@ class GenerateTargetsConfig:
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
+        allow_remote, allow_commands: what the source may be read from beside files
+            (:class:`~nemo_mtbi.io.sources.SourcePolicy`).
         generation: decoding; ``batch_tokens`` also sets the unit of resume.
         plan: what is asked.
         shard_size: cuts in a shard (those of a Shar corpus are kept).
-        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript, and entries with values of a wrong type.
         overwrite: replace what was made otherwise.
         tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the LLM.
         rank, world_size: this replica of the LLM makes the shards ``rank``, ``rank + world_size``, …; ``null``: the
@@ -82,6 +86,8 @@ class GenerateTargetsConfig:
     tarred_audio_filepaths: Any = None
     text_field: str = "text"
     lang_field: str = "lang"
+    allow_remote: bool = False
+    allow_commands: bool = False
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     shard_size: int = 1000
@@ -149,11 +155,11 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
 # ------------------------------------------------------------------------------------------------ what is read
 
 
-def open_source(config: GenerateTargetsConfig) -> CutSet:
+def open_source(config: GenerateTargetsConfig) -> Iterable[Cut]:
     """The cuts of the source, with absolute paths (they are written to another folder), in the same order each time.
 
     Raises:
-        ValueError: if the source does not exist or is a stream of audio.
+        ValueError: if the source does not exist, is not allowed or is a stream of audio.
     """
     from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 
@@ -162,18 +168,23 @@ def open_source(config: GenerateTargetsConfig) -> CutSet:
     register()
     source = {key: getattr(config, key) for key in (*LOCATION_KEYS, "text_field", "lang_field")}
     source = OmegaConf.create({**source, "noise_path": None, "rir_path": None})
-    check_source(source)
+    policy = SourcePolicy(config.allow_remote, config.allow_commands)
+    check_source(source, policy)
+    gate = {"policy": policy, "skip": config.on_missing_text == "skip", "remedy": LEAVE_OUT, "restart": True}
     if config.shar_path is not None:
-        return CutSet.from_files(shar_fields(config.shar_path)["cuts"], shuffle_iters=False)
+        files = shar_fields(config.shar_path)["cuts"]
+        return read_gated(lambda: (CutSet.from_files(files, shuffle_iters=False), False), source, **gate)[0]
     # a fixed seed: a blend is then mixed alike in every run, which resuming builds on
     fixed = {"shuffle": False, "shard_seed": 0, "force_finite": True, "tarred_audio_filepaths": None}
-    cuts, is_stream = read_cutset_from_config(OmegaConf.merge(source, fixed))
+    full = OmegaConf.merge(source, fixed)
+    cuts, is_stream = read_gated(lambda: read_cutset_from_config(full), source, **gate)
     if is_stream:
         raise ValueError(
             "the source is a stream of audio or text (tarred, Shar or text data in input_cfg), but targets are "
             "written into manifests of cuts: give manifests, or one Shar corpus with shar_path"
         )
-    return cuts.map(absolute_paths)
+    cuts.prepare = absolute_paths
+    return cuts
 
 
 def absolute_paths(cut: Cut) -> Cut:
@@ -261,6 +272,10 @@ class TargetsReport:
             lines[-1] += f", of these empty and dropped: {counts['dropped_empty']}"
         if counts["skipped_no_text"]:
             lines.append(f"left out: {counts['skipped_no_text']} cuts without a transcript")
+        bad = {key.removeprefix(BAD_ENTRY): counts[key] for key in sorted(counts) if key.startswith(BAD_ENTRY)}
+        if bad:
+            found = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+            lines.append(f"left out: {sum(bad.values())} entries that cannot be used ({found})")
         if counts["reused_shards"] or counts["reused_batches"]:
             lines.append(f"from a former run: {counts['reused_shards']} shards and {counts['reused_batches']} batches")
         if counts["replaced"]:
@@ -304,7 +319,11 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
 
 
 def _make(
-    config: GenerateTargetsConfig, cuts: CutSet, share: tuple[int, int], asked: Mapping[str, Any], progress: bool
+    config: GenerateTargetsConfig,
+    cuts: Iterable[Cut],
+    share: tuple[int, int],
+    asked: Mapping[str, Any],
+    progress: bool,
 ) -> TargetsReport:
     """The part of a replica's reader.
 

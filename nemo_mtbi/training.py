@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
@@ -22,10 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from nemo_mtbi.config import ModelConfig, parse_model_config
+from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.io.sources import FILES
 from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.modules.pretrained import load_text_llm
@@ -142,7 +143,7 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
     model.save_to(str(nemo))
     if benchmark.enabled and benchmark.cuts:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        cuts = CutSet.from_file(benchmark.cuts)
+        cuts = open_manifest(benchmark.cuts, FILES, remedy="leave the cut out")
         answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
         figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
         written = folder / "results.json"

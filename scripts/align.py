@@ -37,6 +37,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on-bad-audio", choices=("raise", "skip"), default="raise", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of utterances to learn from (%(default)s)")
     parser.add_argument("--device", default=None, metavar="NAME", help="such as cuda:1; a GPU if there is one")
+    parser.add_argument("--allow-remote", action="store_true", help="cuts may be read from http(s), s3 and the like")
+    parser.add_argument("--allow-commands", action="store_true", help="cuts may run shell commands, as their source")
     return parser.parse_args(argv)
 
 
@@ -53,19 +55,21 @@ def align(arguments: argparse.Namespace) -> dict:
     from nemo_mtbi.alignment.ctc import CTCModel
     from nemo_mtbi.data.prepare import open_cuts
     from nemo_mtbi.data.target_shards import join_shards
+    from nemo_mtbi.io.sources import SourcePolicy
     from nemo_mtbi.modules.pretrained import resolve
     from nemo_mtbi.modules.text_llm import file_digest
 
     names = ("min_score", "learn_from", "seed", "batch_seconds", "shard_size", "on_bad_audio")
-    config = AlignConfig(**{name: getattr(arguments, name) for name in names})
-    cuts, total = open_cuts(arguments.cuts)
+    policy = SourcePolicy(arguments.allow_remote, arguments.allow_commands)
+    config = AlignConfig(**{name: getattr(arguments, name) for name in names}, policy=policy)
+    cuts, total = open_cuts(arguments.cuts, policy, arguments.on_bad_audio == "skip")
     model = resolve(arguments.asr, "--asr", "encoder.nemo")
     source = f"{file_digest(model)} {file_digest(arguments.cuts)}"
     ctc = CTCModel.load(arguments.asr)
     ctc.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     console = Console(stderr=True)
     report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
-    return {**report.as_dict(), "cuts": str(join_shards(arguments.out))}
+    return {**report.as_dict(), "left_out": dict(cuts.left_out), "cuts": str(join_shards(arguments.out))}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from nemo_mtbi.data.dataset import BadAudioError, load_samples
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import shard_path, split_into_shards, write_shard
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.sources import FILES, SourcePolicy
 
 _DECISIVE = ("min_score", "learn_from", "seed", "shard_size")  # the others may change from run to run
 SOUNDS_FILE, REPORT_FILE = "sounds.safetensors", "alignment.json"
@@ -42,6 +43,7 @@ class AlignConfig:
         batch_seconds: of audio that are aligned together.
         shard_size: cuts in a shard, the unit of resume.
         on_bad_audio: ``raise``, or ``skip``: a cut whose audio can't be read stays without an alignment.
+        policy: what audio may be read from.
     """
 
     min_score: float = 0.01
@@ -50,6 +52,7 @@ class AlignConfig:
     batch_seconds: float = 120.0
     shard_size: int = 1000
     on_bad_audio: str = "raise"
+    policy: SourcePolicy = FILES
 
     def __post_init__(self):
         check_policy(self.on_bad_audio)
@@ -138,7 +141,7 @@ class CorpusAligner:
         whole = segment.start <= 0 and segment.end >= cut.duration
         part = cut if whole else cut.truncate(offset=max(segment.start, 0.0), duration=segment.duration)
         try:
-            return load_samples(part, self.ctc.counter)
+            return load_samples(part, self.ctc.counter, self.config.policy)
         except BadAudioError as error:
             if self.config.on_bad_audio == "raise":
                 raise ValueError(f"cut {cut.id}: {error}; on_bad_audio=skip leaves such cuts without times") from error

@@ -22,6 +22,7 @@ from lhotse.utils import fastcopy
 from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import split_into_shards
+from nemo_mtbi.io.sources import FILES, ForbiddenSourceError, Reading, SourcePolicy, check_cut
 
 FORMATS = ("shar", "tarred")
 
@@ -33,6 +34,7 @@ def export(
     shard_size: int,
     on_bad_audio: str = "raise",
     counts: Counter | None = None,
+    policy: SourcePolicy = FILES,
 ) -> dict[str, Any]:
     """Writes cuts and audio.
 
@@ -43,6 +45,7 @@ def export(
         shard_size: cuts in a shard.
         on_bad_audio: ``raise``, or ``skip`` and count cuts whose audio can't be read.
         counts: gets ``cuts`` and ``bad_audio``.
+        policy: what audio and arrays may be read from.
 
     Returns:
         An entry of NeMo's ``input_cfg`` that reads them.
@@ -59,14 +62,14 @@ def export(
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
     check_policy(on_bad_audio)
     out_dir.mkdir(parents=True, exist_ok=True)
-    whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts)
+    whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts, policy)
     entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
     if not any(out_dir.iterdir()):
         raise ValueError("there are no cuts to write")
     return entry
 
 
-def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iterator[MonoCut]:
+def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter, policy: SourcePolicy) -> Iterator[MonoCut]:
     """The cuts with their audio in memory, and word times from the start of the utterance, where they then begin."""
     for cut in cuts:
         if not isinstance(cut, MonoCut) or len(cut.supervisions) != 1:
@@ -80,8 +83,9 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             for kind, items in (segment.alignment or {}).items()
         }
         try:
-            sound = Recording.from_bytes(_flac(cut), cut.recording.id)
-            held = cut.move_to_memory(load_audio=False)  # arrays that it carries
+            sound, held = _held(cut, policy)
+        except ForbiddenSourceError:
+            raise
         except LOADING_ERRORS as error:
             if on_bad_audio == "raise":
                 raise ValueError(
@@ -93,6 +97,13 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
         counts["cuts"] += 1
         segment = fastcopy(segment, alignment=times or None, channel=0)
         yield fastcopy(held, start=0.0, channel=0, recording=sound, supervisions=[segment])
+
+
+def _held(cut: MonoCut, policy: SourcePolicy) -> tuple[Recording, MonoCut]:
+    """Its audio in memory, and the cut with the arrays that it carries in memory."""
+    check_cut(cut, policy)
+    with Reading(policy, f"cut {cut.id}"):
+        return Recording.from_bytes(_flac(cut), cut.recording.id), cut.move_to_memory(load_audio=False)
 
 
 def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
@@ -114,13 +125,23 @@ def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
                 line = {"audio_filepath": name, "duration": cut.duration, "shard_id": number, **_fields(cut)}
-                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+                manifest.write(_as_json(line, cut.id) + "\n")
     every = f"_OP_0..{shards - 1}_CL_"
     return {
         "type": "nemo_tarred",
         "manifest_filepath": f"{out_dir}/manifest_{every}.json",
         "tarred_audio_filepaths": f"{out_dir}/audio_{every}.tar",
     }
+
+
+def _as_json(line: dict[str, Any], cut_id: str) -> str:
+    try:
+        return json.dumps(line, ensure_ascii=False)
+    except TypeError as error:  # a recording or an array in a custom field
+        raise ValueError(
+            f"cut {cut_id} carries what a line of a NeMo manifest can't hold ({error}): export it as shar, or remove "
+            "the custom field"
+        ) from error
 
 
 def _flac(cut: MonoCut) -> bytes:

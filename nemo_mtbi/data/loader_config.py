@@ -9,7 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-OWN_KEYS = ("rows_per_cut",)
+from nemo_mtbi.io import sources
+
+OWN_KEYS = ("rows_per_cut", *sources.KEYS)
 IGNORED_KEYS = ("use_lhotse",)  # every NeMo data configuration has it
 SOURCE_KEYS = (
     "input_cfg",
@@ -29,6 +31,7 @@ SOURCE_KEYS = (
     "shuffle",
 )
 PATH_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "noise_path", "rir_path")
+_NO_LOCATIONS = ("tags",)  # texts that cuts get
 LOCATION_KEYS = ("input_cfg", "cuts_path", "shar_path", "manifest_filepath")
 
 # Where we differ from NeMo's defaults, if the user's configuration is silent.
@@ -151,8 +154,12 @@ def _check_seeds(given: Mapping[str, Any]) -> None:
         raise ValueError("concurrent_bucketing: true makes the order of the data random: remove it")
 
 
-def check_source(full) -> None:
-    """Checks that there is a source, and that each local path in it exists.
+def check_source(full, policy: sources.SourcePolicy) -> None:
+    """Checks that there is a source, that it is allowed, and that each local path in it exists.
+
+    Args:
+        full: NeMo's full configuration.
+        policy: what data may be read from.
 
     Raises:
         ValueError: names the key and the path.
@@ -162,12 +169,26 @@ def check_source(full) -> None:
     config = OmegaConf.to_container(full, resolve=True)
     if all(config[key] is None for key in LOCATION_KEYS):
         raise ValueError(f"no data: set one of {', '.join(LOCATION_KEYS)}")
+    _check_allowed(config, "", policy)
     _check_paths(config, "")
     if config["input_cfg"] is not None:
-        _check_group(config["input_cfg"], "input_cfg")
+        _check_group(config["input_cfg"], "input_cfg", policy)
 
 
-def _check_group(group: Any, where: str) -> None:
+def _check_allowed(value: Any, key: str, policy: sources.SourcePolicy) -> None:
+    """Refuses locations in a configuration that its user did not allow, at any depth."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in _NO_LOCATIONS:
+                _check_allowed(item, f"{key}.{name}" if key else str(name), policy)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for number, item in enumerate(value):
+            _check_allowed(item, f"{key}[{number}]", policy)
+    elif isinstance(value, (str, Path)):
+        policy.check(str(value), f"{key}={value}")
+
+
+def _check_group(group: Any, where: str, policy: sources.SourcePolicy) -> None:
     """Checks the entries of an ``input_cfg``, and of the groups in it."""
     from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
     from omegaconf import OmegaConf
@@ -177,6 +198,7 @@ def _check_group(group: Any, where: str) -> None:
         if _is_remote(str(group)):
             return
         where, group = f"{where} ({group})", OmegaConf.to_container(OmegaConf.load(group), resolve=True)
+        _check_allowed(group, where, policy)
     if not isinstance(group, list) or not group:
         raise ValueError(f"{where} must be a list of sources, got {group!r}")
     weighted = [isinstance(entry, Mapping) and entry.get("weight") is not None for entry in group]
@@ -192,7 +214,7 @@ def _check_group(group: Any, where: str) -> None:
             raise ValueError(f"{place}.shard_seed is not supported: remove it, it follows from seed")
         _check_paths(entry, f"{place}.")
         if kind == "group":
-            _check_group(entry.get("input_cfg"), f"{place}.input_cfg")
+            _check_group(entry.get("input_cfg"), f"{place}.input_cfg", policy)
 
 
 def _check_paths(config: Mapping[str, Any], prefix: str) -> None:
@@ -214,7 +236,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:") or path == "-"
+    return sources.kind_of(path) != "local" or path == "-"
 
 
 def _check_path(key: str, pattern: str) -> None:

@@ -11,19 +11,30 @@ from typing import Any
 from lhotse import CutSet, MonoCut, RecordingSet, SupervisionSet
 from lhotse.utils import fastcopy
 
+from nemo_mtbi.data.entries import BadEntryError
+from nemo_mtbi.data.gate import GatedCuts, open_manifest
+from nemo_mtbi.data.manifest_lines import EntryFilter
+from nemo_mtbi.io.sources import FILES, ForbiddenSourceError, Reading, SourcePolicy
 
-def open_cuts(path: str | Path) -> tuple[CutSet, int]:
+
+def open_cuts(path: str | Path, policy: SourcePolicy = FILES, skip: bool = False) -> tuple[GatedCuts, int]:
     """The cuts of a manifest, read lazily, and how many there are.
 
+    Args:
+        path: of the manifest.
+        policy: what the cuts may be read from.
+        skip: leave entries out whose values are of a wrong type, and count them in ``left_out``.
+
     Raises:
-        ValueError: if there is no such file, or no cut in it.
+        ValueError: if there is no such file, no cut in it, or a cut is bad or not allowed.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file: give a manifest of cuts")
-    total = sum(1 for _ in CutSet.from_file(path) or ())
+    cuts = open_manifest(path, policy, skip, "leave it out with --on-bad-audio skip")
+    total = sum(1 for _ in cuts)
     if not total:
         raise ValueError(f"{path} holds no cuts")
-    return CutSet.from_file(path), total
+    return cuts, total
 
 
 def recipe_names() -> list[str]:
@@ -51,7 +62,8 @@ def cuts_of_recipe(name: str, corpus_dir: str | Path, options: Mapping[str, Any]
     if not Path(corpus_dir).is_dir():
         raise ValueError(f"{corpus_dir} is no folder: give the corpus as it was downloaded")
     try:
-        made = getattr(lhotse.recipes, f"prepare_{name}")(corpus_dir, **options)
+        with Reading(FILES, f"the corpus {corpus_dir}"):
+            made = getattr(lhotse.recipes, f"prepare_{name}")(corpus_dir, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"Lhotse's recipe {name} refuses: {error}") from error
     parts = dict(_parts(made))
@@ -81,7 +93,7 @@ def in_order(cuts: CutSet) -> CutSet:
     return CutSet.from_cuts(sorted(named, key=lambda cut: cut.id))
 
 
-def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text") -> CutSet:
+def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text", policy: SourcePolicy = FILES) -> CutSet:
     """The entries of NeMo manifests (JSON lines), with absolute paths and without audio.
 
     They are named after their files, as transcripts and word times elsewhere name them; parts of a longer file by
@@ -95,8 +107,12 @@ def cuts_of_manifests(paths: Sequence[str | Path], text_field: str = "text") -> 
     found: dict[str, MonoCut] = {}
     places: set[tuple] = set()
     for path in paths:
+        lines = EntryFilter(remedy="leave the line out", text_keys=(text_field,), kinds={str(path): "nemo"})
         try:
-            entries = list(LazyNeMoIterator(str(path), text_field=text_field, metadata_only=False, shard_seed=0))
+            reader = LazyNeMoIterator(str(path), text_field=text_field, metadata_only=False, shard_seed=0)
+            entries = list(GatedCuts(reader, policy, lines))
+        except (BadEntryError, ForbiddenSourceError):  # it names its line
+            raise
         except Exception as error:  # NeMo's reader has its own kinds for a file that is not what it is said to be
             raise ValueError(f"{path} can't be read as a NeMo manifest: {type(error).__name__}: {error}") from error
         for cut in entries:

@@ -29,6 +29,8 @@ from lhotse.serialization import deserialize_item, load_jsonl
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.gate import GatedCuts
+from nemo_mtbi.data.manifest_lines import EntryFilter
 from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
 from nemo_mtbi.data.target_shards import (
     FORMAT,
@@ -42,11 +44,14 @@ from nemo_mtbi.data.target_shards import (
     write_shard,
 )
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.io.sources import EVERYTHING
 
 __all__ = ["TargetPlan", "generate_targets", "read_targets"]
 
 logger = logging.getLogger(__name__)
 
+BAD_ENTRY = "skipped_bad_"  # before the reason, in counts
+LEAVE_OUT = "set on_missing_text=skip to leave it out"
 _OWN_KEYS = ("chat", "decoding", "plan", "pool")
 
 # A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
@@ -82,12 +87,13 @@ def generate_targets(
         provenance: JSON values that say which LLM this is: ``llm`` (its hash) and what else the user wants to keep.
         plan: what is asked.
         shard_size: cuts in a shard.
-        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript or with values of a wrong type.
         overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
         rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
         progress: show a bar.
         counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
-            ``skipped_no_text``, ``reused_shards``, ``reused_batches``, ``replaced`` (by ``overwrite``) added.
+            ``skipped_no_text``, ``skipped_bad_`` and a reason, ``reused_shards``, ``reused_batches``, ``replaced`` (by
+            ``overwrite``) added.
 
     Raises:
         ValueError: if an argument or a cut is not legal.
@@ -97,6 +103,8 @@ def generate_targets(
     _check_arguments(shard_size, on_missing_text, rank, world_size)
     behaviors_from = _behaviors_from(provenance, plan, pool, chat)
     cuts = list(cuts) if iter(cuts) is cuts else cuts
+    if not isinstance(cuts, GatedCuts):
+        cuts = GatedCuts(cuts, EVERYTHING, EntryFilter(on_missing_text == "skip", LEAVE_OUT), restart=True)
     total = _survey(cuts, on_missing_text, counts)
     num_shards = -(-total // shard_size)
     out_dir = Path(out_dir)
@@ -110,7 +118,8 @@ def generate_targets(
             if number in own:
                 paths.append(maker.make(number, shard))
     write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
-    level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
+    left_out = counts["dropped_empty"] + sum(count for key, count in counts.items() if key.startswith("skipped"))
+    level = logging.WARNING if left_out else logging.INFO
     logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
     return paths
 
@@ -146,7 +155,7 @@ def _behaviors_from(provenance: dict, plan: TargetPlan, pool: TaskPool, chat: Ch
         raise ValueError(f"provenance must hold JSON values only: {err}") from err
 
 
-def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
+def _survey(cuts: GatedCuts, on_missing_text: str, counts: Counter) -> int:
     """Counts the usable cuts; finds what would stop the run before the LLM has worked for hours."""
     total, missing = 0, []
     for cut in cuts:
@@ -163,6 +172,7 @@ def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
     if not total:
         raise ValueError(f"no cut to make targets for: {len(missing)} cuts have no transcript and there are no others")
     counts["skipped_no_text"] += len(missing)
+    counts.update({BAD_ENTRY + reason: count for reason, count in cuts.left_out.items()})
     return total
 
 

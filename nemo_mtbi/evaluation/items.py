@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -18,12 +17,14 @@ from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.dataset import BadAudioError, load_samples
 from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.abstention import is_empty, is_refusal
 from nemo_mtbi.evaluation.benchmark import crossed_questions
 from nemo_mtbi.evaluation.metrics import Metric, metric, task_metric
 from nemo_mtbi.evaluation.tally import mean
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.io.sources import FILES, SourcePolicy
 
 BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
 
@@ -53,11 +54,13 @@ class Clip:
         id: Unique in its set.
         audio: A cut, or the path of an audio file.
         transcript: What is said, for text systems; None where nobody wrote it down.
+        policy: What the audio of a cut may be read from.
     """
 
     id: str
     audio: Cut | Path
     transcript: str | None
+    policy: SourcePolicy = FILES
 
     @property
     def identity(self) -> list[Any]:
@@ -181,6 +184,8 @@ def from_cuts(
     wordings: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    policy: SourcePolicy = FILES,
+    leave_out: bool = False,
 ) -> EvalSet:
     """A set of cuts under a task pool: every task, under the same wordings for all cuts.
 
@@ -193,15 +198,19 @@ def from_cuts(
         wordings: How many wordings of each task and group; None: all.
         seed: Of the wordings.
         limit: Only the first cuts by id; None: all.
+        policy: What the cuts may be read from.
+        leave_out: Leave out and count entries with values of a wrong type; otherwise the first is an error.
 
     Raises:
-        ValueError: the manifest is missing or empty, or a reference is not one of its task's.
+        ValueError: the manifest is missing or empty, an entry is bad or not allowed, or a reference is not one of its
+            task's.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"sets.{name}.cuts={path} does not exist: give a Lhotse cut manifest")
-    cuts = sorted(CutSet.from_file(path), key=lambda cut: cut.id)[:limit]
-    clips = [Clip(cut.id, cut, transcript(cut) or None) for cut in cuts]
+    source = open_manifest(path, policy, leave_out, "set on_bad_audio: abstain to leave it out")
+    cuts = sorted(source, key=lambda cut: cut.id)[:limit]
+    clips = [Clip(cut.id, cut, transcript(cut) or None, policy) for cut in cuts]
     references = [custom_value(cut, "references") or {} for cut in cuts]
     items = []
     for row in crossed_questions(cuts, pool, wordings, seed):
@@ -215,7 +224,8 @@ def from_cuts(
         notes.append(
             f"{missing} of {len(items)} questions have no right answer to compare with: no score, only behavior"
         )
-    return EvalSet(name, clips, items, notes=notes)
+    left_out = {f"of entries that can't be used ({reason})": count for reason, count in source.left_out.items()}
+    return EvalSet(name, clips, items, left_out, notes)
 
 
 def check_references(chosen: EvalSet) -> None:
@@ -234,6 +244,8 @@ def check_references(chosen: EvalSet) -> None:
 def load_clip(clip: Clip, frames: FrameCounter) -> Tensor | BadAudioError:
     """Mono ``[n]`` samples at the encoder's rate, whatever rate the audio has; or why there are none."""
     try:
-        return load_audio(clip.audio, frames) if isinstance(clip.audio, Path) else load_samples(clip.audio, frames)
+        if isinstance(clip.audio, Path):
+            return load_audio(clip.audio, frames)
+        return load_samples(clip.audio, frames, clip.policy)
     except BadAudioError as error:
         return error

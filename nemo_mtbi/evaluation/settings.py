@@ -14,6 +14,7 @@ from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
+from nemo_mtbi.io.sources import SourcePolicy
 from nemo_mtbi.schema import read_section
 
 KINDS = ("speech", "cascade", "text")
@@ -107,7 +108,10 @@ class EvalConfig:
         cache_gib: memory for encoded utterances, which are then not encoded again for each task.
         kl_utterances: utterances of each set, by id, that the KL divergence from the text is measured on: two forward
             passes for each answer. ``null``: all; 0: none.
-        on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing.
+        on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing. Entries of a
+            manifest with values of a wrong type are then left out, and counted.
+        allow_remote, allow_commands: what cuts may be read from beside files
+            (:class:`~nemo_mtbi.io.sources.SourcePolicy`).
         resamples: of bootstrap and permutation tests.
         seed: of their draws.
         examples: answers side by side in the report, for each set.
@@ -128,6 +132,8 @@ class EvalConfig:
     cache_gib: float = 2.0
     kl_utterances: int | None = None
     on_bad_audio: str = "raise"
+    allow_remote: bool = False
+    allow_commands: bool = False
     resamples: int = 2000
     seed: int = 0
     examples: int = 6
@@ -237,10 +243,12 @@ def read_sets(config: EvalConfig) -> list[EvalSet]:
     Raises:
         ValueError: a set names both or neither of ``cuts`` and ``format``, or its files are missing or malformed.
     """
-    return [_read_set(name, settings) for name, settings in config.sets.items()]
+    policy = SourcePolicy(config.allow_remote, config.allow_commands)
+    leave_out = config.on_bad_audio == "abstain"
+    return [_read_set(name, settings, policy, leave_out) for name, settings in config.sets.items()]
 
 
-def _read_set(name: str, settings: SetConfig) -> EvalSet:
+def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: bool) -> EvalSet:
     where = f"sets.{name}"
     if (settings.cuts is None) == (settings.format is None):
         raise ValueError(f"{where}: set cuts (with tasks), or format and path")
@@ -249,7 +257,8 @@ def _read_set(name: str, settings: SetConfig) -> EvalSet:
 
         pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
         pool = pool if settings.only is None else pool.subset(settings.only)
-        found = from_cuts(name, settings.cuts, pool, settings.wordings, settings.seed, settings.limit)
+        drawn = (settings.wordings, settings.seed, settings.limit)
+        found = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
     else:
         if settings.format not in FORMATS or settings.path is None:
             raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, and path its file")

@@ -9,11 +9,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from lhotse import Recording
+from lhotse.cut import Cut
 from scipy.signal import resample_poly
 from torch import Tensor
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, check_samples, in_one_line, load_samples
 from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.io.sources import FILES, Reading
+
+
+def open_audio(path: str | Path) -> Cut:
+    """The cut of an audio file; only its header is read, and no shell by its name.
+
+    Raises:
+        BadAudioError: if it can't be read.
+        ForbiddenSourceError: a ``ValueError``: Lhotse would give the name to a shell as a command.
+    """
+    with Reading(FILES, "the audio file"):
+        try:
+            return Recording.from_file(path).to_cut()
+        except LOADING_ERRORS as error:
+            raise BadAudioError("unreadable", f"{path} can't be read as audio: {in_one_line(error)}") from error
 
 
 def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sample_rate: int = 16000) -> Tensor:
@@ -28,13 +44,13 @@ def load_audio(audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sa
         BadAudioError: a ``ValueError`` that names the file and what is wrong with it.
     """
     if isinstance(audio, (str, Path)):
-        if not Path(audio).is_file():
-            raise BadAudioError("unreadable", f"there is no audio file {str(audio)!r}: check the path")
         try:
-            cut = Recording.from_file(audio).to_cut()
-        except LOADING_ERRORS as error:
-            raise BadAudioError("unreadable", f"{audio} can't be read as audio: {in_one_line(error)}") from error
-        return load_samples(cut, frames)
+            there = Path(audio).is_file()
+        except OSError as error:  # a name that is too long
+            raise BadAudioError("unreadable", f"{str(audio)[:200]!r} can't be read: {error.strerror}") from error
+        if not there:
+            raise BadAudioError("unreadable", f"there is no audio file {str(audio)!r}: check the path")
+        return load_samples(open_audio(audio), frames)
     samples = np.asarray(audio)
     if samples.dtype in (np.int16, np.int32):  # PCM as WAV files hold it
         samples = samples / np.iinfo(samples.dtype).max

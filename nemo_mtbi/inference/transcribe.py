@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, load_samples
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.io.sources import FILES, Reading
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.schema import read_section
 
@@ -350,7 +351,8 @@ def _open(utterance: Utterance) -> Cut:
     if not utterance.path.is_file():
         raise BadAudioError("unreadable", "there is no such file")
     try:
-        cut = Recording.from_file(utterance.path).to_cut()
+        with Reading(FILES, "the audio file"):
+            cut = Recording.from_file(utterance.path).to_cut()
         if utterance.offset is not None:
             cut = cut.truncate(offset=utterance.offset, duration=utterance.duration)
     except LOADING_ERRORS as error:

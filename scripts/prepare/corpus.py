@@ -39,6 +39,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="further argument of the recipe"
     )
     parser.add_argument("--text-field", default="text", metavar="KEY", help="of NeMo manifests (%(default)s)")
+    parser.add_argument("--allow-remote", action="store_true", help="cuts may be read from http(s), s3 and the like")
+    parser.add_argument("--allow-commands", action="store_true", help="cuts may run shell commands, as their source")
     return parser.parse_args(argv)
 
 
@@ -54,13 +56,15 @@ def prepare(arguments: argparse.Namespace) -> Counter:
     from nemo_mtbi.data.corpus import write_cuts
     from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe
     from nemo_mtbi.data.word_alignments import read_texts, read_times, with_texts, with_times
+    from nemo_mtbi.io.sources import SourcePolicy
 
     times = read_times(arguments.times) if arguments.times else None
     texts = read_texts(arguments.texts or ())
     if arguments.recipe == "manifest":
         if arguments.option:
             raise ValueError("--option is for recipes of Lhotse: leave it out with `manifest`")
-        parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field)}
+        policy = SourcePolicy(arguments.allow_remote, arguments.allow_commands)
+        parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field, policy)}
     else:
         if len(arguments.source) != 1:
             raise ValueError("a recipe takes one folder")

@@ -147,7 +147,7 @@ def test_bad_manifests_of_cuts(tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(SupervisionSegment("s", "r", 0.0, 1.0).to_dict()) + "\n")
     assert run(tmp_path, complete(), "--cuts", str(other)) == 1
-    assert "holds SupervisionSegments, not cuts" in capsys.readouterr().err
+    assert "holds a SupervisionSet, not cuts" in capsys.readouterr().err
 
 
 def test_overwrite(tmp_path, capsys):
