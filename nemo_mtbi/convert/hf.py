@@ -7,18 +7,18 @@ each process reads its own share straight from the files.
 
 from __future__ import annotations
 
-import json
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, weight_shapes
+from nemo_mtbi.io.text import read_json_object
+from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, check_layers, check_sizes, weight_shapes
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -82,11 +82,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) if Path(path).is_file() else Path(path) / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read ({error}): give a directory with a Hugging Face causal LLM") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
+        config = read_json_object(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: give a directory with a Hugging Face causal LLM") from error
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type is {family!r}; supported are {', '.join(FAMILIES)}")
     return config
 
@@ -117,8 +117,16 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
     if experts and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
         problems.append("some layers have no experts (decoder_sparse_step, mlp_only_layers): only all or none can")
     config = {**config, **experts}
-    missing = [key for key in (*_SIZES, *experts) if not isinstance(config.get(key), int)]
-    problems += [f"{key} is missing" for key in missing]
+    missing = [key for key in (*_SIZES, *experts) if type(config.get(key)) is not int or config[key] < 1]
+    problems += [f"{key} is missing" if config.get(key) is None else f"{key} is {config[key]!r}" for key in missing]
+    problems += [
+        f"{key} is {config[key]!r}"
+        for key in ("num_key_value_heads", "head_dim", "sliding_window")
+        if config.get(key) is not None and (type(config[key]) is not int or config[key] < 0)
+    ]
+    theta = rope.get("rope_theta", config.get("rope_theta", 1.0))
+    numbers = {"rope_theta": theta, "rms_norm_eps": config.get("rms_norm_eps", 1.0)}
+    problems += [f"{key} is {value!r}" for key, value in numbers.items() if not isinstance(value, (int, float))]
     if problems:
         raise ValueError(f"this {family} LLM can't be expressed here: {'; '.join(problems)}")
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -158,12 +166,19 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rotary positions: transformers 5 writes ``rope_parameters``, those before it ``rope_scaling``, or nothing."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{CONFIG} has {found!r} in rope_parameters or rope_scaling: it must hold keys and values")
+    return found
 
 
 def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:
     try:
-        return Llama3Scaling(**{name: rope[name] for name in Llama3Scaling.__dataclass_fields__})
+        found = {name: rope[name] for name in Llama3Scaling.__dataclass_fields__}
+        wrong = [name for name, value in found.items() if not isinstance(value, (int, float)) or not value > 0]
+        if wrong:
+            raise ValueError(f"the llama3 rope scaling has {found[wrong[0]]!r} in {wrong[0]}")
+        return Llama3Scaling(**found)
     except KeyError as error:
         raise ValueError(
             f"the llama3 rope scaling lacks {error}: it needs {', '.join(Llama3Scaling.__dataclass_fields__)}"
@@ -234,7 +249,11 @@ def weight_files(path: str | Path) -> list[Path]:
     if not index.exists():
         return [Path(path) / SINGLE]
     try:
-        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = read_json_object(index, limit=2**26)["weight_map"].values()
+        wrong = [name for name in names if not isinstance(name, str) or PurePath(name).name != name]
+        if wrong:
+            raise ValueError(f"it names {wrong[0]!r}, which is no file beside it")
+        return [index.parent / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} can't be read ({error}): copy it again") from error
 
@@ -256,6 +275,11 @@ class HFWeights:
         config = read_config(path)
         self.family, self.architecture = config["model_type"], architecture_of(config)
         self._files = dict(self._open())  # not mapped into memory: the pages would count as this process's
+        try:
+            check_sizes(self.architecture)
+            check_layers(self.architecture, len(self._files))
+        except ValueError as error:
+            raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {error}") from error
         self._shapes = weight_shapes(self.architecture)
         self._check()
 

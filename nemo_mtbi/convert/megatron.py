@@ -41,6 +41,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _THEIRS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
 _THEIRS_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_MOST = 10_000  # layers, and experts of a layer
 _EXPERTS = "mlp.experts.experts."
 _ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 # Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
@@ -120,13 +121,20 @@ class MegatronWeights:
                 continue
             found = {name: ()}
             if _STACKED.match(name):
-                found = {_STACKED.sub(f"decoder.layers.{n}.", name): (n,) for n in range(stored.size[0])}
+                layers = self._counted(stored.size[0], key)
+                found = {_STACKED.sub(f"decoder.layers.{n}.", name): (n,) for n in layers}
             for own, place in found.items():
                 if _EXPERTS not in own or _ONE_EXPERT.search(own):
                     yield canonical_name(_ONE_EXPERT.sub(r"mlp.experts.local_experts.\1.", own)), (key, place)
                     continue
-                for n in range(stored.size[len(place)]):
+                for n in self._counted(stored.size[len(place)], key):
                     yield own.replace(_EXPERTS, f"mlp.experts.local_experts.{n}."), (key, (*place, n))
+
+    def _counted(self, size: int, key: str) -> range:
+        """The layers or experts of a tensor; each takes memory, before one weight is read."""
+        if size > _MOST:
+            raise ValueError(f"{self.path} describes {size} layers or experts in {key}, more than {_MOST}")
+        return range(size)
 
     def names(self) -> Iterable[str]:
         return self._places.keys()

@@ -6,17 +6,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 from nemo_mtbi.data.chat import AUDIO, PROMPT, ChatFormat
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
+from nemo_mtbi.data.template_process import DATE
 
 ANSWER = "{answer}"
 _PLACES = {"after": (PROMPT, AUDIO), "before": (AUDIO, PROMPT)}
-# Some templates name today's date: a prompt must not change over night. This is the date of Llama 3.1's own.
-_DATE = datetime(2024, 7, 26)
-_FIXED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
+_FIXED: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y")}
 Render = Callable[[Sequence[dict[str, str]], bool], str]
 
 

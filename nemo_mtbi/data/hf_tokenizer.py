@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_mtbi.data.template_process import render_template
+
 # What ``save_pretrained`` and the hub write. Small files: the largest, tokenizer.json of Llama 3, has 17 MB.
 FILES = (
     "tokenizer.json",
@@ -91,9 +93,15 @@ class HFTokenizer:
             raise ValueError(
                 "the tokenizer has no chat template: name a prompt format, as in model.chat={format: llama3}"
             )
+        conversation = {"messages": list(messages), "add_generation_prompt": generation_prompt}
+        reserved = conversation.keys() & options.keys()
+        if reserved:
+            raise ValueError(f"the options of a chat template can't set {', '.join(sorted(reserved))}")
+        marks = {
+            name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)
+        }
+        variables = {"tools": None, "documents": None, **marks, **options, **conversation}
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **options
-            )
-        except Exception as error:  # whatever a template raises
+            return render_template(self.tokenizer.get_chat_template(), variables)
+        except (ValueError, TypeError) as error:  # whatever a template raises
             raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error

@@ -77,6 +77,35 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
     return value
 
 
+def read_json_object(path: str | Path, key: str = "", limit: int = 2**24) -> dict[str, Any]:
+    """Return the JSON object in a file that others have written.
+
+    Args:
+        path: of the file.
+        key: configuration key that named it, for messages.
+        limit: bytes that it may have.
+
+    Raises:
+        ValueError: as :func:`read_text`, or if it is larger, or not a JSON object.
+    """
+    named = f"{key}={path}" if key else str(path)
+    try:
+        size = Path(path).stat().st_size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{named} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if size > limit:
+        raise ValueError(f"{named} can't be read: it has {size} bytes, more than it can need")
+    try:
+        value = json.loads(read_text(path, key))
+    except RecursionError:
+        raise ValueError(f"{named} can't be read: it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{named} can't be read: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{named} can't be read: it is not a JSON object")
+    return value
+
+
 def is_writable_text(text: str) -> bool:
     """Return whether a text can be written as UTF-8: half a surrogate pair, or a name that is not UTF-8, can't."""
     try:

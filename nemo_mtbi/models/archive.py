@@ -34,6 +34,7 @@ from nemo_mtbi.models.embedded import (
     encoder_settings,
 )
 from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, LLM, Restored, check_trained, llm_shapes, restoring
+from nemo_mtbi.models.stored_config import DATA_KEYS, check_stored
 from nemo_mtbi.modules.architecture import weight_shapes
 from nemo_mtbi.modules.archive import (
     CONFIG,
@@ -56,7 +57,6 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy
 if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
-DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
 _PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (LLM_SETTINGS, LLM_WEIGHTS)}
 _KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS}
 
@@ -270,7 +270,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
     """
     conf = file.settings(CONFIG)
     # NeMo would build whatever class the archive names
-    if conf.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
+    if str(conf.get("target")) not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
         raise ValueError(f"{file.path} can't be restored: it holds a {conf.get('target')}, no MTBI model")
     version = conf.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
@@ -295,7 +295,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
     if not isinstance(prints, dict) or {*INSIDE} != {*prints} or not all(type(v) is str for v in prints.values()):
         raise ArchiveError("it has no fingerprints of encoder and LLM")
     conf["format_version"] = FORMAT_VERSION
-    return OmegaConf.create(conf)
+    return OmegaConf.create(check_stored(conf))
 
 
 def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConfig:

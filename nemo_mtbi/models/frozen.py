@@ -52,6 +52,7 @@ LLM = "speech_llm.llm."  # weights of the LLM that train; a full .nemo has them 
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 _BESIDE = "{'encoder': {'beside': {'path': its path}}}"
+_FEW_LAYERS = 64  # of a connector, which are built before they are compared
 _TEXT_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
 
 
@@ -263,7 +264,7 @@ class FrozenParts:
             return
         then = read_yaml(self._restored.file.read(LLM_SETTINGS, _TEXT_LIMIT), LLM_SETTINGS).get("chat")
         now = {"turn": list(chat.turn), "end": chat.end}
-        if "more" in (then or {}):  # an archive of before knows single turns
+        if isinstance(then, dict) and "more" in then:  # an archive of before knows single turns
             now["more"] = list(chat.more)
         if then == now:
             return
@@ -283,17 +284,28 @@ class FrozenParts:
         """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
         if self._restored is None:
             return
+        found = self._restored.file.tensors(WEIGHTS).shapes
+        if self._config.connector.layers > max(
+            len(found), _FEW_LAYERS
+        ):  # each takes time to build, however small it is
+            raise ValueError(
+                f"model.connector.layers is {self._config.connector.layers}, more than {self._restored.file.path} has"
+            )
         try:
             with torch.device("meta"):
                 connector = build_connector(
                     self._config.connector, shape.size, architecture.hidden_size, shape.frame_rate
                 )
-        except RuntimeError as error:  # more numbers than can be counted
+        except (
+            RuntimeError,
+            TypeError,
+            ZeroDivisionError,
+            OverflowError,
+        ) as error:  # more numbers than can be counted
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
         expected |= {ENCODER + name: size for name, size in heard.items()}
         expected |= llm_shapes(architecture, self._config, inside="llm" in self.embedded)
-        found = self._restored.file.tensors(WEIGHTS).shapes
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
 
 

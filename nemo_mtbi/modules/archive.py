@@ -17,18 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from nemo_mtbi.modules.settings import TEXT_LIMIT, read_yaml
 from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, file_size, write_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.safetensors"
-TEXT_LIMIT = 2**18  # bytes of a configuration; those of ours have a few thousand
 _HEADER_LIMIT = 2**20  # bytes of one header of a tar file, with its long names
 _MAX_MEMBERS = 10_000
-_MAX_DEPTH = 50  # of settings within settings
 
 
 # ------------------------------------------------------------------------------------------------------------ headers
@@ -196,49 +192,6 @@ class NemoFile:
 
     def __exit__(self, *unused) -> None:
         self.close()
-
-
-def read_yaml(content: bytes, name: str) -> dict[str, Any]:
-    """Keys and values of a YAML text from an archive.
-
-    Raises:
-        ArchiveError: if there is anything else in it: references within the text, which can unfold to gigabytes, or
-            ``${...}``, which would read this machine's environment.
-    """
-    try:
-        text = content.decode()
-        _check_tokens(text, name)
-        if "${" in text:
-            raise ArchiveError(f"{name} refers to values outside of it")
-        values = OmegaConf.to_container(OmegaConf.create(text))
-    except ArchiveError:
-        raise
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ArchiveError(f"{name} is no YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise ArchiveError(f"{name} holds no keys and values")
-    return values
-
-
-def _check_tokens(text: str, name: str) -> None:
-    """Refuses what takes a parser of YAML more time and memory than the text is long."""
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        opened = isinstance(
-            token,
-            (
-                yaml.FlowSequenceStartToken,
-                yaml.FlowMappingStartToken,
-                yaml.BlockSequenceStartToken,
-                yaml.BlockMappingStartToken,
-            ),
-        )
-        depth += opened
-        depth -= isinstance(token, (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken))
-        if depth > _MAX_DEPTH:
-            raise ArchiveError(f"{name} is nested too deep")
-        if isinstance(token, yaml.AliasToken):
-            raise ArchiveError(f"{name} refers to parts of itself")
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

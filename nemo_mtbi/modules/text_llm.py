@@ -25,7 +25,8 @@ from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig, chat_format
 from nemo_mtbi.data.hf_tokenizer import FILES as HF_TOKENIZER
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
-from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.modules.architecture import DecoderConfig, check_sizes
+from nemo_mtbi.modules.settings import read_yaml
 from nemo_mtbi.modules.weights import SafetensorsWeights, WeightSource
 
 SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
@@ -114,6 +115,13 @@ class TextLLMDirectory(ABC):
     def _read_tokenizer(self) -> Any:
         return HFTokenizer(self.path)
 
+    def _checked(self, architecture: DecoderConfig) -> DecoderConfig:
+        try:
+            check_sizes(architecture)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return architecture
+
 
 def file_digest(path: Path) -> str:
     """Hash of a file that may be larger than memory."""
@@ -170,10 +178,11 @@ class OwnDirectory(TextLLMDirectory):
     def _settings(self) -> Mapping[str, Any]:
         file = self.path / SETTINGS
         try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = file.read_bytes()
+            settings = read_yaml(content, SETTINGS) if content.strip() else {}
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file} can't be read: {error}") from error
-        version = settings.get("format_version") if isinstance(settings, dict) else None
+        version = settings.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{file} has format_version {version}; this version reads {FORMAT_VERSION}")
         return settings
@@ -181,9 +190,10 @@ class OwnDirectory(TextLLMDirectory):
     @cached_property
     def architecture(self) -> DecoderConfig:
         try:
-            return DecoderConfig(**self._settings["architecture"])
+            found = DecoderConfig(**self._settings["architecture"])
         except (KeyError, TypeError) as error:
             raise self._refusal(error) from error
+        return self._checked(found)
 
     def _refusal(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
@@ -228,7 +238,7 @@ class HFDirectory(TextLLMDirectory):
 
     @cached_property
     def architecture(self) -> DecoderConfig:
-        return architecture_of(read_config(self.path))
+        return self._checked(architecture_of(read_config(self.path)))
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
         try:
