@@ -39,6 +39,7 @@ setup(
         "librosa",
         "filelock",
         "pyyaml",
+        "braceexpand",  # names of shards, as NeMo reads them
         "rich",
         "jiwer",
         "sacrebleu>=2",

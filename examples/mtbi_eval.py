@@ -12,7 +12,13 @@ from pathlib import Path
 from nemo_mtbi.cli import hydra_main
 
 
-@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf")
+def schema():
+    from nemo_mtbi.evaluation.settings import EvalConfig
+
+    return EvalConfig
+
+
+@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
 def main(cfg):
     from nemo_mtbi.evaluation.settings import parse_eval_config
 

@@ -21,12 +21,13 @@ from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
-from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
+from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets, written_files
 from nemo_mtbi.data.targets import generate_targets
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
+from nemo_mtbi.io.paths import named_files, refuse_overwriting
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.recipe import load_pool, text_responder
@@ -144,6 +145,18 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
         raise ValueError("rank and world_size belong together: set both, or leave both out under torchrun")
     config.target_plan()
     return config
+
+
+def spare_inputs(config: GenerateTargetsConfig) -> None:
+    """Refuse an ``output_dir`` where the run would replace or delete what it reads.
+
+    Raises:
+        ValueError: names the file and the key that it is read by.
+    """
+    folder = Path(config.output_dir).expanduser()
+    inputs = {key: list(named_files(getattr(config, key))) for key in LOCATION_KEYS}
+    inputs |= {key: [name] for key in ("tasks", "pretrained_llm") if (name := getattr(config, key)) != "demo"}
+    refuse_overwriting(inputs, {"output_dir": [*written_files(folder), folder / SHAR_CONFIG]})
 
 
 # ------------------------------------------------------------------------------------------------ what is read
@@ -283,6 +296,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     config = parse_generate_config(cfg)
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
+    spare_inputs(config)
     groups.initialize(config.layout)
     share, source = config.share(), open_source(config)  # before an LLM is loaded
     loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)
@@ -318,9 +332,6 @@ def _make(
     folder, (rank, world_size), shard_size = Path(config.output_dir).expanduser(), share, config.shard_size
     if config.shar_path is not None:
         shard_size = shar_shard_size(shar_fields(config.shar_path)["cuts"])
-    if config.overwrite:  # until it is written anew nobody trains on what is about to be replaced
-        for name in (JOINED, SHAR_CONFIG):
-            (folder / name).unlink(missing_ok=True)
     counts: Counter = Counter()
     shards = generate_targets(
         cuts,
@@ -329,6 +340,7 @@ def _make(
         shard_size=shard_size,
         on_missing_text=config.on_missing_text,
         overwrite=config.overwrite,
+        outdated=[folder / JOINED, folder / SHAR_CONFIG],  # nobody trains on what is about to be replaced
         rank=rank,
         world_size=world_size,
         progress=progress and rank == 0,

@@ -38,6 +38,7 @@ from nemo_mtbi.plan import make_plan
 from nemo_mtbi.plan_report import show_plan
 from nemo_mtbi.progress import progress_callbacks
 from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.run_folder import spare_inputs
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
@@ -109,6 +110,7 @@ def train(cfg: DictConfig) -> Path | None:
 
 def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, benchmark) -> Path | None:
     started = time.monotonic()
+    spare_inputs(OmegaConf.to_container(cfg))
     pool, watch = load_pool(benchmark.tasks), Stopwatch()
     stop = StopOnSignal(lambda: trainer.lightning_module.agreed_to_stop)
     bar = cfg.trainer.get("enable_progress_bar") is not False

@@ -49,13 +49,17 @@ def align(arguments: argparse.Namespace) -> dict:
     import torch
     from rich.console import Console
 
-    from nemo_mtbi.alignment.corpus import AlignConfig, align_corpus
+    from nemo_mtbi.alignment.corpus import REPORT_FILE, SETTINGS_FILE, SOUNDS_FILE, AlignConfig, align_corpus
     from nemo_mtbi.alignment.ctc import CTCModel
     from nemo_mtbi.data.prepare import open_cuts
-    from nemo_mtbi.data.target_shards import join_shards
+    from nemo_mtbi.data.target_shards import join_shards, own_share, written_files
+    from nemo_mtbi.io.paths import refuse_overwriting
     from nemo_mtbi.modules.pretrained import resolve
     from nemo_mtbi.modules.text_llm import file_digest
 
+    settings = [arguments.out / name for name in (SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE)]
+    inputs = {"--cuts": [arguments.cuts], "--asr": [] if arguments.asr == "demo" else [arguments.asr]}
+    refuse_overwriting(inputs, {"--out": [*written_files(arguments.out), *settings]})
     names = ("min_score", "learn_from", "seed", "batch_seconds", "shard_size", "on_bad_audio")
     config = AlignConfig(**{name: getattr(arguments, name) for name in names})
     cuts, total = open_cuts(arguments.cuts)
@@ -64,16 +68,19 @@ def align(arguments: argparse.Namespace) -> dict:
     ctc = CTCModel.load(arguments.asr)
     ctc.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     console = Console(stderr=True)
-    report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
-    return {**report.as_dict(), "cuts": str(join_shards(arguments.out))}
+    with own_share(arguments.out, "--out"):
+        report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
+        return {**report.as_dict(), "cuts": str(join_shards(arguments.out))}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         report = align(arguments)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (ValueError, RuntimeError) as err:
+        from nemo_mtbi.io.display import printable
+
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=1))
     return 0

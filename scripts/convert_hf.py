@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,27 +56,34 @@ def size_of(source) -> int:
     return sum(math.prod(source.shape(name)) * size for name, size in first.items())
 
 
+def spare_the_source(arguments: argparse.Namespace) -> None:
+    """Refuse a new folder whose making would replace what is read."""
+    from nemo_mtbi.io.paths import refuse_overwriting
+
+    out, config = arguments.out, getattr(arguments, "config", None)
+    source = sorted(arguments.source.iterdir()) if arguments.source.is_dir() else []  # a new folder in it is legal
+    inputs = {"source": source, "--config": [config] if config else []}
+    refuse_overwriting(inputs, {"out": [out, out.with_name(f"{out.name}.partial")]})
+
+
 def to_megatron(arguments: argparse.Namespace) -> None:
     from nemo_mtbi.convert.megatron import write_megatron
     from nemo_mtbi.data.chat_template import ChatConfig
+    from nemo_mtbi.durable import building
     from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory
 
     found = HFDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
-    if arguments.out.exists():
-        raise ValueError(f"{arguments.out} is there: give a new folder")
+    spare_the_source(arguments)
     config = ChatConfig(format=arguments.chat_format, system=arguments.system)
     source, chat = found.weights(), found.chat(config)
-    staging = arguments.out.with_name(f"{arguments.out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    with progress(size_of(source)) as advance:
-        sizes, shard = found.architecture, int(arguments.shard_gb * 10**9)
-        write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
-    for name, content in found.texts(chat).items():
-        (staging / name).write_bytes(content)
-    staging.rename(arguments.out)
+    with building(arguments.out) as staging:
+        with progress(size_of(source)) as advance:
+            sizes, shard = found.architecture, int(arguments.shard_gb * 10**9)
+            write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
+        for name, content in found.texts(chat).items():
+            (staging / name).write_bytes(content)
     print(f"train with model.pretrained_llm={arguments.out}")
 
 
@@ -93,6 +99,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     config = read_config(file)
     if architecture_of(config) != found.architecture:
         raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
+    spare_the_source(arguments)
     others = [arguments.source / name for name in TOKENIZER_FILES if name != CONFIG]
     source = found.weights()
     with progress(size_of(source)) as advance:
@@ -112,8 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         {"to-megatron": to_megatron, "to-hf": to_hf}[arguments.command](arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        from nemo_mtbi.io.display import printable
+
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -191,24 +191,30 @@ def import_targets(arguments: argparse.Namespace) -> Counter:
     from lhotse import CutSet
 
     from nemo_mtbi.data import target_shards
+    from nemo_mtbi.io.paths import refuse_overwriting
 
     counts: Counter = Counter()
     targets = load_targets(arguments.targets, counts)
     if not arguments.cuts.is_file():
         raise ValueError(f"{arguments.cuts} is not a file: give a manifest of cuts")
+    refuse_overwriting(
+        {"--cuts": [arguments.cuts], "--targets": arguments.targets},
+        {"--out": target_shards.written_files(arguments.out)},
+    )
     cuts = CutSet.from_file(arguments.cuts)
     total = survey(cuts, targets, arguments, counts)
     behaviors_from = {"llm": arguments.llm, "chat": arguments.chat, "decoding": arguments.decoding}
-    clear(arguments.out, arguments.overwrite)
-    joined = (
-        target_shards.with_behaviors(cut, targets[cut.id], behaviors_from) for cut in cuts if targets.get(cut.id)
-    )
-    for number, shard in enumerate(target_shards.split_into_shards(joined, arguments.shard_size)):
-        target_shards.write_shard(target_shards.shard_path(arguments.out, number), shard)
-        counts["shards"] += 1
-        counts["cuts"] += len(shard)
-        counts["rows"] += sum(len(targets[cut.id]) for cut in shard)
-    target_shards.write_index(arguments.out, shards=counts["shards"], cuts=total, behaviors_from=behaviors_from)
+    with target_shards.own_share(arguments.out, "--out"):
+        clear(arguments.out, arguments.overwrite)
+        joined = (
+            target_shards.with_behaviors(cut, targets[cut.id], behaviors_from) for cut in cuts if targets.get(cut.id)
+        )
+        for number, shard in enumerate(target_shards.split_into_shards(joined, arguments.shard_size)):
+            target_shards.write_shard(target_shards.shard_path(arguments.out, number), shard)
+            counts["shards"] += 1
+            counts["cuts"] += len(shard)
+            counts["rows"] += sum(len(targets[cut.id]) for cut in shard)
+        target_shards.write_index(arguments.out, shards=counts["shards"], cuts=total, behaviors_from=behaviors_from)
     return counts
 
 
@@ -216,8 +222,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         counts = import_targets(arguments)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (ValueError, RuntimeError) as err:
+        from nemo_mtbi.io.display import printable
+
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(
         f"{counts['cuts']} cuts with {counts['rows']} rows in {counts['shards']} shards in {arguments.out}\n"

@@ -187,6 +187,14 @@ def test_files_that_are_no_utterance(model, section, kind):
     assert error.value.reason in (BAD_AUDIO[kind][1], "empty")
 
 
+def test_a_file_of_hours_is_refused_before_it_is_read(model, tmp_path, monkeypatch):
+    with soundfile.SoundFile(tmp_path / "hours.wav", "w", RATE, 1) as file:
+        for _ in range(3 * 60):
+            file.write(np.zeros(60 * RATE, np.int16))
+    monkeypatch.setattr("lhotse.cut.MonoCut.load_audio", lambda *a, **k: pytest.fail("it was read"))
+    says("hours.wav has 10800 s, but the LLM takes", lambda: model.generate([tmp_path / "hours.wav"], "say it"))
+
+
 # Configuration ------------------------------------------------------------
 
 SECTIONS = {"name": "run", "seed": 0, "trainer": {}, "exp_manager": {}}

@@ -27,7 +27,7 @@ from nemo_mtbi.data.target_shards import shard_path, split_into_shards, write_sh
 from nemo_mtbi.durable import replacing
 
 _DECISIVE = ("min_score", "learn_from", "seed", "shard_size")  # the others may change from run to run
-SOUNDS_FILE, REPORT_FILE = "sounds.safetensors", "alignment.json"
+SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE = "settings.json", "sounds.safetensors", "alignment.json"
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def align_corpus(
 
 
 def _check_settings(folder: Path, settings: Mapping) -> None:
-    path = folder / "settings.json"
+    path = folder / SETTINGS_FILE
     if not path.is_file():
         _write_json(path, settings)
     found = json.loads(path.read_text())

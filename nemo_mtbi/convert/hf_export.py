@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_mtbi.convert.hf import INDEX, SINGLE, segments, theirs_of
+from nemo_mtbi.durable import building
 from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.weights import WeightSource
 
@@ -68,23 +69,17 @@ def write_hf(
     Raises:
         ValueError: if the folder is there.
     """
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there: give a new folder")
-    staging = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    for file in others:
-        shutil.copyfile(file, staging / file.name)
-    shards: list[list[str]] = []
-    total = 0
-    for tensors in _shards(source, rows_of_theirs(source, architecture, family), shard_bytes, progress):
-        save_file(tensors, staging / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(tensors))
-        total += sum(value.nbytes for value in tensors.values())
-        del tensors
-    _name(staging, shards, total)
-    staging.rename(path)
+    with building(Path(path)) as staging:
+        for file in others:
+            shutil.copyfile(file, staging / file.name)
+        shards: list[list[str]] = []
+        total = 0
+        for tensors in _shards(source, rows_of_theirs(source, architecture, family), shard_bytes, progress):
+            save_file(tensors, staging / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            shards.append(list(tensors))
+            total += sum(value.nbytes for value in tensors.values())
+            del tensors
+        _name(staging, shards, total)
 
 
 def _shards(

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, product
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_mtbi.durable import building
 from nemo_mtbi.modules.weights import VOCABULARY, WeightSource, canonical_name
 from nemo_mtbi.parallel.checkpoint.metadata import unpickle_metadata
 
@@ -215,12 +215,6 @@ def write_megatron(
     Raises:
         ValueError: if the folder is there.
     """
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there: give a new folder")
-    staging = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
     read, plans, filled = {}, [[]], 0
     for name in sorted(source.names()):
         item, size = _write_item(name, source, layers, experts)
@@ -236,15 +230,15 @@ def write_megatron(
         index = MetadataIndex(key)
         plans[-1].append(WriteItem(index, WriteItemType.BYTE_IO))
         read[index] = _no_state
-    planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
-    writer.set_up_storage_writer(True)
-    local = [SavePlan(items) for items in plans]
-    local, metadata = planner.create_global_plan(local)
-    plans = writer.prepare_global_plan(local)  # a file for each, as if processes had shared the work
-    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
-    torch.save({}, staging / "common.pt")
-    (staging / "metadata.json").write_text(json.dumps(_BACKENDS))
-    staging.rename(path)
+    with building(Path(path)) as staging:
+        planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
+        writer.set_up_storage_writer(True)
+        local = [SavePlan(items) for items in plans]
+        local, metadata = planner.create_global_plan(local)
+        plans = writer.prepare_global_plan(local)  # a file for each, as if processes had shared the work
+        writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+        torch.save({}, staging / "common.pt")
+        (staging / "metadata.json").write_text(json.dumps(_BACKENDS))
 
 
 def _states(layers: int, experts: int | None) -> Iterable[str]:

@@ -22,6 +22,7 @@ from lhotse.utils import fastcopy
 from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import split_into_shards
+from nemo_mtbi.io.locks import exclusive
 
 FORMATS = ("shar", "tarred")
 
@@ -49,18 +50,22 @@ def export(
 
     Raises:
         ValueError: unknown form, a folder that is not empty, no cuts, or one that is no single utterance.
+        RuntimeError: another run writes into the folder.
     """
     out_dir = Path(out_dir).absolute()
     if form not in FORMATS:
         raise ValueError(f"the form is {form!r}; it must be {' or '.join(FORMATS)}")
     if shard_size < 1:
         raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is a file: give a folder")
     if out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
     check_policy(on_bad_audio)
     out_dir.mkdir(parents=True, exist_ok=True)
     whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts)
-    entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
+    with exclusive(out_dir, "--out", out_dir / "export"):
+        entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
     if not any(out_dir.iterdir()):
         raise ValueError("there are no cuts to write")
     return entry

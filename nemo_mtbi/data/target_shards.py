@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lhotse.serialization import deserialize_item, load_jsonl
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
 from nemo_mtbi.data.corpus import write_cuts
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.locks import exclusive
 
 INDEX_FILE = "targets.json"
 JOINED = "cuts.jsonl.gz"  # all shards in one file, which NeMo's cuts_path takes
@@ -25,6 +27,21 @@ FORMAT = 1  # of the index and of the partial file
 
 def shard_path(out_dir: str | Path, number: int) -> Path:
     return Path(out_dir) / f"cuts-{number:05d}.jsonl.gz"
+
+
+def written_files(out_dir: str | Path) -> list[Path]:
+    """Files of a folder of targets or alignments that a run writes, replaces or deletes."""
+    folder = Path(out_dir)
+    patterns = ("cuts-*.jsonl.gz*", "cuts-*.json", "cuts-*.partial.jsonl")
+    shards = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return [*shards, shard_path(folder, 0), folder / INDEX_FILE, folder / JOINED]
+
+
+@contextmanager
+def own_share(out_dir: str | Path, key: str = "output_dir", rank: int = 0) -> Iterator[None]:
+    """Hold the share of a folder of targets or alignments that process ``rank`` makes: see :func:`exclusive`."""
+    with exclusive(out_dir, key, Path(out_dir) / f"share-{rank:05d}"):
+        yield
 
 
 def surplus_shards(out_dir: str | Path, num_shards: int) -> list[Path]:

@@ -33,6 +33,7 @@ from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
 from nemo_mtbi.data.target_shards import (
     FORMAT,
     check_without_data,
+    own_share,
     read_targets,
     shard_path,
     split_into_shards,
@@ -42,6 +43,7 @@ from nemo_mtbi.data.target_shards import (
     write_shard,
 )
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.io.locks import exclusive
 
 __all__ = ["TargetPlan", "generate_targets", "read_targets"]
 
@@ -66,6 +68,7 @@ def generate_targets(
     shard_size: int = 1000,
     on_missing_text: str = "raise",
     overwrite: bool = False,
+    outdated: Iterable[Path] = (),
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
@@ -84,6 +87,7 @@ def generate_targets(
         shard_size: cuts in a shard.
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
         overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
+        outdated: files that were made from the shards, which ``overwrite`` removes first.
         rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
         progress: show a bar.
         counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
@@ -91,7 +95,8 @@ def generate_targets(
 
     Raises:
         ValueError: if an argument or a cut is not legal.
-        RuntimeError: if ``out_dir`` holds what was made otherwise and ``overwrite`` is not set.
+        RuntimeError: if ``out_dir`` holds what was made otherwise and ``overwrite`` is not set, or another run is
+            making the same shards.
     """
     plan, counts = plan or TargetPlan(), Counter() if counts is None else counts
     _check_arguments(shard_size, on_missing_text, rank, world_size)
@@ -100,16 +105,17 @@ def generate_targets(
     total = _survey(cuts, on_missing_text, counts)
     num_shards = -(-total // shard_size)
     out_dir = Path(out_dir)
-    _prepare(out_dir, num_shards, overwrite)
     own = range(rank, num_shards, world_size)
-    paths = []
-    with _Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
+    paths, work = [], sum(min(shard_size, total - number * shard_size) for number in own)
+    with own_share(out_dir, rank=rank), _Meter(work, progress) as meter:
+        _prepare(out_dir, num_shards, overwrite, outdated)
         maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter)
         usable = (cut for cut in cuts if transcript(cut))
         for number, shard in enumerate(split_into_shards(usable, shard_size)):
             if number in own:
-                paths.append(maker.make(number, shard))
-    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
+                with exclusive(shard_path(out_dir, number), "output_dir"):  # of a run with another world_size
+                    paths.append(maker.make(number, shard))
+        write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
     level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
     logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
     return paths
@@ -166,15 +172,14 @@ def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
     return total
 
 
-def _prepare(out_dir: Path, num_shards: int, overwrite: bool) -> None:
-    out_dir.mkdir(parents=True, exist_ok=True)
+def _prepare(out_dir: Path, num_shards: int, overwrite: bool, outdated: Iterable[Path]) -> None:
     surplus = surplus_shards(out_dir, num_shards)
     if surplus and not overwrite:
         raise RuntimeError(
             f"{surplus[0]} was made from other cuts or with another shard_size (here there are {num_shards} shards): "
             "set overwrite=true to replace it, or give another folder"
         )
-    for path in surplus:
+    for path in (*surplus, *(outdated if overwrite else ())):
         path.unlink(missing_ok=True)
 
 

@@ -18,13 +18,51 @@ from nemo_mtbi.evaluation.items import EvalSet, Item, find_metric
 from nemo_mtbi.evaluation.page import render_page
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.tables import group_order, markdown
+from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES
+from nemo_mtbi.io.paths import refuse_overwriting
 
 PREDICTIONS, RESULTS, TABLE, REPORT = "predictions.jsonl", "results.json", "results.md", "report.html"
+THROUGHPUT = "throughput.json"
 NOT_MEASURED = (
     "What only an outside judge could score (the quality of free-form answers, chain of thought) is left out.",
     "Intervals: bootstrap over utterances, 95%. `=` marks one of no width: all utterances are alike, which is no "
     "certainty. Worst wording and spread over wordings have the interval of their mean over seeds instead.",
 )
+
+
+def spare_inputs(config: EvalConfig, folder: Path) -> None:
+    """Refuse a folder where the results would replace what is read, or the results of another script.
+
+    Raises:
+        ValueError: names the file.
+    """
+    inputs: dict[str, list[str]] = {}
+    for name, system in config.systems.items():
+        names = (getattr(system, key, None) for key in ("llm", "asr", "hypotheses"))
+        inputs[f"systems.{name}"] = [*system.nemos, *(path for path in names if path != "demo")]
+    for name, chosen in config.sets.items():
+        inputs[f"sets.{name}"] = [path for path in (chosen.cuts, chosen.path, chosen.tasks) if path != "demo"]
+    written = [folder / name for name in (PREDICTIONS, RESULTS, TABLE, REPORT, THROUGHPUT)]
+    answers = [path for part in (ANSWERS, DIVERGENCES) for path in (folder / part).rglob("*.jsonl")]
+    read = {key: [path for path in paths if path] for key, paths in inputs.items()}
+    refuse_overwriting(read, {"output_dir": [*written, *answers]})
+    there = next((path for path in written if path.exists()), None)
+    if there is not None and not is_evaluation(folder):
+        raise ValueError(
+            f"output_dir={config.output_dir}: {there} is there and is not of an evaluation: give a folder of its own, "
+            f"such as {folder / 'eval'}"
+        )
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Return whether the results in a folder, if any, are those of an evaluation."""
+    if not (folder / RESULTS).exists():
+        return (folder / ANSWERS).is_dir()
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"systems", "sets"} <= set(found)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from nemo_mtbi.evaluation.figures import Asked, Resampling
 from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.load import Backends, Loader
-from nemo_mtbi.evaluation.results import Answered, write_results
+from nemo_mtbi.evaluation.results import THROUGHPUT, Answered, spare_inputs, write_results
 from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
 from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES, Task, open_tasks, twins, units
+from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.parallel import groups
-
-THROUGHPUT = "throughput.json"
+from nemo_mtbi.parallel.agreement import agreed
 
 
 @dataclass
@@ -83,12 +84,24 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
         The path of ``report.html``; None off the first process.
 
     Raises:
-        ValueError: for anything in the configuration, the sets or earlier answers that is missing or wrong.
+        ValueError: for anything in the configuration, the sets or earlier answers that is missing or wrong, or if
+            what the folder holds is read or is not of an evaluation.
+        RuntimeError: if another evaluation writes into the folder.
     """
     console = console or Console()
+    folder = Path(config.output_dir).expanduser()
+    spare_inputs(config, folder)
     sets = read_sets(config)
     groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
+    with ExitStack() as held:
+        if groups.is_global_first():
+            agreed(lambda: held.enter_context(exclusive(folder, "output_dir", folder / ANSWERS)))
+        else:
+            agreed(lambda: None)
+        return _run(config, sets, Loader(config, backends), folder, console)
+
+
+def _run(config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path, console: Console) -> Path | None:
     speeds = _work(config, sets, loader, folder, console)
     if not groups.is_global_first():
         return None

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.paths import refuse_overwriting
 from nemo_mtbi.models.embedded import (
     ENCODER_SETTINGS,
     ENCODER_WEIGHTS,
@@ -74,7 +75,8 @@ class MTBIArchive(SaveRestoreConnector):
                 ``.nemo`` themselves.
 
         Raises:
-            ValueError: if the path is no path, or a small ``.nemo`` would refer to parts that have no path.
+            ValueError: if the path is no path or that of the encoder or the LLM, or a small ``.nemo`` would refer to
+                parts that have no path.
             RuntimeError: the same in all processes, if the file can't be written.
         """
         if "://" in str(save_path):
@@ -85,6 +87,7 @@ class MTBIArchive(SaveRestoreConnector):
                 "encoder and LLM of this model came out of a .nemo and have no path to refer to: save it with "
                 "full=True, or restore it with override_config_path={'pretrained_asr': ..., 'pretrained_llm': ...}"
             )
+        refuse_overwriting(model.frozen.paths, {"save_path": [save_path]})
         # in a group with a time limit: if a process has not been called, the others learn of it
         path, full = groups.broadcast_object((str(Path(save_path).expanduser().absolute()), full), "world")
         failure = f"{path} can't be written: the first process has failed, see its message"

@@ -110,6 +110,13 @@ class FrozenParts:
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
         self.texts: dict[str, bytes] = {}
 
+    @property
+    def paths(self) -> dict[str, list[Path]]:
+        """Files and folders that a small ``.nemo`` refers to, by the keys of the configuration."""
+        found = {f"pretrained_{part}": [Path(path)] for part, path in self._paths.items()}
+        beside = getattr(self._encoder, "beside", None)
+        return found | {"encoder.beside.path": [Path(beside.path)] if beside else []}
+
     def _located_encoder(self) -> EncoderSection | None:
         """How the encoder is used; a second one with the path at which it was found."""
         config = self._config.encoder

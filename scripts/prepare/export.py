@@ -37,14 +37,18 @@ def main(argv: list[str] | None = None) -> int:
 
     from nemo_mtbi.data.export import export
     from nemo_mtbi.data.prepare import open_cuts
+    from nemo_mtbi.io.paths import refuse_overwriting
 
     try:
+        refuse_overwriting({"--cuts": [arguments.cuts]}, {"--out": [arguments.out]})
         cuts, total = open_cuts(arguments.cuts)
         shown = track(cuts, "writing", total=total, console=Console(stderr=True))
         counts: Counter = Counter()
         entry = export(shown, arguments.out, arguments.format, arguments.shard_size, arguments.on_bad_audio, counts)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (ValueError, RuntimeError) as err:
+        from nemo_mtbi.io.display import printable
+
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(f"# {counts['cuts']} cuts; left out because their audio can't be read: {counts['bad_audio']}")
     print(yaml.safe_dump({"input_cfg": [{**entry, "weight": 1.0}]}, sort_keys=False), end="")
