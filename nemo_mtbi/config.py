@@ -68,8 +68,11 @@ class ModelConfig:
         encoder_cache: folder where the encoder's frames are kept by the content of the audio, for many runs over the
             same speech; ``null``: nothing is kept.
         dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.
-        on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it.
-        on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch).
+        on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it. A
+            skipped step changes nothing and is not counted by ``trainer.max_steps``; 100 of them in a row end the run.
+        on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch). A step
+            without a usable cut is skipped like one that is not finite; 1000 of them in a row, or a whole pass, end
+            the run.
         targets: see :class:`TargetsConfig`.
         transcription_task: task whose generated answer is scored as a transcript in validation.
         train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).

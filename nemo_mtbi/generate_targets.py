@@ -27,8 +27,11 @@ from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
-from nemo_mtbi.parallel import groups
+from nemo_mtbi.io.locks import exclusive
+from nemo_mtbi.parallel import groups, peers
 from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.settings import check_same
+from nemo_mtbi.parallel.stop import Remedies, explained
 from nemo_mtbi.recipe import load_pool, text_responder
 from nemo_mtbi.schema import read_section
 
@@ -271,6 +274,14 @@ class TargetsReport:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@explained(
+    Remedies(
+        go_on="What was finished is kept: start the same command again to go on",
+        place="output_dir",
+        patience="the time limit of torch.distributed",
+        work="while it made targets",
+    )
+)
 def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     """Makes the targets of a configuration, or what is left of them after a run that was killed.
 
@@ -278,12 +289,15 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
 
     Raises:
         ValueError: if the configuration, the source or a cut is not legal.
-        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set.
+        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set, or if another run
+            makes the same share of them there.
+        SystemExit: after Ctrl-C or another signal.
     """
     config = parse_generate_config(cfg)
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
-    groups.initialize(config.layout)
+    started = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+    groups.initialize(config.layout, check=lambda: check_same(started, ("cuda",)))
     share, source = config.share(), open_source(config)  # before an LLM is loaded
     loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)
     origin = {} if config.frozen_dtype == "float32" else {"dtype": config.frozen_dtype}
@@ -292,7 +306,9 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
         if not groups.is_reader():
             follow(responder)
             return None
-        with Leader(responder) as leader:
+        place = Path(config.output_dir).expanduser()
+        mine = place / ".lock" / f"{share[0]}-of-{share[1]}"
+        with Leader(responder) as leader, exclusive(place, "output_dir", mine):
             asked = {
                 "pool": pool,
                 "plan": plan,
@@ -339,10 +355,22 @@ def _make(
     try:
         read_targets(folder)
     except RuntimeError as error:
+        lost = peers.ended() if config.rank is None else []  # of those that torchrun has started with this one
         if world_size == 1:
             raise
+        if lost and not _is_complete(folder):  # they may have finished since
+            ranks = ", ".join(map(str, lost))
+            raise RuntimeError(f"process {ranks} has ended before its targets were made: {error}") from error
         return TargetsReport(**report, waiting=f"{error}; the last rank says what to train on")
     return TargetsReport(**report, train_on=publish(folder, config.shar_path))
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_targets(folder)
+    except RuntimeError:
+        return False
+    return True
 
 
 def publish(folder: Path, shar_path: Any = None) -> str:

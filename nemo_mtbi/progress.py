@@ -172,16 +172,17 @@ class Throughput(Callback):
         self.eta: float | None = None
         self.count = 0
         self._meter: Meter | None = None
-        self._done = 0
+        self._first = self._reported = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter = Meter(pl_module.speech_llm.frame_counter.sample_rate, self.clock)
-        self._done = 0
+        self._first = self._reported = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         self._meter.add(batch)
-        self._done += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        step = trainer.global_step  # that of the batch before, if this one was left out
+        if step % trainer.log_every_n_steps == 0 and step != self._reported:
+            self._reported = step
             self._report(trainer, pl_module)
             pl_module.log_dict(self.values)
 
@@ -203,7 +204,8 @@ class Throughput(Callback):
         if report.steps:
             self.values = summarize(self.reports, groups.layout().model_parallel_size)
         limit = step_limit(trainer)
-        self.eta = time_to_end(self.reports, self._done, None if limit is None else limit - trainer.global_step)
+        done, left = trainer.global_step - self._first, None if limit is None else limit - trainer.global_step
+        self.eta = time_to_end(self.reports, done, left)
         self.count += 1
 
 

@@ -27,7 +27,7 @@ from nemo_mtbi.data.conversations import as_cut
 from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
 from nemo_mtbi.data.tasks import stable_rng
 
 DATA_TYPE = "nemo_mtbi"
@@ -321,6 +321,8 @@ def _fit_buckets(source: DrawnSource) -> None:
     if estimate:
         full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
         full.use_bucketing = full.bucket_duration_bins is not None
+        if not full.use_bucketing and full.shuffle_buffer_size is None:  # cuts of one cost, or a single one
+            full.shuffle_buffer_size = DEFAULTS["shuffle_buffer_size"]
 
 
 def cost_bins(costs: list[int], num_buckets: int) -> list[int]:

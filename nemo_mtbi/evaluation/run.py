@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
 from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES, Task, open_tasks, twins, units
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.settings import check_same
+from nemo_mtbi.parallel.stop import Remedies, explained
 
 THROUGHPUT = "throughput.json"
 
@@ -71,6 +74,14 @@ class _Chunks:
         return self._kept[number]
 
 
+@explained(
+    Remedies(
+        go_on="Answers that were finished are kept: start the same command again to go on",
+        place="output_dir",
+        patience="the time limit of torch.distributed",
+        work="while it evaluated",
+    )
+)
 def run(config: EvalConfig, backends: Backends, console: Console | None = None) -> Path | None:
     """Ask all systems what was not answered yet, score all answers and write the results.
 
@@ -84,10 +95,13 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
 
     Raises:
         ValueError: for anything in the configuration, the sets or earlier answers that is missing or wrong.
+        RuntimeError: if another process is lost.
+        SystemExit: after Ctrl-C or another signal.
     """
     console = console or Console()
     sets = read_sets(config)
-    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
+    check = partial(check_same, asdict(config), ("cuda",))
+    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size, check)
     loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
     speeds = _work(config, sets, loader, folder, console)
     if not groups.is_global_first():

@@ -12,25 +12,26 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def exclusive(path: str | Path, key: str = "") -> Iterator[None]:
+def exclusive(path: str | Path, key: str = "", lock: str | Path | None = None) -> Iterator[None]:
     """Hold the output ``path`` (a file or a folder) for this run alone while the body runs.
 
-    The lock is a hidden file beside the output. The operating system releases it when its process ends, however it
-    ends.
+    The lock is a hidden file, beside the output if nothing else is said. The operating system releases it when its
+    process ends, however it ends.
 
     Args:
-        path: output file or folder; its parent folder is made.
+        path: output file or folder.
         key: configuration key that named it, for the message.
+        lock: another place of the lock, which gets a dot before and ``.lock`` behind its name; its folder is made.
 
     Raises:
         RuntimeError: if another run holds it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.with_name(f".{path.name}.lock")
-    lock = FileLock(name, timeout=0)
+    path, place = Path(path), Path(path if lock is None else lock)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    name = place.with_name(f".{place.name}.lock")
+    held = FileLock(name, timeout=0)
     try:
-        lock.acquire()
+        held.acquire()
     except Timeout:
         named = f"{key}={path}" if key else str(path)
         raise RuntimeError(
@@ -40,7 +41,7 @@ def exclusive(path: str | Path, key: str = "") -> Iterator[None]:
         name.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _owner(name: Path) -> str:
