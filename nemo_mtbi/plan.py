@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader
 
 from nemo_mtbi.config import LAYOUT_KEYS, ModelConfig, parse_model_config
+from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -244,7 +245,7 @@ def open_data(
     plan: Plan, config: ModelConfig, frames: FrameCounter, llm: Llm, sections: Mapping[str, dict]
 ) -> dict[str, DataLoader | None]:
     """The loaders of the first replica; ``None`` where one is refused."""
-    expected = {"chat": llm.chat.fingerprint()}
+    expected = {"chat": llm.chat.fingerprint(), CHAT_FORMAT: llm.chat.description()}
     if llm.whole:
         expected["llm"] = llm.directory.fingerprint
     else:

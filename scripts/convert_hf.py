@@ -11,12 +11,14 @@ tensor and pipeline parallel size. A Hugging Face directory can also be given as
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -32,7 +34,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     forth.add_argument("--chat-format", metavar="NAME", help="NeMo's name, such as llama3; by default the template")
     forth.add_argument("--system", metavar="TEXT", help="system prompt; by default the template's own")
     back.add_argument(
-        "--config", type=Path, metavar="FILE", help="config.json to write; by default that of the directory"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config.json to write; by default that of the directory, or one of its llm.yaml",
     )
     arguments = parser.parse_args(argv)
     if not arguments.shard_gb > 0:
@@ -77,31 +82,44 @@ def to_megatron(arguments: argparse.Namespace) -> None:
         write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
     for name, content in found.texts(chat).items():
         (staging / name).write_bytes(content)
+    for name in found.companions():
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(arguments.source / name, staging / name)
     staging.rename(arguments.out)
     print(f"train with model.pretrained_llm={arguments.out}")
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
     from nemo_mtbi.convert.hf import CONFIG, architecture_of, read_config
-    from nemo_mtbi.convert.hf_export import write_hf
-    from nemo_mtbi.modules.text_llm import TOKENIZER_FILES, OwnDirectory
+    from nemo_mtbi.convert.hf_export import config_of, write_hf
+    from nemo_mtbi.modules.text_llm import SENTENCEPIECE, TOKENIZER_FILES, OwnDirectory
 
     found = OwnDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a text LLM directory")
-    file = arguments.config or arguments.source / CONFIG
-    config = read_config(file)
-    if architecture_of(config) != found.architecture:
-        raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
-    others = [arguments.source / name for name in TOKENIZER_FILES if name != CONFIG]
+    file, sizes = arguments.config or arguments.source / CONFIG, found.architecture
+    sizes = replace(sizes, kv_channels=sizes.head_channels)  # theirs always say it
+    if arguments.config or file.is_file():
+        config = read_config(file)
+        if architecture_of(config) != sizes:
+            raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
+        others: dict[str, Path | bytes] = {CONFIG: file}
+    else:  # an LLM that was made here
+        config = config_of(sizes, found.tokenizer)
+        others = {CONFIG: json.dumps(config, indent=2).encode()}
+    if not (arguments.source / CONFIG).is_file() and (arguments.source / SENTENCEPIECE).is_file():
+        # other classes of transformers split its words otherwise
+        others["tokenizer_config.json"] = json.dumps({"tokenizer_class": "LlamaTokenizer"}, indent=2).encode()
+    names = [*(Path(name) for name in TOKENIZER_FILES if name != CONFIG), *found.companions()]
+    others |= {str(name): arguments.source / name for name in names if (arguments.source / name).is_file()}
     source = found.weights()
     with progress(size_of(source)) as advance:
         write_hf(
             arguments.out,
             source,
-            found.architecture,
+            sizes,
             config["model_type"],
-            [file, *(path for path in others if path.is_file())],
+            others,
             advance,
             int(arguments.shard_gb * 10**9),
         )

@@ -4,6 +4,7 @@
 Each line of the targets is a JSON object:
   {"cut_id": "u1", "task": "keywords", "prompt": "name the keywords", "response": "red boat", "finish_reason": "stop"}
 finish_reason: `stop` or `eos` for a response that ended by itself, `length` for one that the length limit cut.
+An optional "ids" holds the tokens that the LLM gave: training imitates them where the text encodes to others.
 The output folder has the form of generated targets: shards cuts-00000.jsonl.gz … and targets.json, written last.
 """
 
@@ -84,11 +85,15 @@ def parse_line(line: bytes) -> tuple[str, dict]:
             f"finish_reason {item['finish_reason']!r} is not one of {', '.join(TRUNCATED)}: leave out responses "
             "that failed, and write `length` for those that the length limit cut"
         )
+    ids = item.get("ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise ValueError(f"'ids' must be a list of token ids, got {ids!r}")
     return item["cut_id"], {
         "task": item["task"],
         "prompt": item["prompt"],
         "response": item["response"].strip(),  # as ChatFormat.decode gives it: some servers keep a leading space
         "truncated": TRUNCATED[item["finish_reason"]],
+        **({} if ids is None else {"ids": ids}),
     }
 
 

@@ -53,7 +53,13 @@ _SPLIT = (
 )
 
 
-def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template: str | None = None) -> Path:
+# How a SentencePiece tokenizer marks the beginning of a text, unless by a normalizer, as those of Llama 2.
+SCHEMES = ("first", "always", "never")
+
+
+def hf_tokenizer(
+    folder: str | Path, style: str, vocabulary: int = 500, template: str | None = None, scheme: str | None = None
+) -> Path:
     """Writes a tokenizer: byte pairs with ChatML or headers, as Qwen and Llama 3 have, or SentencePiece as Llama 2.
 
     Args:
@@ -61,6 +67,7 @@ def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template
         style: key of :data:`STYLES`.
         vocabulary: number of tokens.
         template: another chat template; an empty one leaves it out.
+        scheme: of :data:`SCHEMES`, for ``brackets``.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -88,6 +95,9 @@ def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template
     if style == "brackets":  # bytes are pieces like any other
         trained = json.loads(tokenizer.to_str())
         trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] in control]
+        if scheme:
+            space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+            trained |= {"normalizer": None, "pre_tokenizer": space}
         tokenizer = Tokenizer.from_str(json.dumps(trained))
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(

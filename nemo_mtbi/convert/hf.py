@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_mtbi.io.text import read_text
 from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, weight_shapes
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
+_COMPARED_ROWS = 4096  # at once
 
 _EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
@@ -89,6 +92,29 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if family not in FAMILIES:
         raise ValueError(f"{file}: model_type is {family!r}; supported are {', '.join(FAMILIES)}")
     return config
+
+
+def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
+    """The ids at which the LLM of a directory ends an answer, by its configuration and that of its generation.
+
+    Raises:
+        ValueError: if a file of these is malformed; names it.
+    """
+    found: set[int] = set()
+    for name in (CONFIG, GENERATION):
+        file = Path(folder) / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} can't be read ({error}): copy it again") from error
+        ids = content.get("eos_token_id") if isinstance(content, dict) else content
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(value) is int for value in ids):
+            raise ValueError(f"{file}: eos_token_id is {ids!r}; it must be the id of a token, or a list of ids")
+        found |= {value for value in ids if value >= 0}
+    return tuple(sorted(found))
 
 
 def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
@@ -202,7 +228,7 @@ def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segmen
     if len(theirs) == 2:
         return [Segment(part, 0, architecture.ffn_hidden_size) for part in theirs]
     query, key, value = theirs
-    width, groups = architecture.kv_channels, architecture.num_query_groups
+    width, groups = architecture.head_channels, architecture.num_query_groups
     rows = architecture.num_attention_heads // groups * width  # queries of a group
     found = []
     for group in range(groups):
@@ -279,6 +305,25 @@ class HFWeights:
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")
+        if self.architecture.tie_embeddings:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """Refuses an output layer of its own beside a configuration that ties it to the embedding."""
+        (head,), (embedding,) = (_GLOBAL[f"{name}.weight"] for name in ("output_layer", "embedding.word_embeddings"))
+        if head not in self._files:
+            return
+        shape, place = self._files[embedding].shape(embedding), f"the weights in {self.path}"
+        same = self._files[head].shape(head) == shape
+        for start in range(0, shape[0] if same else 0, _COMPARED_ROWS):
+            rows = (start, min(start + _COMPARED_ROWS, shape[0]))
+            one, other = (self._files[name].rows(name, 0, *rows) for name in (head, embedding))
+            same = same and torch.equal(one.float(), other.float())
+        if not same:
+            raise ValueError(
+                f"{place} hold a {head} that is not {embedding}, though tie_word_embeddings is true in its {CONFIG}: "
+                f"set it to false if the LLM has an output layer of its own, or remove {head}"
+            )
 
     def _wanted(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of theirs that make up one of ours."""

@@ -207,7 +207,7 @@ class MTBIDataset(torch.utils.data.Dataset):
             stats["no_alignment"] += 1
             return [speech] * len(drawn.behaviors)
         words = drawn.transcript.split()
-        tokens = self.chat.encode_words(words)
+        tokens = self.chat.pieces(words)
         config = self.interleave.at(drawn.pass_number)
         heard = []
         for number, behavior in enumerate(drawn.behaviors):
@@ -231,7 +231,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         return heard
 
     def _rows(self, drawn: DrawnRows, heard: Sequence[HeardRow], utterances: Sequence[int | None]) -> list[Row]:
-        """The rows of a cut; their twins read the transcript with the tokens that the targets were made from."""
+        """The rows of a cut; their twins read the prompt with the transcript that the targets were made from."""
         made = zip(drawn.behaviors, heard, utterances, strict=True)
         rows = [
             replace(behavior.row(self.chat, row.layout, utterance), pieces=len(row.pieces))
@@ -239,9 +239,8 @@ class MTBIDataset(torch.utils.data.Dataset):
         ]
         if not self.with_twins:
             return rows
-        text = self.chat.encode(drawn.transcript)
         return [
-            replace(row, twin=behavior.row(self.chat, text)) if row.hears else row
+            replace(row, twin=behavior.row(self.chat, drawn.transcript)) if row.hears else row
             for behavior, row in zip(drawn.behaviors, rows, strict=True)
         ]
 

@@ -259,7 +259,8 @@ class DrawRows:
         if conversation is not None:
             return self._draw_conversation(conversation, epoch, skipped)
         behaviors = draw_behaviors(cut, config.rows_per_cut, config.seed, epoch)
-        check_provenance(cut, config.expected, config.allow_foreign)
+        if not check_provenance(cut, config.expected, config.allow_foreign):
+            behaviors = [replace(behavior, ids=None) for behavior in behaviors]  # tokens of another vocabulary
         if not behaviors:
             skipped["no_response"] += 1
             return None

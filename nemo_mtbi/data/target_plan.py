@@ -117,7 +117,7 @@ def plan_shard(
     """What is asked about the cuts of a shard, and the batches: lists of indices of requests, longest first."""
     requests, tasks = [], plan.tasks(pool)
     for position, cut in enumerate(cuts):
-        text = chat.encode(transcript(cut))
+        text = transcript(cut)
         for task, prompt in plan.draws(cut.id, tasks):
             limit = min(plan.max_new_tokens, task.max_new_tokens or plan.max_new_tokens)
             layout = tuple(chat.prompt(prompt, text))

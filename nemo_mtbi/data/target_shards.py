@@ -16,6 +16,7 @@ from lhotse.serialization import deserialize_item, load_jsonl
 
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
 from nemo_mtbi.data.corpus import write_cuts
+from nemo_mtbi.data.target_origin import same_origin
 from nemo_mtbi.durable import replacing
 
 INDEX_FILE = "targets.json"
@@ -115,6 +116,6 @@ def read_targets(folder: str | Path) -> CutSet:
         )
     for path in paths:
         first = next(iter(load_jsonl(path)))
-        if (deserialize_item(first).custom or {}).get(PROVENANCE) != index[PROVENANCE]:
+        if not same_origin((deserialize_item(first).custom or {}).get(PROVENANCE), index[PROVENANCE]):
             raise RuntimeError(f"{path} was made by another run than {INDEX_FILE} says: run again with overwrite=true")
     return CutSet.from_files(paths, shuffle_iters=False)

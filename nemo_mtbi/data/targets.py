@@ -19,9 +19,10 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
@@ -29,6 +30,13 @@ from lhotse.serialization import deserialize_item, load_jsonl
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.target_origin import (
+    behaviors_from,
+    origin_difference,
+    same_header,
+    same_origin,
+    without_format,
+)
 from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
 from nemo_mtbi.data.target_shards import (
     FORMAT,
@@ -47,11 +55,9 @@ __all__ = ["TargetPlan", "generate_targets", "read_targets"]
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEYS = ("chat", "decoding", "plan", "pool")
-
 # A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
 Respond = Callable[[list[list[int]]], list[tuple[list[int], bool]]]
-Answer = tuple[str, bool]  # text, truncated
+Answer = Sequence[Any]  # text, truncated, and the ids, which older partial files lack
 
 
 def generate_targets(
@@ -95,7 +101,7 @@ def generate_targets(
     """
     plan, counts = plan or TargetPlan(), Counter() if counts is None else counts
     _check_arguments(shard_size, on_missing_text, rank, world_size)
-    behaviors_from = _behaviors_from(provenance, plan, pool, chat)
+    origin = behaviors_from(provenance, plan, pool, chat)
     cuts = list(cuts) if iter(cuts) is cuts else cuts
     total = _survey(cuts, on_missing_text, counts)
     num_shards = -(-total // shard_size)
@@ -104,12 +110,12 @@ def generate_targets(
     own = range(rank, num_shards, world_size)
     paths = []
     with _Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
-        maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter)
+        maker = _ShardMaker(out_dir, plan, pool, chat, respond, origin, overwrite, counts, meter)
         usable = (cut for cut in cuts if transcript(cut))
         for number, shard in enumerate(split_into_shards(usable, shard_size)):
             if number in own:
                 paths.append(maker.make(number, shard))
-    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
+    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=origin, rank=rank)
     level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
     logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
     return paths
@@ -122,28 +128,6 @@ def _check_arguments(shard_size: int, on_missing_text: str, rank: int, world_siz
         raise ValueError(f"on_missing_text must be raise or skip, got {on_missing_text!r}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not below world_size {world_size}: give each process a rank of its own")
-
-
-def _behaviors_from(provenance: dict, plan: TargetPlan, pool: TaskPool, chat: ChatFormat) -> dict:
-    """What each cut says about the origin of its behaviors, in the form that JSON gives back."""
-    plan.tasks(pool)  # raises where the plan does not fit the pool
-    if not provenance.get("llm") or set(_OWN_KEYS) & set(provenance):
-        raise ValueError(
-            f"provenance must hold 'llm' (a hash of the LLM), but none of {', '.join(_OWN_KEYS)}, "
-            f"which are filled in here; it holds {', '.join(sorted(provenance)) or 'nothing'}"
-        )
-    draws = ("tasks_per_cut", "always_tasks", "prompts_per_task", "split", "wordings", "seed")
-    content = {
-        **provenance,
-        "chat": chat.fingerprint(),
-        "decoding": {"method": "greedy", "max_new_tokens": plan.max_new_tokens},
-        "pool": pool.fingerprint(),
-        "plan": {name: getattr(plan, name) for name in draws},
-    }
-    try:
-        return json.loads(json.dumps(content, sort_keys=True))
-    except TypeError as err:
-        raise ValueError(f"provenance must hold JSON values only: {err}") from err
 
 
 def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
@@ -208,7 +192,9 @@ class _ShardMaker:
     def _attach(self, cuts: list[Cut], requests: list[Request], answers: dict[int, Answer]) -> list[Cut]:
         behaviors: list[list[Behavior]] = [[] for _ in cuts]
         for index, request in enumerate(requests):
-            behaviors[request.cut].append(Behavior(request.task, request.prompt, *answers[index]))
+            text, truncated, *ids = answers[index]
+            known = tuple(ids[0]) if ids and self.chat.spells(ids[0], text) else None
+            behaviors[request.cut].append(Behavior(request.task, request.prompt, text, truncated, known))
         # Empty and truncated: neither a token nor an end to learn from. A cut that has nothing else keeps them, or
         # training would take it for a cut that nobody made targets for; it leaves such a cut out and counts it.
         kept = [[row for row in rows if row.teaches] or rows for rows in behaviors]
@@ -239,12 +225,6 @@ class _ShardMaker:
         self.counts["replaced"] += 1
         path.unlink()
 
-    def _difference(self, found: object) -> str:
-        """Says in what the origin that a file gives differs from this run."""
-        found = found if isinstance(found, dict) else {}
-        other = [key for key, value in self.behaviors_from.items() if found.get(key) != value]
-        return f"was made with other {', '.join(other) or 'cuts, transcripts, tokenizer, batch_tokens or shard_size'}"
-
     def _finished(self, path: Path, cuts: list[Cut]) -> bool:
         """True if the shard holds these cuts with behaviors of this plan and LLM."""
         try:
@@ -254,9 +234,11 @@ class _ShardMaker:
             return False
         origins = [(cut.custom or {}).get(PROVENANCE) for cut in stored]
         same = [(cut.id, transcript(cut)) for cut in stored] == [(cut.id, transcript(cut)) for cut in cuts]
-        strange = [origin for origin in origins if origin != self.behaviors_from]  # says the seed and the pool, too
+        strange = [
+            origin for origin in origins if not same_origin(origin, self.behaviors_from)
+        ]  # says the seed and the pool, too
         if strange or not same:
-            self._refuse(path, self._difference(strange[0] if strange else self.behaviors_from))
+            self._refuse(path, origin_difference(strange[0] if strange else self.behaviors_from, self.behaviors_from))
             return False
         behaviors = [[Behavior.from_dict(row, cut.id) for row in cut.custom[BEHAVIORS]] for cut in stored]
         tasks = self.plan.tasks(self.pool)
@@ -271,7 +253,7 @@ class _ShardMaker:
     ) -> dict[int, Answer]:
         """The answers by index of their request, from the partial file as far as it goes and then from the LLM."""
         asked = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
-        fingerprint = digest_of([FORMAT, self.behaviors_from, batches, asked])
+        fingerprint = digest_of([FORMAT, without_format(self.behaviors_from), batches, asked])
         header = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
         finished, keep = self._read_partial(path, header, [len(batch) for batch in batches])
         self.counts["reused_batches"] += len(finished)
@@ -295,7 +277,11 @@ class _ShardMaker:
         if len(responses) != len(requests):
             raise RuntimeError(f"the LLM gave {len(responses)} responses to {len(requests)} prompts: fix `respond`")
         return [
-            (self.chat.decode(ids[: request.limit]), bool(truncated) or len(ids) > request.limit)
+            [
+                self.chat.decode(ids[: request.limit]),
+                bool(truncated) or len(ids) > request.limit,
+                list(ids[: request.limit]),
+            ]
             for request, (ids, truncated) in zip(requests, responses, strict=True)
         ]
 
@@ -307,8 +293,9 @@ class _ShardMaker:
         if not first.endswith(b"\n"):  # missing, or killed while the header was written
             return [], 0
         found = _parse(first)
-        if found != header:
-            self._refuse(path, self._difference(found.get(PROVENANCE) if isinstance(found, dict) else None))
+        if not same_header(found, header):
+            other = found.get(PROVENANCE) if isinstance(found, dict) else None
+            self._refuse(path, origin_difference(other, self.behaviors_from))
             return [], 0
         finished, keep = [], len(first)
         for line in lines:

@@ -30,12 +30,12 @@ class Slots:
     """What some utterances put into the audio slot of a prompt.
 
     Attributes:
-        values: Layout values of each utterance, or why it can't be used.
+        values: Text or layout values of each utterance, or why it can't be used.
         frames: ``[F, H]`` connector frames that negative values point to; None for text.
         seconds: Of speech that was loaded.
     """
 
-    values: Sequence[Sequence[int] | BadAudioError]
+    values: Sequence[str | Sequence[int] | BadAudioError]
     frames: Tensor | None = None
     seconds: float = 0.0
 
@@ -57,7 +57,7 @@ class TextSystem:
 
     def slots(self, clips: Sequence[Clip]) -> Slots:
         """What the utterances put into the audio slot."""
-        return Slots([self.responder.chat.encode(clip.transcript or "") for clip in clips])
+        return Slots([clip.transcript or "" for clip in clips])
 
     def ask(
         self, slots: Slots, requests: Sequence[tuple[str, int]], on_bad_audio: str, progress: Progress
@@ -114,7 +114,7 @@ class TextSystem:
             slot, response = slots.values[clip], chat.response(answer.answer, answer.truncated)
             if isinstance(slot, BadAudioError) or answer.unheard is not None or not response:
                 continue
-            row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, chat.encode(transcript)))
+            row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, transcript))
             if max(len(row.layout), len(twin.layout)) <= longest:
                 rows.append(replace(row, twin=twin))
                 compared.append(index)
@@ -125,7 +125,7 @@ class TextSystem:
             found[index] = Divergence(value, len(row.response))
         return found
 
-    def _layout(self, prompt: str, slot: Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
+    def _layout(self, prompt: str, slot: str | Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
         if isinstance(slot, BadAudioError):
             return slot
         chat, config = self.responder.chat, self.responder.config
@@ -133,9 +133,10 @@ class TextSystem:
         limit = self.responder.model.decoder.max_sequence_length - config.max_new_tokens
         if len(layout) <= limit:
             return layout
-        if len(layout) - len(slot) > limit:
+        taken = len(layout) - len(chat.prompt(prompt, ""))
+        if len(layout) - taken > limit:
             raise ValueError(f"the prompt {prompt[:60]!r} alone is longer than the {limit} positions of the LLM")
-        return BadAudioError("too_long", f"an utterance takes {len(slot)} positions, too many beside {prompt[:60]!r}")
+        return BadAudioError("too_long", f"an utterance takes {taken} positions, too many beside {prompt[:60]!r}")
 
 
 class SpeechSystem(TextSystem):
@@ -170,8 +171,7 @@ class CascadeSystem(TextSystem):
         # resampled and mono already, whatever the file is
         arrays = [SimpleNamespace(load_audio=lambda x=x: x[None].numpy()) for x in good]
         texts = iter(self._transcribe(self._asr, arrays, batch_size=max(1, len(arrays))))
-        encode = self.responder.chat.encode
-        values = [x if isinstance(x, BadAudioError) else encode(next(texts)) for x in loaded]
+        values = [x if isinstance(x, BadAudioError) else next(texts) for x in loaded]
         return Slots(values, None, sum(map(len, good)) / self._frames.sample_rate)
 
 

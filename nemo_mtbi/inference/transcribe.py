@@ -366,7 +366,7 @@ class _Room:
         self.frames = responder.model.frame_counter
         limit = responder.model.decoder.max_sequence_length - responder.config.max_new_tokens
         prompts = {prompt for utterance in utterances for prompt in utterance.prompts}
-        self._room = {prompt: limit - len(responder.chat.prompt(prompt, [])) for prompt in prompts}
+        self._room = {prompt: limit + 1 - len(responder.chat.prompt(prompt, [-1])) for prompt in prompts}
         for prompt, room in self._room.items():
             if room < 1:
                 raise ValueError(f"the prompt {prompt[:60]!r} is {1 - room} tokens too long for the LLM: shorten it")

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
+from nemo_mtbi.data.hf_tokenizer import has_vocabulary
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.models.embedded import (
     ENCODER_SETTINGS,
@@ -285,7 +286,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
         if str(conf.get(f"pretrained_{part}")) == inside:
             needed |= set(_PART_FILES[part])
     missing = sorted(name for name in needed if name not in file)
-    if LLM_SETTINGS in needed and not any(name in file for name in TOKENIZERS):
+    if LLM_SETTINGS in needed and not has_vocabulary([Path(name).name for name in TOKENIZERS if name in file]):
         missing.append("llm/tokenizer.model or llm/tokenizer.json")
     if missing or file.unknown(_KNOWN):
         raise ArchiveError(

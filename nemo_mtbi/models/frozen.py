@@ -241,8 +241,10 @@ class FrozenParts:
             for name, content in texts.items():
                 (Path(folder) / Path(name).name).write_bytes(content)
             (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
+            found = find_text_llm(folder)
+            found.written_with = chat  # unless another is asked for
             chat = chat if self._asks_for_another_chat() else None
-            text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._layers)
+            text = load_text_llm(found, dtype, weights=False, chat=chat, **self._layers)
         load_weights(text.chunks, tensors)
         text.fingerprint = self.fingerprints["llm"]
         return text
@@ -265,6 +267,10 @@ class FrozenParts:
         now = {"turn": list(chat.turn), "end": chat.end}
         if "more" in (then or {}):  # an archive of before knows single turns
             now["more"] = list(chat.more)
+            if chat.single:  # once its template was thought to split into turns: single turns are what they were
+                now["more"] = then["more"]
+        if "ends" in (then or {}):  # likewise, one end token
+            now["ends"] = list(chat.ends)
         if then == now:
             return
         message = f"prompts are put as {now}, but this model was trained with {then}"

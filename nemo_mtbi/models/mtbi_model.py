@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from nemo_mtbi.config import RUN_KEYS, parse_model_config
+from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
@@ -81,6 +82,7 @@ class MTBIModel(Asking, ModelPT):
             self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat
         self.expected_targets = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
+        self.expected_targets[CHAT_FORMAT] = llm.chat.description()
         self._skipped = SkipCounter()
         self._validation: list[dict] = []
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from

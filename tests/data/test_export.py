@@ -12,6 +12,7 @@ from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.data.export import export
+from nemo_mtbi.data.layout import IGNORE
 from nemo_mtbi.data.loader import build_dataloader
 
 sources = runpy.run_path(str(Path(__file__).with_name("loader_sources.py")))
@@ -41,6 +42,20 @@ def test_word_times_and_behaviors_travel(corpus, dataset, form, tmp_path):
     theirs = {row.transcript: other.audio[row.utterance] for row in other.rows}
     for row in one.rows:
         assert float((one.audio[row.utterance] - theirs[row.transcript]).abs().max()) < 1e-4  # 16 bits
+
+
+@pytest.mark.parametrize("form", ["shar", "tarred"])
+def test_the_tokens_of_answers_travel(corpus, dataset, form, tmp_path):
+    cuts = corpus.cuts(3)
+    for cut in cuts:
+        for row in cut.custom["behaviors"]:
+            row["ids"] = [32, *map(ord, row["response"])]
+    entry = export(cuts, tmp_path / "out", form, 2)
+    (batch,) = build_dataloader({"input_cfg": [entry], "batch_size": 3}, dataset, train=False)
+    (plain,) = build_dataloader({"cuts_path": corpus.jsonl(cuts), "batch_size": 3}, dataset, train=False)
+    assert batch.num_targets == plain.num_targets
+    labels = [label for part in batch.microbatches for row in part.labels.tolist() for label in row if label != IGNORE]
+    assert labels.count(32) >= 30  # the space that each answer begins with
 
 
 @pytest.mark.parametrize("form", ["shar", "tarred"])

@@ -107,6 +107,19 @@ def test_errors_name_the_place_and_write_nothing(tmp_path, capsys, bad, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_tokens_of_answers_are_kept(tmp_path):
+    lines = [line("c0", ids=[5, 6]), line("c1", response="", ids=[]), line("c2")]
+    assert run(tmp_path, lines) == 0
+    found = [cut.custom["behaviors"][0].get("ids") for cut in read_targets(tmp_path / "out")]
+    assert found == [[5, 6], [], None]
+
+
+@pytest.mark.parametrize("ids", ["5 6", [5, "6"], [-1], [True]])
+def test_malformed_tokens_are_refused(tmp_path, capsys, ids):
+    assert run(tmp_path, [*complete()[:2], line("c2", ids=ids)]) == 1
+    assert "line 3: 'ids' must be a list of token ids" in capsys.readouterr().err
+
+
 def test_not_utf8_and_damaged_gzip(tmp_path, capsys):
     path, counts = tmp_path / "t.jsonl", import_targets.Counter()
     path.write_bytes(b'{"cut_id": "\xff"}\n')
