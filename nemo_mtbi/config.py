@@ -20,7 +20,7 @@ from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
-FORMAT_VERSION = 2  # of the .nemo
+FORMAT_VERSION = 3  # of the .nemo
 ADAMS = ("adam", "adamw", "fused_adam")  # beside which the LLM may train
 FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
@@ -76,6 +76,8 @@ class ModelConfig:
         optim: NeMo's optimizer and ``sched`` keys; it trains all but weights of the LLM, which follow its schedule.
         nemo_content: ``small``: a ``.nemo`` refers to the frozen parts by path and hash; ``full``: it holds them.
         fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
+        file_digests: SHA-256 of files of the frozen parts above 1 GiB, of which ``fingerprints`` cover samples only;
+            written and checked likewise.
         llm_was_trained: written by us: the LLM inside a full ``.nemo`` is not the one of its fingerprint any more.
     """
 
@@ -108,6 +110,7 @@ class ModelConfig:
     optim: Any = None
     nemo_content: str = "small"
     fingerprints: dict[str, str] = field(default_factory=dict)
+    file_digests: dict[str, list[str]] = field(default_factory=dict)
     llm_was_trained: bool = False
     format_version: int = FORMAT_VERSION
     # NeMo writes these into every model's configuration

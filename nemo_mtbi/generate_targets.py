@@ -21,7 +21,7 @@ from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
-from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
+from nemo_mtbi.data.target_shards import JOINED, SHAR_CONFIG, join_shards, read_targets, seal
 from nemo_mtbi.data.targets import generate_targets
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
@@ -31,8 +31,6 @@ from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.recipe import load_pool, text_responder
 from nemo_mtbi.schema import read_section
-
-SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
 
 
 @dataclass
@@ -352,8 +350,11 @@ def publish(folder: Path, shar_path: Any = None) -> str:
     """
     folder = folder.absolute()
     if shar_path is None:
-        return f"cuts_path={join_shards(folder)}"
+        joined = join_shards(folder)
+        seal(folder)
+        return f"cuts_path={joined}"
     fields = {**shar_fields(shar_path), "cuts": [str(shard) for shard in sorted(folder.glob("cuts-*.jsonl.gz"))]}
     with replacing(folder / SHAR_CONFIG) as file:
         file.write(yaml.safe_dump([{"type": "lhotse_shar", "shar_path": fields}], sort_keys=False).encode())
+    seal(folder)
     return f"input_cfg={folder / SHAR_CONFIG}"

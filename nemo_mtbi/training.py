@@ -28,6 +28,7 @@ from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summa
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.models.resuming import run_settings
 from nemo_mtbi.modules.pretrained import load_text_llm
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
@@ -125,6 +126,7 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
+    model.run_settings = run_settings(cfg)
     model.wants_to_stop = lambda: stop.requested is not None
     _say("training", _sizes(model))
     if groups.layout().model_parallel_size * groups.data_parallel_size() > 1:

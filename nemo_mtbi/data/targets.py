@@ -47,6 +47,7 @@ __all__ = ["TargetPlan", "generate_targets", "read_targets"]
 
 logger = logging.getLogger(__name__)
 
+_DIGEST = "sha256"  # key of a line in a partial file
 _OWN_KEYS = ("chat", "decoding", "plan", "pool")
 
 # A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
@@ -109,7 +110,7 @@ def generate_targets(
         for number, shard in enumerate(split_into_shards(usable, shard_size)):
             if number in own:
                 paths.append(maker.make(number, shard))
-    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
+    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from)
     level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
     logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
     return paths
@@ -314,7 +315,11 @@ class _ShardMaker:
         for line in lines:
             answers = _parse_batch(line, len(finished), sizes)
             if answers is None:
-                logger.warning("%s: %d bytes of a torn batch dropped, it is asked again", path, len(data) - keep)
+                logger.warning(
+                    "%s: %d bytes from a torn or damaged batch on dropped, they are asked again",
+                    path,
+                    len(data) - keep,
+                )
                 break
             finished.append(answers)
             keep += len(line)
@@ -322,16 +327,19 @@ class _ShardMaker:
 
 
 def _append(file: io.BufferedIOBase, value: dict) -> None:
-    file.write(json.dumps(value).encode() + b"\n")
+    file.write(json.dumps({**value, _DIGEST: digest_of(value)}).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _parse(line: bytes) -> object:
+    """The value of a line without its digest; None if it is torn or damaged. Lines of before have no digest."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except ValueError:  # torn in the middle of JSON or of a character
         return None
+    digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
+    return value if digest is None or digest == digest_of(value) else None
 
 
 def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | None:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from nemo.utils import logging
@@ -19,6 +19,7 @@ from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.models.embedded import (
     LLM_SETTINGS,
     LLM_WEIGHTS,
@@ -26,6 +27,7 @@ from nemo_mtbi.models.embedded import (
     check_architecture,
     read_encoder,
 )
+from nemo_mtbi.models.large_files import check_files, hash_together
 from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
@@ -40,12 +42,14 @@ from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.tensor_file import misfits
 from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
-from nemo_mtbi.modules.text_llm import file_digest, files_digest
+from nemo_mtbi.modules.text_llm import file_digest, files_digest, sampled
 from nemo_mtbi.modules.weights import load_weights
 from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.agreement import agreed
 from nemo_mtbi.schema import read_section
 
+Value = TypeVar("Value")
 # Prefixes of the weights that are trained and saved.
 TRAINED, ADAPTERS, ENCODER = "speech_llm.connector.", "speech_llm.adapters.", "speech_llm.encoder."
 LLM = "speech_llm.llm."  # weights of the LLM that train; a full .nemo has them among those of its LLM
@@ -84,8 +88,30 @@ def restoring(restored: Restored) -> Iterator[None]:
 
 
 def refusal(path: Path, error: Exception) -> str:
-    """What the user hears of an archive that is not as it must be."""
+    """Return the message about an archive that is not as it must be."""
+    if isinstance(error, DamageError):
+        return f"{path} is damaged and was not loaded: {error}. Copy it again from where it was saved, or save it anew"
     return f"{path} can't be restored: it is no .nemo of an MTBI model ({error})"
+
+
+def read_checked(work: Callable[[], Value], path: Path) -> Value:
+    """Read from an archive in all processes of a replica, each of which compares what it reads itself.
+
+    Args:
+        work: reads, and communicates with nobody.
+        path: of the archive.
+
+    Raises:
+        ValueError: in all of them, if one has found damage; names the archive.
+    """
+
+    def named() -> Value:
+        try:
+            return work()
+        except DamageError as error:
+            raise ValueError(refusal(path, error)) from error
+
+    return agreed(named)
 
 
 class FrozenParts:
@@ -93,6 +119,7 @@ class FrozenParts:
 
     Attributes:
         fingerprints: hash of each part.
+        file_digests: SHA-256 of each file of a part of which the fingerprint covers samples only.
         embedded: parts that come from inside a ``.nemo``, and have no place of their own on this machine.
         texts: settings and tokenizer of the LLM, by their names in an archive; there after :meth:`load`.
 
@@ -108,6 +135,9 @@ class FrozenParts:
         self._check_full()
         self._llm = None if "llm" in self.embedded else find_text_llm(self._paths["llm"])
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
+        large = self._sampled_files()
+        self.file_digests = hash_together(large)
+        check_files(large, self.file_digests, config.file_digests)
         self.texts: dict[str, bytes] = {}
 
     def _located_encoder(self) -> EncoderSection | None:
@@ -225,10 +255,14 @@ class FrozenParts:
         return f"sha256:{digest_of([found, self._digest_of_encoder(Path(self._encoder.beside.path))])}"
 
     def _digest_of_encoder(self, path: Path) -> str:
-        if path.is_file():
-            return file_digest(path)
-        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        return files_digest([path / name for name in ENCODER_FILES if (path / name).is_file()] + weights)
+        return file_digest(path) if path.is_file() else files_digest(_encoder_files(path))
+
+    def _sampled_files(self) -> dict[str, list[Path]]:
+        """Files of each part of which the fingerprint covers samples only."""
+        beside = self._encoder.beside if self._encoder else None
+        encoders = [self._paths.get("asr"), Path(beside.path) if beside else None]
+        files = [path for folder in encoders if folder and folder.is_dir() for path in _encoder_files(folder)]
+        return {"asr": sampled(files), "llm": self._llm.sampled_files() if self._llm else []}
 
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
         chat = self._config.chat
@@ -243,7 +277,7 @@ class FrozenParts:
             (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
             chat = chat if self._asks_for_another_chat() else None
             text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._layers)
-        load_weights(text.chunks, tensors)
+        read_checked(lambda: load_weights(text.chunks, tensors), file.path)
         text.fingerprint = self.fingerprints["llm"]
         return text
 
@@ -295,6 +329,12 @@ class FrozenParts:
         expected |= llm_shapes(architecture, self._config, inside="llm" in self.embedded)
         found = self._restored.file.tensors(WEIGHTS).shapes
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    """All that makes a Hugging Face encoder what it is."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [folder / name for name in ENCODER_FILES if (folder / name).is_file()] + weights
 
 
 def llm_shapes(architecture: DecoderConfig, config: ModelConfig, inside: bool) -> dict[str, tuple[int, ...]]:

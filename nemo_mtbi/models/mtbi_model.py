@@ -19,6 +19,7 @@ from nemo_mtbi.config import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.asking import Asking
@@ -26,6 +27,7 @@ from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts
 from nemo_mtbi.models.loaders import build_loader
 from nemo_mtbi.models.nonfinite import nonfinite_message
 from nemo_mtbi.models.profiling import ProfilingBatch
+from nemo_mtbi.models.resuming import RUN, check_resume, describe_run
 from nemo_mtbi.models.validation import SHOWN, validation_figures
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
@@ -68,6 +70,9 @@ class MTBIModel(Asking, ModelPT):
             for key in RUN_KEYS:
                 cfg.pop(key, None)
             cfg.fingerprints, cfg.format_version = frozen.fingerprints, config.format_version
+            cfg.pop("file_digests", None)
+            if frozen.file_digests:
+                cfg.file_digests = frozen.file_digests
         super().__init__(cfg, trainer)
         self._save_restore_connector = MTBIArchive()
         self.config, self.frozen = config, frozen
@@ -86,6 +91,7 @@ class MTBIModel(Asking, ModelPT):
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from
         self._llm_moments: dict | None = None  # the same
         self.llm_optimizer: LlmOptimizer | None = None  # within a fit, if the LLM trains
+        self.run_settings: dict | None = None  # of the training that are not the model's, for its checkpoints
         self.wants_to_stop: Callable[[], bool] = lambda: False  # asked before each step, on every process
         self._gradient_norm = torch.zeros(())
         if not restoring:  # the data may be elsewhere
@@ -144,7 +150,11 @@ class MTBIModel(Asking, ModelPT):
             self.llm_optimizer.close()
             self.llm_optimizer = None
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint[RUN] = describe_run(self)
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        check_resume(self, checkpoint)
         self._random_states = checkpoint.get(RANDOM_STATES)
         self._llm_moments = checkpoint.get(LLM_OPTIMIZER)
 
@@ -341,7 +351,7 @@ class MTBIModel(Asking, ModelPT):
             return super().restore_from(
                 str(path), override_config_path, *args, save_restore_connector=connector, **kwargs
             )
-        except ArchiveError as error:
+        except (ArchiveError, DamageError) as error:
             raise ValueError(refusal(path, error)) from error
         finally:  # NeMo leaves this on after an error, and the next model would be built without its data
             cls._set_model_restore_state(is_being_restored=False)

@@ -88,6 +88,10 @@ class TextLLMDirectory(ABC):
         """Hash of settings, weights and tokenizer."""
         return files_digest(self._files())
 
+    def sampled_files(self) -> list[Path]:
+        """Those of which the fingerprint covers samples only."""
+        return sampled(self._files())
+
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
         """Settings and tokenizer, by names with which they and weights are a directory of ours."""
         settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more).encode()
@@ -124,15 +128,20 @@ def files_digest(paths: Iterable[Path]) -> str:
     """Hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_hash(path, sampled=path.stat().st_size > HASHED_BYTES).digest())
+        digest.update(_hash(path, in_part=path.stat().st_size > HASHED_BYTES).digest())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _hash(path: Path, sampled: bool = False) -> Any:
+def sampled(paths: Iterable[Path]) -> list[Path]:
+    """Those files of which :func:`files_digest` hashes samples only."""
+    return [path for path in paths if path.stat().st_size > HASHED_BYTES]
+
+
+def _hash(path: Path, in_part: bool = False) -> Any:
     """SHA-256 of a file, or of its size and of blocks spread evenly over it: another training changes them all."""
     size, digest = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if sampled else _BLOCK)
-    if sampled:
+    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if in_part else _BLOCK)
+    if in_part:
         digest.update(str(size).encode())
     with open(path, "rb") as file:
         for start in starts:
@@ -215,6 +224,11 @@ class OwnDirectory(TextLLMDirectory):
         if not weights[0].is_file():
             weights = sorted((self.path / MEGATRON).glob("*.distcp"))
         return [self.path / SETTINGS, *weights, *self._tokenizer_files()]
+
+    def sampled_files(self) -> list[Path]:
+        """Also what says where the tensors of Megatron's checkpoint lie, which the fingerprint leaves out."""
+        metadata = self.path / MEGATRON / ".metadata"
+        return super().sampled_files() + ([] if (self.path / WEIGHTS).is_file() else [metadata])
 
 
 class HFDirectory(TextLLMDirectory):
