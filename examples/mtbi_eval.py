@@ -4,7 +4,8 @@
     python examples/mtbi_eval.py output_dir=eval systems.mtbi.nemo=m.nemo sets.test.cuts=test/cuts.jsonl.gz
     python examples/mtbi_eval.py --config-path DIR --config-name my_eval       # systems and sets of your own
 
-Started again after a kill it goes on where it stopped, and ends with the same bytes. The last line names the report.
+All systems are checked before the first is asked. Started again after a kill it goes on where it stopped, and ends
+with the same bytes. The last line names the report.
 """
 
 from pathlib import Path
@@ -21,10 +22,11 @@ def main(cfg):
 
     from nemo_mtbi.evaluation.run import Backends, run
     from nemo_mtbi.models.ctc import transcribe_ctc
+    from nemo_mtbi.models.inspection import inspect_nemo
     from nemo_mtbi.models.mtbi_model import MTBIModel
     from nemo_mtbi.modules.text_llm import file_digest
 
-    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest))
+    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
     if report is not None:
         print(f"report: {report}")
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi.io.display import printable
+
 VERBOSE_ENV = "NEMO_MTBI_VERBOSE"
 
 # (category, message pattern, module pattern) of warnings that tell a user nothing to act on; matched from the start.
@@ -125,7 +127,7 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                     get_error_handler().record_exception(error)
-            text = "".join(traceback.format_exception(error))
+            text = printable("".join(traceback.format_exception(error)))  # it may name what a manifest holds
             print(text, end="", file=sys.stderr, flush=True)
             # a thread may still be printing its part of the same failure, which would hide the message
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -29,7 +29,7 @@ from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.recipe import load_pool, text_responder
+from nemo_mtbi.recipe import batch_rows, load_pool, text_responder
 from nemo_mtbi.schema import read_section
 
 SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
@@ -59,7 +59,7 @@ class GenerateTargetsConfig:
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
-        generation: decoding; ``batch_tokens`` also sets the unit of resume.
+        generation: decoding; a batch, which ``batch_tokens`` bounds, is the unit of resume.
         plan: what is asked.
         shard_size: cuts in a shard (those of a Shar corpus are kept).
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
@@ -299,6 +299,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
                 "chat": responder.chat,
                 "provenance": {"llm": llm, **origin},
                 "respond": lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
+                "batch_rows": batch_rows(responder),
             }
             return _make(config, source, share, asked, progress)
 

@@ -36,7 +36,7 @@ from nemo_mtbi.parallel import memory
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import Load, StageMemory, Term
 from nemo_mtbi.parallel.places import places
-from nemo_mtbi.recipe import parse_data_config
+from nemo_mtbi.recipe import describe_preparation, parse_data_config, unread_sources
 from nemo_mtbi.schema import explain
 
 GRANULARITIES = (None, "selective", "full")
@@ -59,6 +59,7 @@ class Plan:
         load: what goes through the model at once.
         micro_batch_tokens: bound on a microbatch.
         steps_per_epoch: a number, or why there is none.
+        preparation: what is made before training.
         problems: what would be refused, and why.
         notes: what was assumed.
     """
@@ -73,6 +74,7 @@ class Plan:
     load: Load | None = None
     micro_batch_tokens: int = 0
     steps_per_epoch: str = "unknown"
+    preparation: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -225,6 +227,8 @@ def check_data(plan: Plan, cfg: DictConfig, config: ModelConfig, encoder: Encode
     if cfg.get("data"):
         data = plan.attempt(parse_data_config, cfg.data)
         if data:
+            plan.preparation = plan.attempt(describe_preparation, data, config) or []
+            plan.notes += unread_sources(sections)
             plan.steps_per_epoch = f"unknown until the corpus of {data.train_utterances} utterances is built"
         return
     loaders = open_data(plan, config, frame_counter(encoder, config), llm, sections)

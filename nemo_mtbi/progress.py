@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.io.display import printable
 from nemo_mtbi.parallel import groups
 
 GIB = 2**30
@@ -270,7 +271,8 @@ class RunBar(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """A line above the bar."""
         if self._enabled:
-            self.console.print(*args, soft_wrap=True, highlight=False, markup=False)
+            shown = [printable(part) if isinstance(part, str) else part for part in args]
+            self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and self.console.is_terminal and not self.console.is_dumb_terminal:

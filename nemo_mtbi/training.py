@@ -23,6 +23,7 @@ from rich.console import Console
 
 from nemo_mtbi.config import ModelConfig, parse_model_config
 from nemo_mtbi.data.loader_config import check_config
+from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.inference.respond import Responder
@@ -37,7 +38,7 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.plan import make_plan
 from nemo_mtbi.plan_report import show_plan
 from nemo_mtbi.progress import progress_callbacks
-from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.recipe import DataConfig, Prepared, load_pool, parse_data_config, prepare
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
@@ -117,7 +118,7 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
     if data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
         prepared = prepare(data, asdict(model_config))
-        pool, benchmark.cuts = prepared.pool, benchmark.cuts or str(prepared.test)
+        pool, benchmark.cuts = asked_of(benchmark, pool, prepared)
         with open_dict(cfg):
             cfg.model.pretrained_asr = prepared.pretrained_asr
             cfg.model.train_ds.cuts_path = str(prepared.train)
@@ -150,6 +151,11 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
             _report(answers, written, trainer, seed=cfg.seed, train=figures, nemo=nemo)
     _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
     return written
+
+
+def asked_of(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepared) -> tuple[TaskPool, str]:
+    """Return the task pool and the cuts of the benchmark: the user's own, else those of the ``data:`` section."""
+    return (prepared.pool, str(prepared.test)) if benchmark.cuts is None else (pool, benchmark.cuts)
 
 
 def _reader(model: MTBIModel) -> Responder | None:

@@ -17,6 +17,8 @@ GROUPS = {"seen": "seen prompts", "heldout_wordings": "held-out wordings", "held
 def figures(results: dict) -> dict[str, tuple[float, str]]:
     """Name of a figure → its value and how it is printed."""
     rows = {"transcription WER": (results["transcription"]["wer"], "{:.2%}")}
+    if "cer" in results["transcription"]:
+        rows["transcription CER"] = (results["transcription"]["cer"], "{:.2%}")
     for group, name in GROUPS.items():
         for kind, what in (("agreement", "agreement"), ("text", "text right"), ("speech", "speech right")):
             if results["behavior"][group].get(kind) is not None:

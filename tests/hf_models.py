@@ -196,3 +196,28 @@ def hf_encoder(folder: str | Path, name: str) -> Path:
     )
     extractor.save_pretrained(str(folder))
     return Path(folder)
+
+
+def add_whisper_tokenizer(folder: str | Path, timestamps: bool = False) -> Path:
+    """Writes what a directory of :func:`hf_encoder` lacks to transcribe: a tokenizer of letters, and how to generate.
+
+    Args:
+        folder: of a Whisper.
+        timestamps: whether some tokens are points in time, which audio of more than 30 s needs.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    control = ["<pad>", "<|startoftranscript|>", "<|endoftext|>"]
+    vocabulary = {name: number for number, name in enumerate([*control, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJK"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), control, strict=True))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(kind))
+    how = {"max_length": 12, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
+    how |= {"no_timestamps_token_id": 29, "max_initial_timestamp_index": 2} if timestamps else {}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(how))
+    return Path(folder)

@@ -12,6 +12,7 @@ with the next batch and ends with the same bytes as one that never stopped::
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -30,6 +31,7 @@ from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
+from nemo_mtbi.data.target_progress import Meter, speed_text
 from nemo_mtbi.data.target_shards import (
     FORMAT,
     check_without_data,
@@ -43,10 +45,11 @@ from nemo_mtbi.data.target_shards import (
 )
 from nemo_mtbi.data.tasks import TaskPool
 
-__all__ = ["TargetPlan", "generate_targets", "read_targets"]
+__all__ = ["TargetPlan", "generate_targets", "read_targets", "speed_text"]
 
 logger = logging.getLogger(__name__)
 
+BATCH_ROWS = "batch_rows"  # key of a partial file's header
 _OWN_KEYS = ("chat", "decoding", "plan", "pool")
 
 # A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
@@ -70,6 +73,7 @@ def generate_targets(
     world_size: int = 1,
     progress: bool = True,
     counts: Counter | None = None,
+    batch_rows: int | None = None,
 ) -> list[Path]:
     """Asks the text LLM, writes the cuts with its answers and returns this process's shards; resumes a former run.
 
@@ -85,9 +89,11 @@ def generate_targets(
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
         overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
         rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
-        progress: show a bar.
+        progress: show a bar; a line every 30 seconds where there is no terminal.
         counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
             ``skipped_no_text``, ``reused_shards``, ``reused_batches``, ``replaced`` (by ``overwrite``) added.
+        batch_rows: rows of a batch at most, which a kill loses; None: as many as ``plan.batch_tokens`` allows. A shard
+            in the making keeps the bound that it was begun with: its bytes don't change.
 
     Raises:
         ValueError: if an argument or a cut is not legal.
@@ -103,8 +109,8 @@ def generate_targets(
     _prepare(out_dir, num_shards, overwrite)
     own = range(rank, num_shards, world_size)
     paths = []
-    with _Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
-        maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter)
+    with Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
+        maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter, batch_rows)
         usable = (cut for cut in cuts if transcript(cut))
         for number, shard in enumerate(split_into_shards(usable, shard_size)):
             if number in own:
@@ -188,7 +194,8 @@ class _ShardMaker:
     behaviors_from: dict
     overwrite: bool
     counts: Counter
-    meter: _Meter
+    meter: Meter
+    batch_rows: int | None
 
     def make(self, number: int, cuts: list[Cut]) -> Path:
         path = shard_path(self.out_dir, number)
@@ -197,8 +204,9 @@ class _ShardMaker:
             self.counts["reused_shards"] += 1
             self.meter.advance(len(cuts))
         else:
-            requests, batches = plan_shard(cuts, self.plan, self.pool, self.chat)
-            answers = self._answer(partial, cuts, requests, batches)
+            rows = self._rows_of_batch(partial)
+            requests, batches = plan_shard(cuts, self.plan, self.pool, self.chat, rows)
+            answers = self._answer(partial, cuts, requests, batches, rows)
             write_shard(path, self._attach(cuts, requests, answers))
             logger.info("%s: %d cuts, %d rows", path.name, len(cuts), len(requests))
         partial.unlink(missing_ok=True)
@@ -266,13 +274,24 @@ class _ShardMaker:
             write_shard(path, fresh)  # the answers hold; paths, alignments or other fields of the input are newer
         return True
 
+    def _rows_of_batch(self, path: Path) -> int | None:
+        """The bound that a shard in the making was begun with: other batches may round other answers."""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            line = file.readline()
+            header = _parse(line) if line.endswith(b"\n") else None
+            if isinstance(header, dict):
+                found = header.get(BATCH_ROWS)
+                return found if type(found) is int and found > 0 else None
+        return self.batch_rows
+
     def _answer(
-        self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]]
+        self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]], rows: int | None
     ) -> dict[int, Answer]:
         """The answers by index of their request, from the partial file as far as it goes and then from the LLM."""
         asked = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
         fingerprint = digest_of([FORMAT, self.behaviors_from, batches, asked])
         header = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
+        header |= {} if rows is None else {BATCH_ROWS: rows}
         finished, keep = self._read_partial(path, header, [len(batch) for batch in batches])
         self.counts["reused_batches"] += len(finished)
         share = len(cuts) / len(requests)
@@ -283,6 +302,7 @@ class _ShardMaker:
             if not keep:
                 _append(file, header)
             for number, batch in enumerate(batches[len(finished) :], start=len(finished)):
+                self.meter.ask(len(batch))
                 started = time.monotonic()
                 finished.append(self._ask([requests[i] for i in batch]))
                 _append(file, {"batch": number, "answers": finished[-1]})
@@ -342,36 +362,3 @@ def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | N
     answers = value.get("answers")
     whole = isinstance(answers, list) and len(answers) == sizes[number]
     return answers if whole else None
-
-
-class _Meter:
-    """Progress of this process in cuts, with rows per second and the time left, from new work alone."""
-
-    def __init__(self, total: int, show: bool):
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        text = TextColumn("{task.completed:.0f}/{task.total} cuts, {task.fields[speed]}")
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), text, disable=not show)
-        self._task = self._progress.add_task("behavior targets", total=total, speed="…")
-        self._left, self._cuts, self._rows, self._seconds = float(total), 0.0, 0, 0.0
-
-    def __enter__(self):
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._progress.__exit__(*error)
-
-    def advance(self, cuts: float, rows: int = 0, seconds: float = 0.0) -> None:
-        """``cuts`` are done: in ``seconds`` if the LLM answered ``rows`` for them, else by a former run."""
-        self._left -= cuts
-        if rows:
-            self._cuts, self._rows, self._seconds = self._cuts + cuts, self._rows + rows, self._seconds + seconds
-        speed = speed_text(self._rows, self._seconds, self._left / self._cuts * self._seconds if self._cuts else 0.0)
-        self._progress.update(self._task, advance=cuts, speed=speed)
-
-
-def speed_text(rows: int, seconds: float, left: float) -> str:
-    """Rows per second and the time left (seconds) as the bar shows them."""
-    minutes, rest = divmod(max(round(left), 0), 60)
-    return f"{rows / seconds:.1f} rows/s, {minutes // 60}:{minutes % 60:02d}:{rest:02d} left" if seconds else "…"

@@ -6,7 +6,7 @@ A pool is a YAML file that users can write themselves::
     name: my_pool
     tasks:
       - name: transcribe
-        scoring: wer
+        scoring: wer              # cer for languages without spaces between words
         split: train              # train: the connector learns on it; heldout: only evaluated
         prompts:
           train: [repeat the sentence, say it again]
@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 # Names only: the scorers live in nemo_mtbi/evaluation/metrics.py.
-SCORING_KINDS = ("wer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
+SCORING_KINDS = ("wer", "cer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
 SPLITS = ("train", "heldout")
 
 _POOL_KEYS = ("name", "tasks")

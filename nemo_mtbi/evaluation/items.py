@@ -21,7 +21,7 @@ from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.abstention import is_empty, is_refusal
 from nemo_mtbi.evaluation.benchmark import crossed_questions
-from nemo_mtbi.evaluation.metrics import Metric, metric, task_metric
+from nemo_mtbi.evaluation.metrics import ERROR_KINDS, Metric, metric, normalize, task_metric
 from nemo_mtbi.evaluation.tally import mean
 from nemo_mtbi.inference.audio import load_audio
 
@@ -184,7 +184,8 @@ def from_cuts(
 ) -> EvalSet:
     """A set of cuts under a task pool: every task, under the same wordings for all cuts.
 
-    References come from the cuts' custom field ``references`` (task to right answer).
+    References come from the cuts' custom field ``references`` (task to right answer). Where no cut has one to a task
+    that is scored by an error rate, the transcripts are taken.
 
     Args:
         name: Name of the set.
@@ -203,19 +204,42 @@ def from_cuts(
     cuts = sorted(CutSet.from_file(path), key=lambda cut: cut.id)[:limit]
     clips = [Clip(cut.id, cut, transcript(cut) or None) for cut in cuts]
     references = [custom_value(cut, "references") or {} for cut in cuts]
-    items = []
+    notes, items = _take_transcripts(clips, references, pool), []
     for row in crossed_questions(cuts, pool, wordings, seed):
         names = (task_metric(row.task.scoring).name,)
-        names += ("wer",) if row.task.scoring == "wer" else ()
+        names += (row.task.scoring,) if row.task.scoring in ERROR_KINDS else ()
         reference = references[row.utterance].get(row.task.name)
         items.append(Item(row.utterance, row.task.name, row.group, row.prompt, names, reference))
-    notes = []
     missing = sum(item.reference is None for item in items)
     if missing:
         notes.append(
             f"{missing} of {len(items)} questions have no right answer to compare with: no score, only behavior"
         )
     return EvalSet(name, clips, items, notes=notes)
+
+
+def _take_transcripts(clips: Sequence[Clip], references: list[Mapping[str, Any]], pool: TaskPool) -> list[str]:
+    """Take transcripts for the right answers to tasks of an error rate to which no cut has any; in place.
+
+    Returns:
+        A note for each such task.
+    """
+    notes = []
+    for task in pool.tasks:
+        if task.scoring not in ERROR_KINDS or any(found.get(task.name) is not None for found in references):
+            continue
+        for index, clip in enumerate(clips):
+            if clip.transcript is not None:
+                references[index] = {**references[index], task.name: clip.transcript}
+        notes.append(f"task {task.name!r} has no right answers in the cuts: their transcripts are taken for them")
+    return notes
+
+
+def is_transcription(item: Item, transcript: str | None) -> bool:
+    """Whether a question is scored by an error rate against the transcript of its utterance."""
+    if transcript is None or not isinstance(item.reference, str) or not set(item.metrics) & set(ERROR_KINDS):
+        return False
+    return normalize(item.reference) == normalize(transcript)
 
 
 def check_references(chosen: EvalSet) -> None:

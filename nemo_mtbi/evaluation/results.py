@@ -55,16 +55,40 @@ def write_results(
     write_json(folder / RESULTS, results)
     write_text(folder / TABLE, markdown(results))
     console.print(markdown(results, details=False), markup=False, highlight=False, soft_wrap=True)
-    curves = {name: read_curves(system.logs) for name, system in config.systems.items() if system.logs}
-    return write_text(folder / REPORT, render_page(results, curves, answered, config))
+    return write_text(folder / REPORT, render_page(results, _curves(config), answered, config))
+
+
+def check_measurable(config: EvalConfig, sets: Sequence[EvalSet]) -> None:
+    """Find out whether there will be something to report, before hours of work.
+
+    Raises:
+        ValueError: a set has neither references nor a text system to compare with, or there are no learning curves
+            where the configuration says.
+    """
+    for chosen in sets:
+        asked = [name for name, found in config.systems.items() if found.kind != "text" or not chosen.untranscribed]
+        judged = any(item.reference is not None for item in chosen.items)
+        if chosen.items and not judged and not any(config.text_of(name) in asked for name in asked):
+            raise ValueError(
+                f"set {chosen.name!r} has no right answers, and there is no text system to compare with: add "
+                "references, or a system of kind text"
+            )
+    _curves(config)
+
+
+def _curves(config: EvalConfig) -> dict[str, Any]:
+    """Learning curves by system."""
+    found = {}
+    for name, system in config.systems.items():
+        try:
+            found |= {name: read_curves(system.logs)} if system.logs else {}
+        except ValueError as error:
+            raise ValueError(f"systems.{name}.{error}: give the folder of its training, or leave logs out") from error
+    return found
 
 
 def summarize(config: EvalConfig, answered: Sequence[Answered], resampling: Resampling) -> dict[str, Any]:
-    """Return all figures as one JSON value.
-
-    Raises:
-        ValueError: nothing at all can be measured: a set without references and without a text system to compare with.
-    """
+    """Return all figures as one JSON value."""
     systems = {}
     for name, system in config.systems.items():
         found = {"kind": system.kind, "of": system.of, "against": config.text_of(name), "hours": system.hours}
@@ -78,12 +102,6 @@ def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> 
     silent = [name for name in config.systems if name not in part.systems and chosen.items]
     if silent:
         notes.append(f"not asked, since {chosen.untranscribed} utterances have no transcript: {', '.join(silent)}")
-    judged = any(item.reference is not None for item in chosen.items)
-    if chosen.items and not judged and not any(config.text_of(name) in part.systems for name in part.systems):
-        raise ValueError(
-            f"set {chosen.name!r} has no right answers, and there is no text system to compare with: add references, "
-            "or a system of kind text"
-        )
     groups = group_order(item.group for item in chosen.items)
     figures: dict[str, dict[str, Any]] = {}
     for name, asked in part.systems.items():

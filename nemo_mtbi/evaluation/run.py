@@ -13,16 +13,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nemo_mtbi.evaluation.answers import Unit, load_answers, save_answers
 from nemo_mtbi.evaluation.figures import Asked, Resampling
 from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.load import Backends, Loader
-from nemo_mtbi.evaluation.results import Answered, write_results
+from nemo_mtbi.evaluation.results import Answered, check_measurable, write_results
 from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
 from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES, Task, open_tasks, twins, units
+from nemo_mtbi.io.display import printable
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
 from nemo_mtbi.parallel import groups
 
 THROUGHPUT = "throughput.json"
@@ -87,6 +90,7 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
     """
     console = console or Console()
     sets = read_sets(config)
+    check_measurable(config, sets)
     groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
     loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
     speeds = _work(config, sets, loader, folder, console)
@@ -107,11 +111,13 @@ def _work(
 ) -> dict[str, Speed]:
     """Answers every unit that is not on disk, and compares it with the text."""
     todo = open_tasks(config, sets, loader, folder)
+    loader.check(dict.fromkeys(task.name for task in todo), sets)
     speeds: dict[str, Speed] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
     shown = groups.is_global_first() and bool(todo)
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    bar = Progress(*columns, console=console, disable=not shown)
+    with bar, Heartbeat(lambda: bar_text(bar), console, shown):
         line = bar.add_task("answers", total=sum(task.size for task in todo))
         loaded: tuple[str, int] | None = None
         system = None
@@ -123,7 +129,8 @@ def _work(
             speed = speeds.setdefault(task.name, Speed())
 
             def show(unit: Unit, what: str, task: Task = task) -> None:
-                bar.update(line, description=f"{task.name}, {task.chosen.name}: {what} {unit.task}")
+                description = printable(f"{task.name}, {task.chosen.name}: {what} {unit.task}")
+                bar.update(line, description=description)
 
             for unit, items in task.answers:
                 show(unit, "asked")
@@ -235,5 +242,7 @@ def _speed_table(speeds: dict[str, Speed]) -> Table:
     for column in ("system", "questions/s", "utterances/s", "tokens/s", "speech s/s", "seconds"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for name, speed in speeds.items():
-        table.add_row(name, *(f"{value:,.1f}" for value in speed.rates().values()), f"{speed.seconds:,.1f}")
+        table.add_row(
+            Text(printable(name)), *(f"{value:,.1f}" for value in speed.rates().values()), f"{speed.seconds:,.1f}"
+        )
     return table

@@ -24,14 +24,17 @@ class SystemConfig:
     """One row of the tables.
 
     Attributes:
-        kind: ``speech``: an MTBI model. ``cascade``: CTC of an encoder, then the LLM on its text. ``text``: the LLM on
-            reference transcripts.
+        kind: ``speech``: an MTBI model. ``cascade``: transcripts of a recognizer, then the LLM on them. ``text``: the
+            LLM on reference transcripts.
         nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
         chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
         frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
-        asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
+        asr: for ``cascade``: a NeMo ``.nemo`` with CTC or a transducer, a Hugging Face directory of Whisper with its
+            decoder, or ``demo``, in place of the encoder of ``of``.
+        hypotheses: for ``cascade``: a JSONL of transcripts made elsewhere, in place of a recognizer
+            (:func:`nemo_mtbi.evaluation.hypotheses.read_hypotheses`).
         adapted: for ``text``: whether the adapters of the model ``of`` are on, as they are for its speech; without
             them the LLM is what it was before training, unless it was trained itself.
         against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
@@ -47,6 +50,7 @@ class SystemConfig:
     chat: ChatConfig | None = None
     frozen_dtype: str = "float32"
     asr: str | None = None
+    hypotheses: str | None = None
     adapted: bool = False
     against: str | None = None
     hours: float | None = None
@@ -210,14 +214,25 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
             raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
     _check_llm(where, system)
     if system.kind == "speech":
-        if not system.nemos or system.of or system.llm or system.asr:
-            raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm nor asr")
+        if not system.nemos or system.of or system.llm or system.asr or system.hypotheses:
+            raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm, asr nor hypotheses")
         return
     if system.nemos:
         raise ValueError(f"{where}.nemo belongs to a speech system: name that with of, or give llm")
-    needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr)
+    _check_recognizer(where, system)
+    needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr or system.hypotheses)
     if not system.of and not all(needed):
         raise ValueError(f"{where}: set of to a speech system, or {'llm' if system.kind == 'text' else 'llm and asr'}")
+
+
+def _check_recognizer(where: str, system: SystemConfig) -> None:
+    for key in ("asr", "hypotheses"):
+        if system.kind != "cascade" and getattr(system, key):
+            raise ValueError(f"{where}.{key} belongs to a cascade: set kind to cascade, or leave it out")
+    if system.asr and system.hypotheses:
+        raise ValueError(f"{where}: asr transcribes here, hypotheses were made elsewhere: set one of them")
+    if system.hypotheses and not Path(system.hypotheses).expanduser().is_file():
+        raise ValueError(f"{where}.hypotheses={system.hypotheses} does not exist: give a JSONL with id and text")
 
 
 def _check_llm(where: str, system: SystemConfig) -> None:

@@ -110,6 +110,10 @@ class FrozenParts:
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
         self.texts: dict[str, bytes] = {}
 
+    def path(self, part: str) -> Path | None:
+        """Where a part was found; ``None`` if it is inside the archive."""
+        return self._paths.get(part)
+
     def _located_encoder(self) -> EncoderSection | None:
         """How the encoder is used; a second one with the path at which it was found."""
         config = self._config.encoder
