@@ -20,6 +20,7 @@ from rich.console import Console
 from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
+from nemo_mtbi.data.nemo_cuts import restore_piece
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
 from nemo_mtbi.data.targets import generate_targets
@@ -173,7 +174,7 @@ def open_source(config: GenerateTargetsConfig) -> CutSet:
             "the source is a stream of audio or text (tarred, Shar or text data in input_cfg), but targets are "
             "written into manifests of cuts: give manifests, or one Shar corpus with shar_path"
         )
-    return cuts.map(absolute_paths)
+    return cuts.map(restore_piece).map(absolute_paths)
 
 
 def absolute_paths(cut: Cut) -> Cut:

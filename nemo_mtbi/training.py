@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.constants import NEMO_ENV_VARNAME_VERSION
@@ -26,6 +25,7 @@ from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.io.manifests import read_cuts
 from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.modules.pretrained import load_text_llm
@@ -122,6 +122,8 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
             cfg.model.pretrained_asr = prepared.pretrained_asr
             cfg.model.train_ds.cuts_path = str(prepared.train)
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
+    if benchmark.enabled and benchmark.cuts:
+        read_cuts(benchmark.cuts, "benchmark.cuts")  # what can't be read is found now, and not after the training
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
@@ -142,7 +144,7 @@ def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, 
     model.save_to(str(nemo))
     if benchmark.enabled and benchmark.cuts:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        cuts = CutSet.from_file(benchmark.cuts)
+        cuts = read_cuts(benchmark.cuts, "benchmark.cuts")
         answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
         figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
         written = folder / "results.json"

@@ -60,6 +60,8 @@ def align(arguments: argparse.Namespace) -> dict:
     config = AlignConfig(**{name: getattr(arguments, name) for name in names})
     cuts, total = open_cuts(arguments.cuts)
     model = resolve(arguments.asr, "--asr", "encoder.nemo")
+    if not model.is_file():
+        raise ValueError(f"--asr={arguments.asr} is a folder: alignment takes a .nemo file with a CTC head")
     source = f"{file_digest(model)} {file_digest(arguments.cuts)}"
     ctc = CTCModel.load(arguments.asr)
     ctc.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         report = align(arguments)
-    except ValueError as err:
+    except (ValueError, RuntimeError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=1))

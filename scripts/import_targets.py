@@ -10,6 +10,7 @@ The output folder has the form of generated targets: shards cuts-00000.jsonl.gz 
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import json
 import sys
@@ -65,7 +66,7 @@ def parse_line(line: bytes) -> tuple[str, dict]:
     """
     try:
         item = json.loads(line.decode())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"not a line of JSON in UTF-8 ({err})") from err
     if not isinstance(item, dict):
         raise ValueError(f"not a JSON object but {type(item).__name__}")
@@ -98,6 +99,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as err:
@@ -135,14 +137,10 @@ def load_targets(paths: Iterable[Path], counts: Counter) -> dict[str, list[dict]
 
 def survey(cuts: Iterable, targets: dict[str, list[dict]], arguments: argparse.Namespace, counts: Counter) -> int:
     """Finds what would stop the import before anything is written; returns the number of cuts with targets."""
-    from lhotse.cut import Cut
-
     from nemo_mtbi.data.target_shards import check_without_data
 
     seen, missing = set(), []
     for cut in cuts:
-        if not isinstance(cut, Cut):
-            raise ValueError(f"{arguments.cuts} holds {type(cut).__name__}s, not cuts: give a manifest of cuts")
         check_without_data(cut)
         if cut.id in seen:
             raise ValueError(f"{arguments.cuts}: two cuts have the id {cut.id}, so its targets can't be told apart")
@@ -173,8 +171,9 @@ def _some(ids: list[str]) -> str:
 def clear(out: Path, overwrite: bool) -> None:
     """Makes the folder; removes targets that it holds if that is allowed, the index first."""
     from nemo_mtbi.data.target_shards import INDEX_FILE
+    from nemo_mtbi.io.paths import make_folder
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     old = [path for pattern in (INDEX_FILE, "cuts-*.jsonl.gz", "cuts-*.partial.jsonl") for path in out.glob(pattern)]
     if old and not overwrite:
         raise ValueError(f"{out} holds targets already ({old[0].name}): give another folder, or --overwrite")
@@ -188,15 +187,12 @@ def import_targets(arguments: argparse.Namespace) -> Counter:
     Raises:
         ValueError: if something does not fit; nothing has been written then.
     """
-    from lhotse import CutSet
-
     from nemo_mtbi.data import target_shards
+    from nemo_mtbi.io.manifests import read_cuts
 
     counts: Counter = Counter()
     targets = load_targets(arguments.targets, counts)
-    if not arguments.cuts.is_file():
-        raise ValueError(f"{arguments.cuts} is not a file: give a manifest of cuts")
-    cuts = CutSet.from_file(arguments.cuts)
+    cuts = read_cuts(arguments.cuts)
     total = survey(cuts, targets, arguments, counts)
     behaviors_from = {"llm": arguments.llm, "chat": arguments.chat, "decoding": arguments.decoding}
     clear(arguments.out, arguments.overwrite)
@@ -216,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         counts = import_targets(arguments)
-    except ValueError as err:
+    except (ValueError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     print(

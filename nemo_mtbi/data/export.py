@@ -17,17 +17,19 @@ from typing import Any
 import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording
+from lhotse.cut.data import DataCut
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import split_into_shards
+from nemo_mtbi.io.paths import make_folder
 
 FORMATS = ("shar", "tarred")
 
 
 def export(
-    cuts: Iterable[MonoCut],
+    cuts: Iterable[DataCut],
     out_dir: str | Path,
     form: str,
     shard_size: int,
@@ -37,7 +39,7 @@ def export(
     """Writes cuts and audio.
 
     Args:
-        cuts: single recordings.
+        cuts: single recordings, of one channel or several.
         out_dir: must be empty or missing.
         form: ``shar`` or ``tarred``.
         shard_size: cuts in a shard.
@@ -55,10 +57,10 @@ def export(
         raise ValueError(f"the form is {form!r}; it must be {' or '.join(FORMATS)}")
     if shard_size < 1:
         raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
-    if out_dir.exists() and any(out_dir.iterdir()):
+    if out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
     check_policy(on_bad_audio)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir, "--out")
     whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts)
     entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
     if not any(out_dir.iterdir()):
@@ -66,10 +68,10 @@ def export(
     return entry
 
 
-def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iterator[MonoCut]:
-    """The cuts with their audio in memory, and word times from the start of the utterance, where they then begin."""
+def _loaded(cuts: Iterable[DataCut], on_bad_audio: str, counts: Counter) -> Iterator[MonoCut]:
+    """The cuts with their audio in memory, as one channel, and word times from where they then begin: their start."""
     for cut in cuts:
-        if not isinstance(cut, MonoCut) or len(cut.supervisions) != 1:
+        if not isinstance(cut, DataCut) or len(cut.supervisions) != 1:
             raise ValueError(
                 f"cut {cut.id} is no recording with one supervision: make one cut of each utterance (Lhotse's "
                 "trim_to_supervisions)"
@@ -92,7 +94,8 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             continue
         counts["cuts"] += 1
         segment = fastcopy(segment, alignment=times or None, channel=0)
-        yield fastcopy(held, start=0.0, channel=0, recording=sound, supervisions=[segment])
+        kept = {name: getattr(held, name) for name in ("id", "duration", "features", "custom")}
+        yield MonoCut(**kept, start=0.0, channel=0, recording=sound, supervisions=[segment])
 
 
 def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
@@ -123,8 +126,8 @@ def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str
     }
 
 
-def _flac(cut: MonoCut) -> bytes:
-    """16-bit FLAC at the cut's own rate."""
+def _flac(cut: DataCut) -> bytes:
+    """16-bit FLAC at the cut's own rate; several channels are averaged, as where audio is loaded for the model."""
     stream = io.BytesIO()
     samples = np.clip(cut.load_audio().mean(axis=0), -1.0, 1.0)
     soundfile.write(stream, samples, cut.sampling_rate, format="FLAC", subtype="PCM_16")

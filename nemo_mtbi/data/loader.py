@@ -27,7 +27,8 @@ from nemo_mtbi.data.conversations import as_cut
 from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.nemo_cuts import restore_piece
 from nemo_mtbi.data.tasks import stable_rng
 
 DATA_TYPE = "nemo_mtbi"
@@ -244,7 +245,7 @@ def _prepare_cut(cut: Any, sample_rate: int, changed: str | None) -> Any:
         if changed and hasattr(cut, "turns"):
             raise ValueError(f"{changed} is for utterances, and {cut.id} is a conversation: remove it, or one of them")
         return as_cut(cut, sample_rate) if hasattr(cut, "turns") else cut
-    cut = cut.resample(sample_rate)
+    cut = restore_piece(cut).resample(sample_rate)
     alignment = custom_value(cut, "alignment")
     if alignment is None or isinstance(cut, MixedCut) or len(cut.supervisions) != 1 or cut.supervisions[0].alignment:
         return cut
@@ -321,6 +322,8 @@ def _fit_buckets(source: DrawnSource) -> None:
     if estimate:
         full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
         full.use_bucketing = full.bucket_duration_bins is not None
+        if not full.use_bucketing and full.shuffle_buffer_size is None:  # one bucket, shuffled
+            full.shuffle_buffer_size = DEFAULTS["shuffle_buffer_size"]
 
 
 def cost_bins(costs: list[int], num_buckets: int) -> list[int]:

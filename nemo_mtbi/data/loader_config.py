@@ -9,6 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nemo_mtbi.io.manifests import check_manifest
+from nemo_mtbi.io.text import read_text
+
 OWN_KEYS = ("rows_per_cut",)
 IGNORED_KEYS = ("use_lhotse",)  # every NeMo data configuration has it
 SOURCE_KEYS = (
@@ -29,6 +34,8 @@ SOURCE_KEYS = (
     "shuffle",
 )
 PATH_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "noise_path", "rir_path")
+# What manifest_filepath names, by the type of a source; of the other types NeMo has forms of its own.
+MANIFESTS = {"nemo": "nemo", "nemo_tarred": "nemo", "multimodal_conversation": "lines", "share_gpt": "lines"}
 LOCATION_KEYS = ("input_cfg", "cuts_path", "shar_path", "manifest_filepath")
 
 # Where we differ from NeMo's defaults, if the user's configuration is silent.
@@ -137,6 +144,8 @@ def _check_batch_size(given: Mapping[str, Any]) -> None:
     bins = given.get("bucket_duration_bins")
     if given.get("bucket_batch_size") is not None and not bins:
         raise ValueError("bucket_batch_size needs bucket_duration_bins: costs in tokens, one per bucket")
+    if bins is not None and not bins:
+        raise ValueError("bucket_duration_bins is empty, so there is one bucket: set use_bucketing=false instead")
     if bins and isinstance(bins[0], Sequence):
         raise ValueError("two-dimensional bucket_duration_bins are not supported: a cut has one cost, in tokens")
 
@@ -163,6 +172,7 @@ def check_source(full) -> None:
     if all(config[key] is None for key in LOCATION_KEYS):
         raise ValueError(f"no data: set one of {', '.join(LOCATION_KEYS)}")
     _check_paths(config, "")
+    _check_manifests(config, "", "nemo")
     if config["input_cfg"] is not None:
         _check_group(config["input_cfg"], "input_cfg")
 
@@ -171,12 +181,17 @@ def _check_group(group: Any, where: str) -> None:
     """Checks the entries of an ``input_cfg``, and of the groups in it."""
     from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(group, (str, Path)):
         _check_path(where, str(group))
         if _is_remote(str(group)):
             return
-        where, group = f"{where} ({group})", OmegaConf.to_container(OmegaConf.load(group), resolve=True)
+        text, where = read_text(group, where), f"{where} ({group})"
+        try:
+            group = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as error:
+            raise ValueError(f"{where} must be a YAML list of sources: {error}") from error
     if not isinstance(group, list) or not group:
         raise ValueError(f"{where} must be a list of sources, got {group!r}")
     weighted = [isinstance(entry, Mapping) and entry.get("weight") is not None for entry in group]
@@ -191,6 +206,7 @@ def _check_group(group: Any, where: str) -> None:
         if "shard_seed" in entry:
             raise ValueError(f"{place}.shard_seed is not supported: remove it, it follows from seed")
         _check_paths(entry, f"{place}.")
+        _check_manifests(entry, f"{place}.", kind)
         if kind == "group":
             _check_group(entry.get("input_cfg"), f"{place}.input_cfg")
 
@@ -199,6 +215,18 @@ def _check_paths(config: Mapping[str, Any], prefix: str) -> None:
     for key in PATH_KEYS:
         for path in _paths(config.get(key)):
             _check_path(f"{prefix}{key}", path)
+
+
+def _check_manifests(config: Mapping[str, Any], prefix: str, kind: str) -> None:
+    """Checks the first line of each local manifest; of shards, which may be empty, only that they are files."""
+    from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+
+    for key, form in (("cuts_path", "cuts"), ("manifest_filepath", MANIFESTS.get(kind))):
+        patterns = [pattern for pattern in _paths(config.get(key)) if not _is_remote(pattern)]
+        files = [file for pattern in patterns for file in expand_sharded_filepaths(pattern)]
+        for file in files:
+            if form is not None and (len(files) == 1 or Path(file).is_dir()):
+                check_manifest(file, f"{prefix}{key}", form)
 
 
 def _paths(value: Any) -> Iterator[str]:

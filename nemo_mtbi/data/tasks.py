@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from nemo_mtbi.io.text import read_text
+
 # Names only: the scorers live in nemo_mtbi/evaluation/metrics.py.
 SCORING_KINDS = ("wer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
 SPLITS = ("train", "heldout")
@@ -113,8 +115,8 @@ class TaskPool:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
+            text = read_text(path)
+        except ValueError as err:
             raise ValueError(f"{path}: cannot read the task pool ({err}); give the path of a YAML text file") from err
         try:
             data = yaml.safe_load(text)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from nemo_mtbi.evaluation.benchmark import crossed_questions
 from nemo_mtbi.evaluation.metrics import Metric, metric, task_metric
 from nemo_mtbi.evaluation.tally import mean
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.io.manifests import read_cuts
 
 BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
 
@@ -197,10 +197,7 @@ def from_cuts(
     Raises:
         ValueError: the manifest is missing or empty, or a reference is not one of its task's.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"sets.{name}.cuts={path} does not exist: give a Lhotse cut manifest")
-    cuts = sorted(CutSet.from_file(path), key=lambda cut: cut.id)[:limit]
+    cuts = sorted(read_cuts(path, f"sets.{name}.cuts"), key=lambda cut: cut.id)[:limit]
     clips = [Clip(cut.id, cut, transcript(cut) or None) for cut in cuts]
     references = [custom_value(cut, "references") or {} for cut in cuts]
     items = []

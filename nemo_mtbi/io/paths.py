@@ -44,3 +44,23 @@ def _identities(path: str | Path) -> list[object]:
     except (OSError, ValueError):
         return found
     return [*found, (status.st_dev, status.st_ino)]
+
+
+def make_folder(path: str | Path, key: str) -> Path:
+    """Make an output folder, with the folders that it lies in, and return it; one that is there stays as it is.
+
+    Args:
+        path: of the folder.
+        key: configuration key or option that named it, for messages.
+
+    Raises:
+        ValueError: if a file stands in its way, or it can't be made; names the key and the path.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{key}={path}: {error.filename} is a file: name a folder") from error
+    except OSError as error:
+        raise ValueError(f"{key}={path} can't be made: {error.strerror}: name another folder") from error
+    return folder

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"  # how a compressed file begins
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path, key: str = "") -> str:
@@ -28,15 +29,20 @@ def read_text(path: str | Path, key: str = "") -> str:
         raise ValueError(f"{named} is a folder: name a file") from None
     except (OSError, ValueError) as error:  # a name may hold a null character
         raise ValueError(f"{named} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    if content.startswith(_GZIP):
+    if content.startswith(GZIP):
         raise ValueError(f"{named} is compressed: unpack it with gunzip, and name what comes out")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{named} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for example with "
-            "iconv -f latin1 -t utf-8"
-        ) from error
+        raise ValueError(f"{named} {why_not_utf8(error)}") from error
+
+
+def why_not_utf8(error: UnicodeDecodeError) -> str:
+    """Return the rest of a message that begins with the name of a file: what it is instead, and the remedy."""
+    if error.object.startswith(_UTF_16):
+        return "is UTF-16: convert it with iconv -f utf-16 -t utf-8"
+    found = error.object[error.start]
+    return f"is not UTF-8 (byte {error.start} is 0x{found:02x}): convert it, for example with iconv -f latin1 -t utf-8"
 
 
 def read_lines(path: str | Path, key: str = "") -> list[str]:

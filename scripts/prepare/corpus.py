@@ -39,7 +39,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--option", action="append", default=[], metavar="KEY=VALUE", help="further argument of the recipe"
     )
     parser.add_argument("--text-field", default="text", metavar="KEY", help="of NeMo manifests (%(default)s)")
+    parser.add_argument("--lang-field", default="lang", metavar="KEY", help="of NeMo manifests (%(default)s)")
     return parser.parse_args(argv)
+
+
+def read_option(option: str) -> tuple[str, object]:
+    """The key and the value of --option.
+
+    Raises:
+        ValueError: if it is not KEY=VALUE with a value of YAML.
+    """
+    import yaml
+
+    key, equals, value = option.partition("=")
+    try:
+        if key and equals:
+            return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        pass
+    raise ValueError(f"--option {option} must be KEY=VALUE, with a value of YAML such as true, 3 or [a, b]")
 
 
 def prepare(arguments: argparse.Namespace) -> Counter:
@@ -48,26 +66,26 @@ def prepare(arguments: argparse.Namespace) -> Counter:
     Raises:
         ValueError: if something does not fit; the message says what.
     """
-    import yaml
     from lhotse import CutSet
 
     from nemo_mtbi.data.corpus import write_cuts
     from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe
     from nemo_mtbi.data.word_alignments import read_texts, read_times, with_texts, with_times
+    from nemo_mtbi.io.paths import make_folder
 
     times = read_times(arguments.times) if arguments.times else None
     texts = read_texts(arguments.texts or ())
     if arguments.recipe == "manifest":
         if arguments.option:
             raise ValueError("--option is for recipes of Lhotse: leave it out with `manifest`")
-        parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field)}
+        parts = {"cuts": cuts_of_manifests(arguments.source, arguments.text_field, arguments.lang_field)}
     else:
         if len(arguments.source) != 1:
             raise ValueError("a recipe takes one folder")
-        options = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in arguments.option)}
+        options = dict(map(read_option, arguments.option))
         parts = cuts_of_recipe(arguments.recipe, arguments.source[0], options)
     counts: Counter = Counter()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    make_folder(arguments.out, "--out")
     for part, cuts in parts.items():
         if texts:
             cuts = with_texts(cuts, texts, counts)

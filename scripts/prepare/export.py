@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         shown = track(cuts, "writing", total=total, console=Console(stderr=True))
         counts: Counter = Counter()
         entry = export(shown, arguments.out, arguments.format, arguments.shard_size, arguments.on_bad_audio, counts)
-    except ValueError as err:
+    except (ValueError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     print(f"# {counts['cuts']} cuts; left out because their audio can't be read: {counts['bad_audio']}")

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from nemo_mtbi.io.paths import refuse_overwriting
+from nemo_mtbi.io.paths import make_folder, refuse_overwriting
 
 
 @pytest.fixture
@@ -37,3 +37,11 @@ def test_other_files_beside_an_input_are_legal(tmp_path, cuts):
     refuse_overwriting(
         {"cuts_path": [cuts, tmp_path / "missing"]}, {"output_dir": [tmp_path / "copy", tmp_path / "new"]}
     )
+
+
+def test_output_folders_are_made_and_files_in_their_way_named(tmp_path, cuts):
+    assert make_folder(tmp_path / "a" / "b", "--out").is_dir()
+    assert make_folder(tmp_path / "a" / "b", "--out") == tmp_path / "a" / "b"
+    for path in (cuts, cuts / "below"):
+        with pytest.raises(ValueError, match=f"--out={path}: {cuts}.* is a file: name a folder"):
+            make_folder(path, "--out")
