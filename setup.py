@@ -32,6 +32,8 @@ setup(
         "psutil",  # the checkpoint writer of Megatron imports it and does not require it
         "safetensors",
         "transformers",  # tokenizers, and the encoders of Hugging Face
+        "jinja2>=3.1.6",  # chat templates
+        "regex",  # patterns with a limit of time
         "sentencepiece",
         "soundfile",
         "numpy",
@@ -39,6 +41,7 @@ setup(
         "librosa",
         "filelock",
         "pyyaml",
+        "braceexpand",  # names of shards, as NeMo reads them
         "rich",
         "jiwer",
         "sacrebleu>=2",

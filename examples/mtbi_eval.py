@@ -4,7 +4,8 @@
     python examples/mtbi_eval.py output_dir=eval systems.mtbi.nemo=m.nemo sets.test.cuts=test/cuts.jsonl.gz
     python examples/mtbi_eval.py --config-path DIR --config-name my_eval       # systems and sets of your own
 
-Started again after a kill it goes on where it stopped, and ends with the same bytes. The last line names the report.
+All systems are checked before the first is asked. Started again after a kill it goes on where it stopped, and ends
+with the same bytes. The last line names the report.
 """
 
 from pathlib import Path
@@ -12,7 +13,13 @@ from pathlib import Path
 from nemo_mtbi.cli import hydra_main
 
 
-@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf")
+def schema():
+    from nemo_mtbi.evaluation.settings import EvalConfig
+
+    return EvalConfig
+
+
+@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
 def main(cfg):
     from nemo_mtbi.evaluation.settings import parse_eval_config
 
@@ -21,10 +28,11 @@ def main(cfg):
 
     from nemo_mtbi.evaluation.run import Backends, run
     from nemo_mtbi.models.ctc import transcribe_ctc
+    from nemo_mtbi.models.inspection import inspect_nemo
     from nemo_mtbi.models.mtbi_model import MTBIModel
     from nemo_mtbi.modules.text_llm import file_digest
 
-    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest))
+    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
     if report is not None:
         print(f"report: {report}")
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from nemo_mtbi.cli import hydra_main
 
 
-@hydra_main(config_name="mtbi_generate_targets", config_path=Path(__file__).resolve().parent.parent / "conf")
+def schema():
+    from nemo_mtbi.generate_targets import GenerateTargetsConfig
+
+    return GenerateTargetsConfig
+
+
+@hydra_main(
+    config_name="mtbi_generate_targets", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema
+)
 def main(cfg):
     from rich.console import Console
 

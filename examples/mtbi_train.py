@@ -13,7 +13,21 @@ from pathlib import Path
 from nemo_mtbi.cli import hydra_main
 
 
-@hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf")
+def schema():
+    from nemo.utils.exp_manager import ExpManagerConfig
+
+    from nemo_mtbi.training import BenchmarkConfig, DataConfig, ModelConfig
+
+    sections = {
+        "data": DataConfig,
+        "model": ModelConfig,
+        "benchmark": BenchmarkConfig,
+        "exp_manager": ExpManagerConfig,
+    }
+    return {"name": str, "init_from_nemo_model": str, **sections}
+
+
+@hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
 def main(cfg):
     from nemo_mtbi.parallel.groups import is_global_first
     from nemo_mtbi.training import train

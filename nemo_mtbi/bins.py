@@ -54,6 +54,9 @@ class Bins:
             f"fill of all: {self.fill:.0%}; without buckets {Bins((), self.costs).fill:.0%}", highlight=False
         )
         console.print("model.train_ds:", highlight=False)
+        if not self.bounds:
+            console.print("  use_bucketing: false  # all cuts cost the same, or they are too few", highlight=False)
+            return
         console.print(f"  num_buckets: {len(self.bounds) + 1}", highlight=False)
         console.print(f"  bucket_duration_bins: {list(self.bounds)}", highlight=False, soft_wrap=True)
 
@@ -76,6 +79,8 @@ def estimate_bins(cfg: DictConfig) -> Bins:
     OmegaConf.resolve(cfg)
     if cfg.get("data"):
         raise ValueError("a corpus that is built on the spot needs no buckets: set data=null and model.train_ds")
+    if not cfg.model.get("train_ds"):
+        raise ValueError("model.train_ds is not set: it names the data whose buckets are looked for")
     plan = Plan()
     config = check_model(plan, cfg.model)
     llm = read_llm(plan, cfg.model.get("pretrained_llm"), config.chat if config else None)

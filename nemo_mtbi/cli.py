@@ -14,11 +14,13 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from nemo_mtbi.io.display import printable
 
 VERBOSE_ENV = "NEMO_MTBI_VERBOSE"
 
@@ -125,7 +127,7 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                     get_error_handler().record_exception(error)
-            text = "".join(traceback.format_exception(error))
+            text = printable("".join(traceback.format_exception(error)))  # it may name what a manifest holds
             print(text, end="", file=sys.stderr, flush=True)
             # a thread may still be printing its part of the same failure, which would hide the message
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -134,9 +136,30 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     return run
 
 
-def _run(task: Callable[[DictConfig], Any], config_path: str, config_name: str) -> None:
+@contextlib.contextmanager
+def _refused_in_one_line() -> Iterator[None]:
+    """Ends the program with the message alone: a command line that makes no sense needs no traceback."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run(
+    task: Callable[[DictConfig], Any],
+    config_path: str,
+    config_name: str,
+    args: argparse.Namespace,
+    schema: Callable[[], Any] | None,
+) -> None:
     """Runs ``task`` through NeMo's ``hydra_runner``, which makes no ``outputs/`` folder and stays in this one."""
     from hydra import version
+
+    from nemo_mtbi.overrides import keep_text, read_overrides
+
+    with _refused_in_one_line():
+        given = read_overrides(args.overrides, args.multirun)
 
     if wants_quiet():
         quiet()
@@ -146,11 +169,14 @@ def _run(task: Callable[[DictConfig], Any], config_path: str, config_name: str) 
         quiet()
     # hydra_runner leaves the compatibility level open, and Hydra then falls back to that of 1.1 and warns.
     version.setbase(None)
+    with _refused_in_one_line():
+        changed = keep_text(given, schema()) if schema else {}
+    sys.argv = [changed.get(argument, argument) for argument in sys.argv]  # which hydra_runner reads again
     hydra_runner(config_path=config_path, config_name=config_name)(_reported(task))()
 
 
 def hydra_main(
-    config_name: str, config_path: str | os.PathLike[str]
+    config_name: str, config_path: str | os.PathLike[str], schema: Callable[[], Any] | None = None
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
     """Decorator for the main function of a script: NeMo's ``hydra_runner``, but questions are answered at once.
 
@@ -169,6 +195,8 @@ def hydra_main(
     Args:
         config_name: Name of the default YAML, without ``.yaml``; ``--config-name`` on the command line replaces it.
         config_path: Absolute path of the folder of the YAML files.
+        schema: Gives the dataclass of the configuration, or types by key, when the script runs: where it has text,
+            the command line is not taken for a number (``prompt=1e5``).
 
     Raises:
         ValueError: ``config_path`` is relative (Hydra would resolve it against a file that the caller can't see).
@@ -185,7 +213,7 @@ def hydra_main(
             args = _parse(sys.argv[1:])
             if _only_asks(args):
                 return _answer(task, str(path), config_name, args)
-            return _run(task, str(path), config_name)
+            return _run(task, str(path), config_name, args, schema)
 
         return wrapper
 

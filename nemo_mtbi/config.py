@@ -20,7 +20,7 @@ from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.schema import read_section
 
-FORMAT_VERSION = 2  # of the .nemo
+FORMAT_VERSION = 3  # of the .nemo
 ADAMS = ("adam", "adamw", "fused_adam")  # beside which the LLM may train
 FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
@@ -68,14 +68,19 @@ class ModelConfig:
         encoder_cache: folder where the encoder's frames are kept by the content of the audio, for many runs over the
             same speech; ``null``: nothing is kept.
         dist_timeout: seconds that a process waits for another one before it ends the run; ``null``: torch's default.
-        on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it.
-        on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch).
+        on_nonfinite: what a NaN or Inf in loss or gradient does: ``raise``, or ``skip`` the step and count it. A
+            skipped step changes nothing and is not counted by ``trainer.max_steps``; 100 of them in a row end the run.
+        on_bad_audio: ``raise`` or ``skip`` (skipped cuts are counted by reason and reported after each epoch). A step
+            without a usable cut is skipped like one that is not finite; 1000 of them in a row, or a whole pass, end
+            the run.
         targets: see :class:`TargetsConfig`.
         transcription_task: task whose generated answer is scored as a transcript in validation.
         train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).
         optim: NeMo's optimizer and ``sched`` keys; it trains all but weights of the LLM, which follow its schedule.
         nemo_content: ``small``: a ``.nemo`` refers to the frozen parts by path and hash; ``full``: it holds them.
         fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
+        file_digests: SHA-256 of files of the frozen parts above 1 GiB, of which ``fingerprints`` cover samples only;
+            written and checked likewise.
         llm_was_trained: written by us: the LLM inside a full ``.nemo`` is not the one of its fingerprint any more.
     """
 
@@ -108,6 +113,7 @@ class ModelConfig:
     optim: Any = None
     nemo_content: str = "small"
     fingerprints: dict[str, str] = field(default_factory=dict)
+    file_digests: dict[str, list[str]] = field(default_factory=dict)
     llm_was_trained: bool = False
     format_version: int = FORMAT_VERSION
     # NeMo writes these into every model's configuration

@@ -3,36 +3,38 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lhotse import CutSet
-from lhotse.cut import Cut, MixedCut, PaddingCut
-from lhotse.lazy import count_newlines_fast
+from lhotse.cut import Cut
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
 from nemo_mtbi.config import FROZEN_DTYPES
 from nemo_mtbi.data.chat_template import ChatConfig
+from nemo_mtbi.data.gate import read_gated
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.data.target_plan import TargetPlan
-from nemo_mtbi.data.target_shards import JOINED, join_shards, read_targets
-from nemo_mtbi.data.targets import generate_targets
+from nemo_mtbi.data.target_shards import JOINED, SHAR_CONFIG, join_shards, read_targets, seal, written_files
+from nemo_mtbi.data.target_source import shar_fields, shar_shard_size, whole_and_absolute
+from nemo_mtbi.data.targets import BAD_ENTRY, LEAVE_OUT, generate_targets
 from nemo_mtbi.durable import replacing
 from nemo_mtbi.inference.follow import Leader, follow
 from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.transcribe import pick_device
-from nemo_mtbi.parallel import groups
+from nemo_mtbi.io.paths import named_files, refuse_overwriting
+from nemo_mtbi.io.sources import SourcePolicy
+from nemo_mtbi.parallel import groups, peers
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.recipe import load_pool, text_responder
+from nemo_mtbi.parallel.settings import check_same
+from nemo_mtbi.parallel.stop import Remedies, explained
+from nemo_mtbi.recipe import batch_rows, load_pool, text_responder
 from nemo_mtbi.schema import read_section
-
-SHAR_CONFIG = "input_cfg.yaml"  # for a Shar corpus: our cuts beside its data
 
 
 @dataclass
@@ -59,10 +61,12 @@ class GenerateTargetsConfig:
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
-        generation: decoding; ``batch_tokens`` also sets the unit of resume.
+        allow_remote, allow_commands: what the source may be read from beside files
+            (:class:`~nemo_mtbi.io.sources.SourcePolicy`).
+        generation: decoding; a batch, which ``batch_tokens`` bounds, is the unit of resume.
         plan: what is asked.
         shard_size: cuts in a shard (those of a Shar corpus are kept).
-        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript, and entries with values of a wrong type.
         overwrite: replace what was made otherwise.
         tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the LLM.
         rank, world_size: this replica of the LLM makes the shards ``rank``, ``rank + world_size``, …; ``null``: the
@@ -82,6 +86,8 @@ class GenerateTargetsConfig:
     tarred_audio_filepaths: Any = None
     text_field: str = "text"
     lang_field: str = "lang"
+    allow_remote: bool = False
+    allow_commands: bool = False
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     shard_size: int = 1000
@@ -146,14 +152,26 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
     return config
 
 
+def spare_inputs(config: GenerateTargetsConfig) -> None:
+    """Refuse an ``output_dir`` where the run would replace or delete what it reads.
+
+    Raises:
+        ValueError: names the file and the key that it is read by.
+    """
+    folder = Path(config.output_dir).expanduser()
+    inputs = {key: list(named_files(getattr(config, key))) for key in LOCATION_KEYS}
+    inputs |= {key: [name] for key in ("tasks", "pretrained_llm") if (name := getattr(config, key)) != "demo"}
+    refuse_overwriting(inputs, {"output_dir": [*written_files(folder), folder / SHAR_CONFIG]})
+
+
 # ------------------------------------------------------------------------------------------------ what is read
 
 
-def open_source(config: GenerateTargetsConfig) -> CutSet:
+def open_source(config: GenerateTargetsConfig) -> Iterable[Cut]:
     """The cuts of the source, with absolute paths (they are written to another folder), in the same order each time.
 
     Raises:
-        ValueError: if the source does not exist or is a stream of audio.
+        ValueError: if the source does not exist, is not allowed or is a stream of audio.
     """
     from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
 
@@ -162,70 +180,23 @@ def open_source(config: GenerateTargetsConfig) -> CutSet:
     register()
     source = {key: getattr(config, key) for key in (*LOCATION_KEYS, "text_field", "lang_field")}
     source = OmegaConf.create({**source, "noise_path": None, "rir_path": None})
-    check_source(source)
+    policy = SourcePolicy(config.allow_remote, config.allow_commands)
+    check_source(source, policy)
+    gate = {"policy": policy, "skip": config.on_missing_text == "skip", "remedy": LEAVE_OUT, "restart": True}
     if config.shar_path is not None:
-        return CutSet.from_files(shar_fields(config.shar_path)["cuts"], shuffle_iters=False)
+        files = shar_fields(config.shar_path)["cuts"]
+        return read_gated(lambda: (CutSet.from_files(files, shuffle_iters=False), False), source, **gate)[0]
     # a fixed seed: a blend is then mixed alike in every run, which resuming builds on
     fixed = {"shuffle": False, "shard_seed": 0, "force_finite": True, "tarred_audio_filepaths": None}
-    cuts, is_stream = read_cutset_from_config(OmegaConf.merge(source, fixed))
+    full = OmegaConf.merge(source, fixed)
+    cuts, is_stream = read_gated(lambda: read_cutset_from_config(full), source, **gate)
     if is_stream:
         raise ValueError(
             "the source is a stream of audio or text (tarred, Shar or text data in input_cfg), but targets are "
             "written into manifests of cuts: give manifests, or one Shar corpus with shar_path"
         )
-    return cuts.map(absolute_paths)
-
-
-def absolute_paths(cut: Cut) -> Cut:
-    """``cut`` with absolute paths of its audio files; it is changed in place."""
-    for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
-        if not isinstance(part, PaddingCut) and part.has_recording:
-            for source in part.recording.sources:
-                if source.type == "file":
-                    source.source = os.path.abspath(source.source)
-    return cut
-
-
-def shar_fields(shar_path: Any) -> dict[str, list[str]]:
-    """The files of one Shar corpus by field, in order of their shards.
-
-    Args:
-        shar_path: its folder, or a mapping of fields to paths as NeMo takes it.
-
-    Raises:
-        ValueError: if it is neither, or has no cuts.
-    """
-    from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
-
-    fields: dict[str, list[str]] = {}
-    if isinstance(shar_path, (str, Path)):
-        for path in sorted(Path(shar_path).absolute().glob("*.*")):
-            fields.setdefault(path.name.split(".")[0], []).append(str(path))
-    elif isinstance(shar_path, Mapping):
-        fields = {
-            key: [os.path.abspath(path) for path in expand_sharded_filepaths(paths)]
-            for key, paths in shar_path.items()
-        }
-    if not fields.get("cuts"):
-        raise ValueError(
-            f"shar_path={shar_path} must be the folder of one Shar corpus, or a mapping with the key cuts"
-        )
-    return fields
-
-
-def shar_shard_size(files: list[str]) -> int:
-    """Cuts in each shard of a Shar corpus; ours must be the same, since cuts and audio are read side by side.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    sizes = [count_newlines_fast(path) for path in files]
-    if len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0]:
-        raise ValueError(
-            f"the shards of this Shar corpus hold {min(sizes)} to {max(sizes)} cuts, and targets are made for shards "
-            "of one size (the last may be smaller): write it again with Lhotse and a single shard_size"
-        )
-    return sizes[0]
+    cuts.prepare = whole_and_absolute
+    return cuts
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -261,6 +232,10 @@ class TargetsReport:
             lines[-1] += f", of these empty and dropped: {counts['dropped_empty']}"
         if counts["skipped_no_text"]:
             lines.append(f"left out: {counts['skipped_no_text']} cuts without a transcript")
+        bad = {key.removeprefix(BAD_ENTRY): counts[key] for key in sorted(counts) if key.startswith(BAD_ENTRY)}
+        if bad:
+            found = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+            lines.append(f"left out: {sum(bad.values())} entries that cannot be used ({found})")
         if counts["reused_shards"] or counts["reused_batches"]:
             lines.append(f"from a former run: {counts['reused_shards']} shards and {counts['reused_batches']} batches")
         if counts["replaced"]:
@@ -271,6 +246,14 @@ class TargetsReport:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+@explained(
+    Remedies(
+        go_on="What was finished is kept: start the same command again to go on",
+        place="output_dir",
+        patience="the time limit of torch.distributed",
+        work="while it made targets",
+    )
+)
 def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     """Makes the targets of a configuration, or what is left of them after a run that was killed.
 
@@ -278,12 +261,16 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
 
     Raises:
         ValueError: if the configuration, the source or a cut is not legal.
-        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set.
+        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set, or if another run
+            makes the same share of them there.
+        SystemExit: after Ctrl-C or another signal.
     """
     config = parse_generate_config(cfg)
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
-    groups.initialize(config.layout)
+    spare_inputs(config)
+    started = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+    groups.initialize(config.layout, check=lambda: check_same(started, ("cuda",)))
     share, source = config.share(), open_source(config)  # before an LLM is loaded
     loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)
     origin = {} if config.frozen_dtype == "float32" else {"dtype": config.frozen_dtype}
@@ -299,12 +286,17 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
                 "chat": responder.chat,
                 "provenance": {"llm": llm, **origin},
                 "respond": lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
+                "batch_rows": batch_rows(responder),
             }
             return _make(config, source, share, asked, progress)
 
 
 def _make(
-    config: GenerateTargetsConfig, cuts: CutSet, share: tuple[int, int], asked: Mapping[str, Any], progress: bool
+    config: GenerateTargetsConfig,
+    cuts: Iterable[Cut],
+    share: tuple[int, int],
+    asked: Mapping[str, Any],
+    progress: bool,
 ) -> TargetsReport:
     """The part of a replica's reader.
 
@@ -318,9 +310,6 @@ def _make(
     folder, (rank, world_size), shard_size = Path(config.output_dir).expanduser(), share, config.shard_size
     if config.shar_path is not None:
         shard_size = shar_shard_size(shar_fields(config.shar_path)["cuts"])
-    if config.overwrite:  # until it is written anew nobody trains on what is about to be replaced
-        for name in (JOINED, SHAR_CONFIG):
-            (folder / name).unlink(missing_ok=True)
     counts: Counter = Counter()
     shards = generate_targets(
         cuts,
@@ -329,6 +318,7 @@ def _make(
         shard_size=shard_size,
         on_missing_text=config.on_missing_text,
         overwrite=config.overwrite,
+        outdated=[folder / JOINED, folder / SHAR_CONFIG],  # nobody trains on what is about to be replaced
         rank=rank,
         world_size=world_size,
         progress=progress and rank == 0,
@@ -339,10 +329,22 @@ def _make(
     try:
         read_targets(folder)
     except RuntimeError as error:
+        lost = peers.ended() if config.rank is None else []  # of those that torchrun has started with this one
         if world_size == 1:
             raise
+        if lost and not _is_complete(folder):  # they may have finished since
+            ranks = ", ".join(map(str, lost))
+            raise RuntimeError(f"process {ranks} has ended before its targets were made: {error}") from error
         return TargetsReport(**report, waiting=f"{error}; the last rank says what to train on")
     return TargetsReport(**report, train_on=publish(folder, config.shar_path))
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        read_targets(folder)
+    except RuntimeError:
+        return False
+    return True
 
 
 def publish(folder: Path, shar_path: Any = None) -> str:
@@ -352,8 +354,11 @@ def publish(folder: Path, shar_path: Any = None) -> str:
     """
     folder = folder.absolute()
     if shar_path is None:
-        return f"cuts_path={join_shards(folder)}"
+        joined = join_shards(folder)
+        seal(folder)
+        return f"cuts_path={joined}"
     fields = {**shar_fields(shar_path), "cuts": [str(shard) for shard in sorted(folder.glob("cuts-*.jsonl.gz"))]}
     with replacing(folder / SHAR_CONFIG) as file:
         file.write(yaml.safe_dump([{"type": "lhotse_shar", "shar_path": fields}], sort_keys=False).encode())
+    seal(folder)
     return f"input_cfg={folder / SHAR_CONFIG}"

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.utils.data import DataLoader
 
 from nemo_mtbi.config import LAYOUT_KEYS, ModelConfig, parse_model_config
+from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -36,7 +37,7 @@ from nemo_mtbi.parallel import memory
 from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.memory import Load, StageMemory, Term
 from nemo_mtbi.parallel.places import places
-from nemo_mtbi.recipe import parse_data_config
+from nemo_mtbi.recipe import describe_preparation, parse_data_config, unread_sources
 from nemo_mtbi.schema import explain
 
 GRANULARITIES = (None, "selective", "full")
@@ -59,6 +60,7 @@ class Plan:
         load: what goes through the model at once.
         micro_batch_tokens: bound on a microbatch.
         steps_per_epoch: a number, or why there is none.
+        preparation: what is made before training.
         problems: what would be refused, and why.
         notes: what was assumed.
     """
@@ -73,6 +75,7 @@ class Plan:
     load: Load | None = None
     micro_batch_tokens: int = 0
     steps_per_epoch: str = "unknown"
+    preparation: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -225,6 +228,8 @@ def check_data(plan: Plan, cfg: DictConfig, config: ModelConfig, encoder: Encode
     if cfg.get("data"):
         data = plan.attempt(parse_data_config, cfg.data)
         if data:
+            plan.preparation = plan.attempt(describe_preparation, data, config) or []
+            plan.notes += unread_sources(sections)
             plan.steps_per_epoch = f"unknown until the corpus of {data.train_utterances} utterances is built"
         return
     loaders = open_data(plan, config, frame_counter(encoder, config), llm, sections)
@@ -244,7 +249,7 @@ def open_data(
     plan: Plan, config: ModelConfig, frames: FrameCounter, llm: Llm, sections: Mapping[str, dict]
 ) -> dict[str, DataLoader | None]:
     """The loaders of the first replica; ``None`` where one is refused."""
-    expected = {"chat": llm.chat.fingerprint()}
+    expected = {"chat": llm.chat.fingerprint(), CHAT_FORMAT: llm.chat.description()}
     if llm.whole:
         expected["llm"] = llm.directory.fingerprint
     else:
@@ -358,9 +363,8 @@ def count_memory(plan: Plan, architecture: DecoderConfig, encoder: EncoderFacts,
     adapted, learning = learned_memory(plan, architecture, config)
 
     def count(layout: ParallelConfig, granularity: str | None) -> list[StageMemory]:
-        given = dict(load=plan.load, speech=speech_side, number=number, granularity=granularity)
-        given |= dict(adapted=adapted, learning=learning)
-        return [memory.stage_memory(architecture, layout, stage, **given) for stage in stages]
+        common = dict(load=plan.load, speech=speech_side, number=number, adapted=adapted, learning=learning)
+        return [memory.stage_memory(architecture, layout, n, granularity=granularity, **common) for n in stages]
 
     granularity = config.activations_checkpoint_granularity
     plan.stages = count(layout, granularity)

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from nemo_mtbi.io.display import printable
 from nemo_mtbi.layout_table import count_text, layout_table, step_text
 from nemo_mtbi.parallel.memory import StageMemory, Term, total
 from nemo_mtbi.plan import Plan
@@ -35,16 +36,19 @@ def show_plan(plan: Plan, console: Console) -> None:
         show_memory(plan, console)
     if plan.step:
         show_step(plan, console)
+    for line in plan.preparation:
+        say(console, "before training", line)
     for note in plan.notes:
         say(console, "note", note)
     for problem in plan.problems:
         say(console, "refused", problem, "bold red")
     if not plan.problems:
-        say(console, "ready", "nothing of this would be refused")
+        first = "; what stands under 'before training' is made first" if plan.preparation else ""
+        say(console, "ready", f"nothing of this would be refused{first}")
 
 
 def say(console: Console, what: str, text: str, style: str = "bold") -> None:
-    console.print(Text.assemble((what, style), " · ", text))
+    console.print(Text.assemble((what, style), " · ", printable(text)))
 
 
 def size_text(size: float) -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.io.display import printable
 from nemo_mtbi.parallel import groups
 
 GIB = 2**30
@@ -172,16 +173,17 @@ class Throughput(Callback):
         self.eta: float | None = None
         self.count = 0
         self._meter: Meter | None = None
-        self._done = 0
+        self._first = self._reported = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meter = Meter(pl_module.speech_llm.frame_counter.sample_rate, self.clock)
-        self._done = 0
+        self._first = self._reported = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         self._meter.add(batch)
-        self._done += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        step = trainer.global_step  # that of the batch before, if this one was left out
+        if step % trainer.log_every_n_steps == 0 and step != self._reported:
+            self._reported = step
             self._report(trainer, pl_module)
             pl_module.log_dict(self.values)
 
@@ -203,7 +205,8 @@ class Throughput(Callback):
         if report.steps:
             self.values = summarize(self.reports, groups.layout().model_parallel_size)
         limit = step_limit(trainer)
-        self.eta = time_to_end(self.reports, self._done, None if limit is None else limit - trainer.global_step)
+        done, left = trainer.global_step - self._first, None if limit is None else limit - trainer.global_step
+        self.eta = time_to_end(self.reports, done, left)
         self.count += 1
 
 
@@ -270,7 +273,8 @@ class RunBar(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """A line above the bar."""
         if self._enabled:
-            self.console.print(*args, soft_wrap=True, highlight=False, markup=False)
+            shown = [printable(part) if isinstance(part, str) else part for part in args]
+            self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and self.console.is_terminal and not self.console.is_dumb_terminal:

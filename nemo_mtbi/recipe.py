@@ -13,13 +13,15 @@ import torch
 from filelock import FileLock
 from lhotse import CutSet
 
-from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.config import ModelConfig, parse_model_config
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.corpus import CUTS_FILE, cached, digest_of, load_corpus
 from nemo_mtbi.data.digits import build_digits, list_speakers
+from nemo_mtbi.data.loader_config import LOCATION_KEYS
 from nemo_mtbi.data.reference_targets import reference_targets
 from nemo_mtbi.data.synthetic import build_synthetic
 from nemo_mtbi.data.synthetic_digits import build_synthetic_digits
+from nemo_mtbi.data.target_plan import rows_at_once
 from nemo_mtbi.data.targets import TargetPlan, generate_targets
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.inference.follow import Leader, follow
@@ -28,6 +30,8 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.modules.pretrained import DEMO, load_asr_model, load_text_llm, resolve
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.parallel.memory import decoder_parameters
 from nemo_mtbi.schema import read_section
 
 KINDS = ("synthetic", "digits")
@@ -195,16 +199,8 @@ def _targets(
     llm: str,
 ) -> Path:
     """The manifest of one split. Validation is on the LLM's own answers to all trained tasks, whatever is trained."""
-    plan = TargetPlan(max_new_tokens=responder.config.max_new_tokens, seed=config.seed)
+    plan, pool = _asked(config, split, pool, responder.config.max_new_tokens)
     reference = split == "train" and config.targets == "reference"
-    if split == "train":
-        plan = replace(
-            plan,
-            tasks_per_cut=config.tasks_per_cut,
-            always_tasks=tuple(config.always_tasks),
-            prompts_per_task=config.prompts_per_task,
-        )
-        pool = trained_pool(pool, config.train_tasks)
     wording = reference and config.reference_format
     name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), wording])
     out_dir = Path(config.cache_dir).expanduser() / f"targets-{name[:16]}"
@@ -224,8 +220,81 @@ def _targets(
             provenance={"llm": llm},
             plan=plan,
             shard_size=len(cuts),
+            batch_rows=batch_rows(responder),
         )
     return path
+
+
+def _asked(config: DataConfig, split: str, pool: TaskPool, max_new_tokens: int) -> tuple[TargetPlan, TaskPool]:
+    """Return the requests about each utterance of a split."""
+    plan = TargetPlan(max_new_tokens=max_new_tokens, seed=config.seed)
+    if split != "train":
+        return plan, pool
+    plan = replace(
+        plan,
+        tasks_per_cut=config.tasks_per_cut,
+        always_tasks=tuple(config.always_tasks),
+        prompts_per_task=config.prompts_per_task,
+    )
+    return plan, trained_pool(pool, config.train_tasks)
+
+
+def describe_preparation(config: DataConfig, model: ModelConfig) -> list[str]:
+    """Return what :func:`prepare` would do before training, as sentences; nothing is read but the task pool.
+
+    Raises:
+        ValueError: if the task pool can't be read or does not fit.
+    """
+    pool = load_pool(config.tasks)
+    sizes = {split: getattr(config, f"{split}_utterances") for split in ("train", "validation", "test")}
+    spoken = "spoken by espeak-ng" if config.kind == "synthetic" else f"made of the recordings in {config.digits_dir}"
+    lines = [f"{sum(sizes.values())} utterances are {spoken}: " + ", ".join(f"{n} {s}" for s, n in sizes.items())]
+    if config.synthetic_utterances:
+        lines[0] += f"; beside them {config.synthetic_utterances} by espeak-ng"
+    if config.adapt.steps:
+        lines.append(f"{model.pretrained_asr} is adapted to them by {config.adapt.steps} steps of CTC training")
+    asked = {split: sizes[split] for split in ("train", "validation")}
+    asked["train"] += config.synthetic_utterances
+    if config.targets == "reference":
+        trained_pool(pool, config.train_tasks)
+        del asked["train"]
+        lines.append("right answers are written as the targets of training: the LLM is asked none of them")
+    counts = {}
+    for split, utterances in asked.items():
+        plan, tasks = _asked(config, split, pool, model.generation.max_new_tokens)
+        counts[split] = utterances * plan.most_rows(tasks)
+    total = sum(counts.values())
+    lines.append(
+        f"{total:,} questions, each answered in up to {model.generation.max_new_tokens} tokens, are put to the LLM "
+        f"model.pretrained_llm={model.pretrained_llm}: " + ", ".join(f"{n:,} {s}" for s, n in counts.items())
+    )
+    lines.append(
+        f"what data.cache_dir={config.cache_dir} holds already is not made again. data=null leaves all of this out: "
+        "training reads your own cuts from model.train_ds, with the targets that mtbi_generate_targets.py has made"
+    )
+    return lines
+
+
+def unread_sources(sections: Mapping[str, Mapping]) -> list[str]:
+    """Return a note for each source of the user's own that the ``data:`` section takes the place of.
+
+    Args:
+        sections: ``train_ds`` and ``validation_ds``, by name.
+    """
+    return [
+        f"model.{name}.{key}={section[key]} is not read, since the section data: makes what is trained on: set "
+        "data=null to train on your own cuts"
+        for name, section in sections.items()
+        for key in LOCATION_KEYS
+        if section.get(key) is not None
+    ]
+
+
+def batch_rows(responder: Responder) -> int | None:
+    """Rows that an LLM answers at once where it makes targets; ``None``: as many as ``batch_tokens`` allows."""
+    if responder.model.device.type != "cpu":
+        return None
+    return rows_at_once(decoder_parameters(responder.model.decoder.architecture, ParallelConfig(), 0))
 
 
 def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:

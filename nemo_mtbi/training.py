@@ -12,32 +12,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
-from nemo.constants import NEMO_ENV_VARNAME_VERSION
-from nemo.utils.exp_manager import exp_manager
+from lightning.pytorch.callbacks import Timer
+from nemo.utils.exp_manager import StatelessTimer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from nemo_mtbi.config import ModelConfig, parse_model_config
+from nemo_mtbi.data.gate import GatedCuts, open_manifest
 from nemo_mtbi.data.loader_config import check_config
+from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.benchmark import run_benchmark
 from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
+from nemo_mtbi.experiment import Experiment, experiment
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.io.sources import FILES
 from nemo_mtbi.layout_table import show_start
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.models.resuming import run_settings
 from nemo_mtbi.modules.pretrained import load_text_llm
 from nemo_mtbi.modules.speech_llm import LayoutDecoder
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO, choose_resume
-from nemo_mtbi.parallel.stop import StopOnSignal, explained
+from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO
+from nemo_mtbi.parallel.settings import check_same
+from nemo_mtbi.parallel.stop import Remedies, StopOnSignal, explained
 from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.plan import make_plan
 from nemo_mtbi.plan_report import show_plan
-from nemo_mtbi.progress import progress_callbacks
-from nemo_mtbi.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.progress import progress_callbacks, step_limit
+from nemo_mtbi.recipe import DataConfig, Prepared, load_pool, parse_data_config, prepare
+from nemo_mtbi.run_folder import spare_inputs
 from nemo_mtbi.schema import explain, read_section
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
@@ -75,13 +81,17 @@ class Stopwatch(Callback):
     """Times the fit, without what comes before and after."""
 
     def __init__(self):
-        self.seconds = 0.0
+        self.seconds, self._start = 0.0, None
 
     def on_train_start(self, trainer, module):
         self._start = time.monotonic()
 
     def on_train_end(self, trainer, module):
-        self.seconds = time.monotonic() - self._start
+        if self._start is not None:
+            self.seconds, self._start = time.monotonic() - self._start, None
+
+    def teardown(self, trainer, module, stage):
+        self.on_train_end(trainer, module)  # NeMo's time limit ends a fit without another hook
 
 
 def train(cfg: DictConfig) -> Path | None:
@@ -103,53 +113,112 @@ def train(cfg: DictConfig) -> Path | None:
         if plan.problems:
             raise SystemExit(1)
         return None
-    with explained():
-        return _train(cfg, *_check(cfg))
+    with explained() as remedies:
+        return _train(cfg, remedies, *_check(cfg))
 
 
-def _train(cfg: DictConfig, model_config: ModelConfig, data: DataConfig | None, benchmark) -> Path | None:
-    started = time.monotonic()
+def _train(
+    cfg: DictConfig, remedies: Remedies, model_config: ModelConfig, data: DataConfig | None, benchmark: BenchmarkConfig
+) -> Path | None:
+    """Starts the processes of a run, takes its folder, and does it there."""
+    spare_inputs(OmegaConf.to_container(cfg))
     pool, watch = load_pool(benchmark.tasks), Stopwatch()
     stop = StopOnSignal(lambda: trainer.lightning_module.agreed_to_stop)
     bar = cfg.trainer.get("enable_progress_bar") is not False
     trainer = make_trainer(cfg, model_config, [watch, stop, *progress_callbacks(bar, console)])
-    folder = _experiment(trainer, cfg)
+    if data:
+        cache = os.path.expanduser(data.cache_dir)
+        remedies.places[cache] = "data.cache_dir, or the environment variable NEMO_MTBI_CACHE"
+    if model_config.encoder_cache:
+        remedies.places[model_config.encoder_cache] = "model.encoder_cache"
+    with experiment(trainer, cfg.exp_manager) as run:
+        remedies.places[str(run.folder)] = "exp_manager.exp_dir"
+        remedies.go_on = f"To go on from the last checkpoint, {run.go_on}"
+        if run.resumed is not None:
+            _say("resuming", f"from {run.resumed}")
+        return _run(cfg, model_config, data, benchmark, pool, trainer, run, watch, stop)
+
+
+def _run(
+    cfg: DictConfig,
+    model_config: ModelConfig,
+    data: DataConfig | None,
+    benchmark: BenchmarkConfig,
+    pool: TaskPool,
+    trainer: Trainer,
+    run: Experiment,
+    watch: Stopwatch,
+    stop: StopOnSignal,
+) -> Path | None:
+    """Everything from the data to the results of a run whose processes have started."""
+    started = time.monotonic()
     if data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
         prepared = prepare(data, asdict(model_config))
-        pool, benchmark.cuts = prepared.pool, benchmark.cuts or str(prepared.test)
+        pool, benchmark.cuts = asked_of(benchmark, pool, prepared)
         with open_dict(cfg):
             cfg.model.pretrained_asr = prepared.pretrained_asr
             cfg.model.train_ds.cuts_path = str(prepared.train)
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
+    if benchmark.enabled and benchmark.cuts:
+        _benchmark_cuts(benchmark)  # what can't be read is found now, and not after the training
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
+    model.run_settings = run_settings(cfg)
     model.wants_to_stop = lambda: stop.requested is not None
     _say("training", _sizes(model))
     if groups.layout().model_parallel_size * groups.data_parallel_size() > 1:
         show_start(model.speech_llm, console, cfg.model.train_ds.get("batch_tokens"), model_config.micro_batch_tokens)
     trainer.fit(model, ckpt_path=trainer.ckpt_path)
+    early = _early_end(trainer, stop, run)
     if stop.stopped:
-        last = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else "none was configured"
-        _say(
-            "stopped",
-            f"by a signal after step {trainer.global_step}; to go on, start the same command again with "
-            f"exp_manager.resume_if_exists=true; checkpoint: {last}",
-        )
+        _say("stopped", early)
         return None
-    nemo = written = folder / f"{cfg.name}.nemo"
+    if early:
+        _say("time is over", early)
+    nemo = written = run.folder / f"{cfg.name}.nemo"
     model.save_to(str(nemo))
     if benchmark.enabled and benchmark.cuts:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        cuts = CutSet.from_file(benchmark.cuts)
+        cuts = _benchmark_cuts(benchmark)
         answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
         figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
-        written = folder / "results.json"
+        written = run.folder / "results.json"
         if groups.is_global_first():
             _report(answers, written, trainer, seed=cfg.seed, train=figures, nemo=nemo)
-    _say("done", f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}")
+    _say(
+        "done",
+        f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}"
+        + (f"; it was trained only {early}" if early else ""),
+    )
     return written
+
+
+def _early_end(trainer: Trainer, stop: StopOnSignal, run: Experiment) -> str:
+    """Return why training ended before its last step, how far it is, and how to go on; empty if it did not."""
+    last = step_limit(trainer)
+    timers = (one for one in trainer.callbacks if isinstance(one, Timer) and one.time_remaining() is not None)
+    timer = next((one for one in timers if one.time_remaining() <= 0), None)
+    longer = ""
+    if stop.stopped:
+        cause = f"by {stop.requested or 'a signal'}"
+    elif timer is None or last is not None and trainer.global_step >= last:
+        return ""
+    elif isinstance(timer, StatelessTimer):
+        cause = "by exp_manager.max_time_per_run"
+    else:
+        cause, longer = "by trainer.max_time", ", and a longer trainer.max_time, which counts the time of all runs"
+    where = f"after step {trainer.global_step}" + ("" if last is None else f" of {last}")
+    saved = trainer.checkpoint_callback.last_model_path if trainer.checkpoint_callback else ""
+    if not saved:
+        return f"{cause} {where}; no checkpoint was configured to go on from"
+    return f"{cause} {where}; to go on, {run.go_on}{longer}; checkpoint: {saved}"
+
+
+def asked_of(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepared) -> tuple[TaskPool, str]:
+    """Return the task pool and the cuts of the benchmark: the user's own, else those of the ``data:`` section."""
+    return (prepared.pool, str(prepared.test)) if benchmark.cuts is None else (pool, benchmark.cuts)
 
 
 def _reader(model: MTBIModel) -> Responder | None:
@@ -174,46 +243,12 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
         cfg.seed,
         llm=lambda: trainer.lightning_module.llm_optimizer,
     )
-    strategy = MTBIStrategy(config.layout, config.dist_timeout, checkpoint_io=checkpoints)
+    started = OmegaConf.to_container(cfg)
+    strategy = MTBIStrategy(config.layout, config.dist_timeout, lambda: check_same(started), checkpoint_io=checkpoints)
     trainer = Trainer(**settings, precision="32-true", strategy=strategy, callbacks=callbacks)
     seed_everything(cfg.seed, verbose=False)
     strategy.start(trainer)
     return trainer
-
-
-def _experiment(trainer: Trainer, cfg: DictConfig) -> Path:
-    """NeMo's folder, loggers and checkpoints of the run: one folder for all processes, and where to go on from."""
-    manager, chosen = cfg.exp_manager, None
-    version = manager.get("version") or os.environ.get(NEMO_ENV_VARNAME_VERSION)
-    if manager.get("resume_if_exists"):
-        given = (manager.get("checkpoint_callback_params") or {}).get("dirpath")
-        folder = manager.get("explicit_log_dir") or _parent(manager) / (version or "")
-        chosen = choose_resume(given or Path(folder) / "checkpoints")
-    elif not manager.get("explicit_log_dir"):
-        # Named here, since NeMo would leave the name in the environment, where the next run of this process finds it.
-        with open_dict(manager):
-            manager.version = version or groups.broadcast_object(_new_version(manager), "world")
-    try:
-        folder = Path(exp_manager(trainer, manager))
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "exp_manager")) from error
-    if chosen is not None:
-        trainer.ckpt_path = str(chosen)
-        _say("resuming", f"from {chosen}")
-    return folder
-
-
-def _parent(manager: DictConfig) -> Path:
-    """The folder of an experiment, where NeMo puts that of each of its runs."""
-    return Path(manager.get("exp_dir") or "nemo_experiments") / (manager.get("name") or "default")
-
-
-def _new_version(manager: DictConfig) -> str:
-    """The name of a new run's folder, as NeMo would choose it: it may differ between processes."""
-    if manager.get("use_datetime_version") is False:
-        parent = _parent(manager)
-        return f"version_{TensorBoardLogger(save_dir=parent.parent, name=parent.name).version}"
-    return time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
@@ -260,6 +295,10 @@ def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what}{key}: {hint}")
 
 
+def _benchmark_cuts(benchmark: BenchmarkConfig) -> GatedCuts:
+    return open_manifest(benchmark.cuts, FILES, remedy="leave the cut out", key="benchmark.cuts")
+
+
 def _report(answers: list[Answer], path: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> None:
     """Prints the tables, writes ``results.json``, and puts figures and examples on TensorBoard."""
     summary = summarize(answers)
@@ -289,4 +328,5 @@ def _sizes(model: MTBIModel) -> str:
 
 def _say(stage: str, text: str) -> None:
     if groups.is_global_first():
-        console.print(f"[bold]{stage}[/bold] · {text}", highlight=False)
+        # a line that the console breaks could not be typed again
+        console.print(f"[bold]{stage}[/bold] · {escape(text)}", highlight=False, soft_wrap=True)

@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+from nemo_mtbi.io.display import printable
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,6 +39,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on-bad-audio", choices=("raise", "skip"), default="raise", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of utterances to learn from (%(default)s)")
     parser.add_argument("--device", default=None, metavar="NAME", help="such as cuda:1; a GPU if there is one")
+    parser.add_argument("--allow-remote", action="store_true", help="cuts may be read from http(s), s3 and the like")
+    parser.add_argument("--allow-commands", action="store_true", help="cuts may run shell commands, as their source")
     return parser.parse_args(argv)
 
 
@@ -49,31 +53,40 @@ def align(arguments: argparse.Namespace) -> dict:
     import torch
     from rich.console import Console
 
-    from nemo_mtbi.alignment.corpus import AlignConfig, align_corpus
+    from nemo_mtbi.alignment.corpus import REPORT_FILE, SETTINGS_FILE, SOUNDS_FILE, AlignConfig, align_corpus
     from nemo_mtbi.alignment.ctc import CTCModel
     from nemo_mtbi.data.prepare import open_cuts
-    from nemo_mtbi.data.target_shards import join_shards
+    from nemo_mtbi.data.target_shards import join_shards, own_share, written_files
+    from nemo_mtbi.io.paths import refuse_overwriting
+    from nemo_mtbi.io.sources import SourcePolicy
     from nemo_mtbi.modules.pretrained import resolve
     from nemo_mtbi.modules.text_llm import file_digest
 
+    settings = [arguments.out / name for name in (SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE)]
+    inputs = {"--cuts": [arguments.cuts], "--asr": [] if arguments.asr == "demo" else [arguments.asr]}
+    refuse_overwriting(inputs, {"--out": [*written_files(arguments.out), *settings]})
     names = ("min_score", "learn_from", "seed", "batch_seconds", "shard_size", "on_bad_audio")
-    config = AlignConfig(**{name: getattr(arguments, name) for name in names})
-    cuts, total = open_cuts(arguments.cuts)
+    policy = SourcePolicy(arguments.allow_remote, arguments.allow_commands)
+    config = AlignConfig(**{name: getattr(arguments, name) for name in names}, policy=policy)
+    cuts, total = open_cuts(arguments.cuts, policy, arguments.on_bad_audio == "skip")
     model = resolve(arguments.asr, "--asr", "encoder.nemo")
+    if not model.is_file():
+        raise ValueError(f"--asr={arguments.asr} is a folder: alignment takes a .nemo file with a CTC head")
     source = f"{file_digest(model)} {file_digest(arguments.cuts)}"
     ctc = CTCModel.load(arguments.asr)
     ctc.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     console = Console(stderr=True)
-    report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
-    return {**report.as_dict(), "cuts": str(join_shards(arguments.out))}
+    with own_share(arguments.out, "--out"):
+        report = align_corpus(cuts, arguments.out, ctc, config, source=source, total=total, console=console)
+        return {**report.as_dict(), "left_out": dict(cuts.left_out), "cuts": str(join_shards(arguments.out))}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         report = align(arguments)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as err:
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=1))
     return 0

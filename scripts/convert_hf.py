@@ -11,13 +11,17 @@ tensor and pipeline parallel size. A Hugging Face directory can also be given as
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+from nemo_mtbi.io.display import printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +36,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     forth.add_argument("--chat-format", metavar="NAME", help="NeMo's name, such as llama3; by default the template")
     forth.add_argument("--system", metavar="TEXT", help="system prompt; by default the template's own")
     back.add_argument(
-        "--config", type=Path, metavar="FILE", help="config.json to write; by default that of the directory"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config.json to write; by default that of the directory, or one of its llm.yaml",
     )
     arguments = parser.parse_args(argv)
     if not arguments.shard_gb > 0:
@@ -57,51 +64,72 @@ def size_of(source) -> int:
     return sum(math.prod(source.shape(name)) * size for name, size in first.items())
 
 
+def spare_the_source(arguments: argparse.Namespace) -> None:
+    """Refuse a new folder whose making would replace what is read."""
+    from nemo_mtbi.io.paths import refuse_overwriting
+
+    out, config = arguments.out, getattr(arguments, "config", None)
+    source = sorted(arguments.source.iterdir()) if arguments.source.is_dir() else []  # a new folder in it is legal
+    inputs = {"source": source, "--config": [config] if config else []}
+    refuse_overwriting(inputs, {"out": [out, out.with_name(f"{out.name}.partial")]})
+
+
 def to_megatron(arguments: argparse.Namespace) -> None:
     from nemo_mtbi.convert.megatron import write_megatron
     from nemo_mtbi.data.chat_template import ChatConfig
+    from nemo_mtbi.durable import building
     from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory
 
     found = HFDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a Hugging Face directory")
-    if arguments.out.exists():
-        raise ValueError(f"{arguments.out} is there: give a new folder")
+    spare_the_source(arguments)
     config = ChatConfig(format=arguments.chat_format, system=arguments.system)
     source, chat = found.weights(), found.chat(config)
-    staging = arguments.out.with_name(f"{arguments.out.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
-    with progress(size_of(source)) as advance:
-        sizes, shard = found.architecture, int(arguments.shard_gb * 10**9)
-        write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
-    for name, content in found.texts(chat).items():
-        (staging / name).write_bytes(content)
-    staging.rename(arguments.out)
+    with building(arguments.out) as staging:
+        with progress(size_of(source)) as advance:
+            sizes, shard = found.architecture, int(arguments.shard_gb * 10**9)
+            write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
+        for name, content in found.texts(chat).items():
+            (staging / name).write_bytes(content)
+        for name in found.companions():
+            (staging / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(arguments.source / name, staging / name)
     print(f"train with model.pretrained_llm={arguments.out}")
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
     from nemo_mtbi.convert.hf import CONFIG, architecture_of, read_config
-    from nemo_mtbi.convert.hf_export import write_hf
-    from nemo_mtbi.modules.text_llm import TOKENIZER_FILES, OwnDirectory
+    from nemo_mtbi.convert.hf_export import config_of, write_hf
+    from nemo_mtbi.modules.text_llm import SENTENCEPIECE, TOKENIZER_FILES, OwnDirectory
 
     found = OwnDirectory(arguments.source)
     if found.missing():
         raise ValueError(f"{arguments.source} lacks {', '.join(found.missing())}: give a text LLM directory")
-    file = arguments.config or arguments.source / CONFIG
-    config = read_config(file)
-    if architecture_of(config) != found.architecture:
-        raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
-    others = [arguments.source / name for name in TOKENIZER_FILES if name != CONFIG]
+    spare_the_source(arguments)
+    file, sizes = arguments.config or arguments.source / CONFIG, found.architecture
+    sizes = replace(sizes, kv_channels=sizes.head_channels)  # theirs always say it
+    if arguments.config or file.is_file():
+        config = read_config(file)
+        if architecture_of(config) != sizes:
+            raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
+        others: dict[str, Path | bytes] = {CONFIG: file}
+    else:  # an LLM that was made here
+        config = config_of(sizes, found.tokenizer)
+        others = {CONFIG: json.dumps(config, indent=2).encode()}
+    if not (arguments.source / CONFIG).is_file() and (arguments.source / SENTENCEPIECE).is_file():
+        # other classes of transformers split its words otherwise
+        others["tokenizer_config.json"] = json.dumps({"tokenizer_class": "LlamaTokenizer"}, indent=2).encode()
+    names = [*(Path(name) for name in TOKENIZER_FILES if name != CONFIG), *found.companions()]
+    others |= {str(name): arguments.source / name for name in names if (arguments.source / name).is_file()}
     source = found.weights()
     with progress(size_of(source)) as advance:
         write_hf(
             arguments.out,
             source,
-            found.architecture,
+            sizes,
             config["model_type"],
-            [file, *(path for path in others if path.is_file())],
+            others,
             advance,
             int(arguments.shard_gb * 10**9),
         )
@@ -112,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         {"to-megatron": to_megatron, "to-hf": to_hf}[arguments.command](arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 

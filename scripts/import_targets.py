@@ -4,12 +4,14 @@
 Each line of the targets is a JSON object:
   {"cut_id": "u1", "task": "keywords", "prompt": "name the keywords", "response": "red boat", "finish_reason": "stop"}
 finish_reason: `stop` or `eos` for a response that ended by itself, `length` for one that the length limit cut.
+An optional "ids" holds the tokens that the LLM gave: training imitates them where the text encodes to others.
 The output folder has the form of generated targets: shards cuts-00000.jsonl.gz … and targets.json, written last.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import gzip
 import json
 import sys
@@ -17,6 +19,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from nemo_mtbi.io.display import printable
 
 TRUNCATED = {"stop": False, "eos": False, "length": True}  # by finish reason
 FIELDS = ("cut_id", "task", "prompt", "response", "finish_reason")
@@ -65,7 +69,7 @@ def parse_line(line: bytes) -> tuple[str, dict]:
     """
     try:
         item = json.loads(line.decode())
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"not a line of JSON in UTF-8 ({err})") from err
     if not isinstance(item, dict):
         raise ValueError(f"not a JSON object but {type(item).__name__}")
@@ -84,11 +88,15 @@ def parse_line(line: bytes) -> tuple[str, dict]:
             f"finish_reason {item['finish_reason']!r} is not one of {', '.join(TRUNCATED)}: leave out responses "
             "that failed, and write `length` for those that the length limit cut"
         )
+    ids = item.get("ids")
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+        raise ValueError(f"'ids' must be a list of token ids, got {ids!r}")
     return item["cut_id"], {
         "task": item["task"],
         "prompt": item["prompt"],
         "response": item["response"].strip(),  # as ChatFormat.decode gives it: some servers keep a leading space
         "truncated": TRUNCATED[item["finish_reason"]],
+        **({} if ids is None else {"ids": ids}),
     }
 
 
@@ -98,6 +106,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, line
     except (OSError, EOFError, zlib.error) as err:
@@ -135,14 +144,10 @@ def load_targets(paths: Iterable[Path], counts: Counter) -> dict[str, list[dict]
 
 def survey(cuts: Iterable, targets: dict[str, list[dict]], arguments: argparse.Namespace, counts: Counter) -> int:
     """Finds what would stop the import before anything is written; returns the number of cuts with targets."""
-    from lhotse.cut import Cut
-
     from nemo_mtbi.data.target_shards import check_without_data
 
     seen, missing = set(), []
     for cut in cuts:
-        if not isinstance(cut, Cut):
-            raise ValueError(f"{arguments.cuts} holds {type(cut).__name__}s, not cuts: give a manifest of cuts")
         check_without_data(cut)
         if cut.id in seen:
             raise ValueError(f"{arguments.cuts}: two cuts have the id {cut.id}, so its targets can't be told apart")
@@ -173,8 +178,9 @@ def _some(ids: list[str]) -> str:
 def clear(out: Path, overwrite: bool) -> None:
     """Makes the folder; removes targets that it holds if that is allowed, the index first."""
     from nemo_mtbi.data.target_shards import INDEX_FILE
+    from nemo_mtbi.io.paths import make_folder
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     old = [path for pattern in (INDEX_FILE, "cuts-*.jsonl.gz", "cuts-*.partial.jsonl") for path in out.glob(pattern)]
     if old and not overwrite:
         raise ValueError(f"{out} holds targets already ({old[0].name}): give another folder, or --overwrite")
@@ -188,27 +194,31 @@ def import_targets(arguments: argparse.Namespace) -> Counter:
     Raises:
         ValueError: if something does not fit; nothing has been written then.
     """
-    from lhotse import CutSet
-
     from nemo_mtbi.data import target_shards
+    from nemo_mtbi.data.gate import open_manifest
+    from nemo_mtbi.io.paths import refuse_overwriting
+    from nemo_mtbi.io.sources import EVERYTHING
 
     counts: Counter = Counter()
     targets = load_targets(arguments.targets, counts)
-    if not arguments.cuts.is_file():
-        raise ValueError(f"{arguments.cuts} is not a file: give a manifest of cuts")
-    cuts = CutSet.from_file(arguments.cuts)
+    cuts = open_manifest(arguments.cuts, EVERYTHING, remedy="leave the cut out")  # no audio is read here
+    refuse_overwriting(
+        {"--cuts": [arguments.cuts], "--targets": arguments.targets},
+        {"--out": target_shards.written_files(arguments.out)},
+    )
     total = survey(cuts, targets, arguments, counts)
     behaviors_from = {"llm": arguments.llm, "chat": arguments.chat, "decoding": arguments.decoding}
-    clear(arguments.out, arguments.overwrite)
-    joined = (
-        target_shards.with_behaviors(cut, targets[cut.id], behaviors_from) for cut in cuts if targets.get(cut.id)
-    )
-    for number, shard in enumerate(target_shards.split_into_shards(joined, arguments.shard_size)):
-        target_shards.write_shard(target_shards.shard_path(arguments.out, number), shard)
-        counts["shards"] += 1
-        counts["cuts"] += len(shard)
-        counts["rows"] += sum(len(targets[cut.id]) for cut in shard)
-    target_shards.write_index(arguments.out, shards=counts["shards"], cuts=total, behaviors_from=behaviors_from)
+    with target_shards.own_share(arguments.out, "--out"):
+        clear(arguments.out, arguments.overwrite)
+        joined = (
+            target_shards.with_behaviors(cut, targets[cut.id], behaviors_from) for cut in cuts if targets.get(cut.id)
+        )
+        for number, shard in enumerate(target_shards.split_into_shards(joined, arguments.shard_size)):
+            target_shards.write_shard(target_shards.shard_path(arguments.out, number), shard)
+            counts["shards"] += 1
+            counts["cuts"] += len(shard)
+            counts["rows"] += sum(len(targets[cut.id]) for cut in shard)
+        target_shards.write_index(arguments.out, shards=counts["shards"], cuts=total, behaviors_from=behaviors_from)
     return counts
 
 
@@ -216,8 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         counts = import_targets(arguments)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as err:
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(
         f"{counts['cuts']} cuts with {counts['rows']} rows in {counts['shards']} shards in {arguments.out}\n"

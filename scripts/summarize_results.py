@@ -7,8 +7,8 @@ python scripts/summarize_results.py RUN/results.json [RUN/results.json ...] [--l
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 from pathlib import Path
 
 GROUPS = {"seen": "seen prompts", "heldout_wordings": "held-out wordings", "heldout_tasks": "held-out tasks"}
@@ -17,6 +17,8 @@ GROUPS = {"seen": "seen prompts", "heldout_wordings": "held-out wordings", "held
 def figures(results: dict) -> dict[str, tuple[float, str]]:
     """Name of a figure → its value and how it is printed."""
     rows = {"transcription WER": (results["transcription"]["wer"], "{:.2%}")}
+    if "cer" in results["transcription"]:
+        rows["transcription CER"] = (results["transcription"]["cer"], "{:.2%}")
     for group, name in GROUPS.items():
         for kind, what in (("agreement", "agreement"), ("text", "text right"), ("speech", "speech right")):
             if results["behavior"][group].get(kind) is not None:
@@ -44,14 +46,35 @@ def table(runs: list[dict], labels: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def read_results(path: Path) -> dict:
+    """The figures of a run.
+
+    Raises:
+        ValueError: if the file is not what training writes.
+    """
+    from nemo_mtbi.io.text import parse_json_object, read_text
+
+    results = parse_json_object(read_text(path), str(path))
+    try:
+        figures(results)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks {error}: give the results.json of a training with benchmark.cuts") from error
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--label", nargs="+", help="column heads (default: seed N)")
-    args = parser.parse_args()
-    runs = [json.loads(path.read_text()) for path in args.results]
-    print(table(runs, args.label or [f"seed {run['seed']}" for run in runs]))
+    args = parser.parse_args(argv)
+    try:
+        runs = [read_results(path) for path in args.results]
+        print(table(runs, args.label or [f"seed {run.get('seed')}" for run in runs]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -53,7 +53,13 @@ _SPLIT = (
 )
 
 
-def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template: str | None = None) -> Path:
+# How a SentencePiece tokenizer marks the beginning of a text, unless by a normalizer, as those of Llama 2.
+SCHEMES = ("first", "always", "never")
+
+
+def hf_tokenizer(
+    folder: str | Path, style: str, vocabulary: int = 500, template: str | None = None, scheme: str | None = None
+) -> Path:
     """Writes a tokenizer: byte pairs with ChatML or headers, as Qwen and Llama 3 have, or SentencePiece as Llama 2.
 
     Args:
@@ -61,6 +67,7 @@ def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template
         style: key of :data:`STYLES`.
         vocabulary: number of tokens.
         template: another chat template; an empty one leaves it out.
+        scheme: of :data:`SCHEMES`, for ``brackets``.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -88,6 +95,9 @@ def hf_tokenizer(folder: str | Path, style: str, vocabulary: int = 500, template
     if style == "brackets":  # bytes are pieces like any other
         trained = json.loads(tokenizer.to_str())
         trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] in control]
+        if scheme:
+            space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+            trained |= {"normalizer": None, "pre_tokenizer": space}
         tokenizer = Tokenizer.from_str(json.dumps(trained))
     if begin:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -195,4 +205,29 @@ def hf_encoder(folder: str | Path, name: str) -> Path:
         else Wav2Vec2FeatureExtractor(do_normalize=normalize, return_attention_mask=normalize)
     )
     extractor.save_pretrained(str(folder))
+    return Path(folder)
+
+
+def add_whisper_tokenizer(folder: str | Path, timestamps: bool = False) -> Path:
+    """Writes what a directory of :func:`hf_encoder` lacks to transcribe: a tokenizer of letters, and how to generate.
+
+    Args:
+        folder: of a Whisper.
+        timestamps: whether some tokens are points in time, which audio of more than 30 s needs.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    control = ["<pad>", "<|startoftranscript|>", "<|endoftext|>"]
+    vocabulary = {name: number for number, name in enumerate([*control, *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJK"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), control, strict=True))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(kind))
+    how = {"max_length": 12, "pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
+    how |= {"no_timestamps_token_id": 29, "max_initial_timestamp_index": 2} if timestamps else {}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(how))
     return Path(folder)

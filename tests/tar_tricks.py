@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tar archives that nobody should unpack."""
 
+import json
 import tarfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 BLOCK, GIANT = tarfile.BLOCKSIZE, 10 * 2**30
@@ -66,16 +68,34 @@ TRICKS: dict[str, tuple[bytes, str]] = {
 }
 
 
+def _digests(files: dict[str, bytes]) -> bytes:
+    entries = {
+        name: {
+            "size": len(content),
+            "sha256": [sha256(content[at : at + 2**20]).hexdigest() for at in range(0, len(content), 2**20)],
+        }
+        for name, content in files.items()
+    }
+    return json.dumps({"block": 2**20, "members": entries}).encode()
+
+
 def planted(source: Path, path: Path, content: bytes) -> Path:
     """A copy of an archive with something in front."""
     path.write_bytes(content + source.read_bytes())
     return path
 
 
-def repacked(source: Path, path: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
-    """A copy of an archive whose files ``change`` alters, by name without ``./``."""
+def repacked(source: Path, path: Path, change: Callable[[dict[str, bytes]], None], digests: bool = True) -> Path:
+    """A copy of an archive whose files ``change`` alters, by name without ``./``.
+
+    Its digests are those of what it holds then, as who has crafted it would see to, or with ``digests=False`` as they
+    were.
+    """
     with tarfile.open(source) as tar:
         files = {m.name.removeprefix("./"): tar.extractfile(m).read() for m in tar if m.isfile()}
+    stored = files.get("digests.json")
     change(files)
+    if digests and stored is not None and files.get("digests.json") == stored:
+        files["digests.json"] = _digests({name: files[name] for name in files if name != "digests.json"})
     path.write_bytes(b"".join(member(f"./{n}", content) for n, content in files.items()) + bytes(2 * BLOCK))
     return path

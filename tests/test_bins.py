@@ -45,8 +45,19 @@ def test_the_buckets_of_a_run(model_section, capsys):
     assert check_config(given_back, 16000)[0].use_bucketing
 
 
+def test_costs_that_make_one_bucket_turn_bucketing_off(capsys):
+    for costs in ([7], [7, 7, 7]):
+        bins = find_bins(costs, 30)
+        assert bins.bounds == ()
+        bins.render(Console(width=100))
+        said = capsys.readouterr().out
+        assert "use_bucketing: false" in said and "bucket_duration_bins" not in said
+
+
 def test_what_cannot_be_estimated(model_section):
     with pytest.raises(ValueError, match="set data=null"):
         estimate_bins(OmegaConf.create({"model": model_section(), "data": {"kind": "synthetic"}}))
+    with pytest.raises(ValueError, match="model.train_ds is not set"):
+        estimate_bins(OmegaConf.create({"model": {**model_section(), "train_ds": None}}))
     with pytest.raises(ValueError, match="model.pretrained_llm=/nowhere"):
         estimate_bins(OmegaConf.create({"model": model_section(pretrained_llm="/nowhere")}))

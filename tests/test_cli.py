@@ -20,7 +20,7 @@ from nemo_mtbi.cli import hydra_main
 @hydra_main(config_name="thing", config_path=Path(__file__).resolve().parent)
 def main(cfg):
     atexit.register(lambda: print("what a thread says later", file=sys.stderr))
-    raise ValueError("size is 3: set it to 4")
+    raise ValueError("size is 3: set it to \\x1b[2J4")
 
 
 main()
@@ -45,6 +45,6 @@ def test_the_last_line_of_a_failure_is_its_message_and_torchrun_gets_it(tmp_path
         },
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "ValueError: size is 3: set it to 4"
-    assert "in main" in done.stderr  # where it happened
-    assert json.loads(told.read_text())["message"]["message"] == "ValueError: size is 3: set it to 4"
+    assert done.stderr.splitlines()[-1] == "ValueError: size is 3: set it to \\x1b[2J4"  # shown, and not obeyed
+    assert "\x1b" not in done.stderr and "in main" in done.stderr  # where it happened
+    assert json.loads(told.read_text())["message"]["message"] == "ValueError: size is 3: set it to \x1b[2J4"

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from nemo_mtbi.durable import replacing
+from nemo_mtbi.durable import building, replacing
 
 
 def test_a_file_is_replaced_when_the_new_one_is_whole_and_not_before(tmp_path):
@@ -24,3 +24,30 @@ def _umask():
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_folder_is_built_under_another_name_and_only_leftovers_make_room(tmp_path):
+    path, leftover = tmp_path / "new" / "llm", tmp_path / "new" / "llm.partial"
+    with pytest.raises(KeyError), building(path) as folder:
+        (folder / "half").touch()
+        raise KeyError
+    assert (leftover / "half").exists() and not path.exists()
+    with building(path) as folder:
+        (folder / "whole").touch()
+    assert [entry.name for entry in path.parent.iterdir()] == ["llm"]
+    assert [entry.name for entry in path.iterdir()] == ["whole"]
+    with pytest.raises(ValueError, match="llm is there: give a new folder"), building(path):
+        pass
+    (path.parent / "other.partial").mkdir()
+    (path.parent / "other.partial" / "mine").touch()
+    with pytest.raises(ValueError, match="other.partial.* was not left by an interrupted run: rename it"):
+        with building(path.parent / "other"):
+            pass
+    assert (path.parent / "other.partial" / "mine").exists()
+
+
+def test_two_runs_do_not_build_one_folder(tmp_path):
+    with building(tmp_path / "llm") as folder, pytest.raises(RuntimeError, match="is being written by another run"):
+        with building(tmp_path / "llm"):
+            pass
+    assert not folder.exists() and (tmp_path / "llm").exists()

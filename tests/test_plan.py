@@ -15,6 +15,7 @@ from nemo_mtbi.layout_table import own_facts
 from nemo_mtbi.modules.pretrained import DEMO, load_speech_llm
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.plan import check_world, device_names, make_plan
+from nemo_mtbi.recipe import load_pool
 from nemo_mtbi.testing import VOCABULARY
 
 TRAINER = {"devices": 1, "accelerator": "cpu"}
@@ -90,6 +91,19 @@ def test_the_demo_configuration_is_not_refused():
     assert plan.step.positions == cfg.model.train_ds.batch_tokens
     (fact,) = plan.ranks
     assert fact.trained == 608_448  # of the released .nemo
+
+
+def test_what_is_prepared_before_training_is_said():
+    cfg = OmegaConf.load(DEMO.parents[2] / "conf" / "mtbi_demo.yaml")
+    cfg.data.prompts_per_task, cfg.model.train_ds.cuts_path = 2, "mine.jsonl.gz"
+    plan = make_plan(cfg, environ={})
+    trained = load_pool("demo").train
+    count = f"{3000 * 8 * 2:,} train, {40 * len(trained)} validation"
+    corpus, asked, kept = plan.preparation
+    assert "3190 utterances are spoken by espeak-ng" in corpus and "data=null leaves all of this out" in kept
+    assert "are put to the LLM model.pretrained_llm=demo" in asked and asked.endswith(count)
+    (note,) = plan.notes
+    assert note.startswith("model.train_ds.cuts_path=mine.jsonl.gz is not read") and "data=null" in note
 
 
 # -------------------------------------------------------------------------------------------------------- large models

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from nemo_mtbi.plan import make_plan
+from nemo_mtbi.plan import Plan, make_plan
 from nemo_mtbi.plan_report import show_plan, size_text
 
 
@@ -55,6 +55,14 @@ def test_what_is_refused_is_said_and_nothing_is_called_ready(shown):
     lines = shown(200, {"devices": 3}, tensor_model_parallel_size=4)
     assert sum(line.startswith("refused · ") for line in lines) == 2
     assert not any("ready" in line for line in lines)
+
+
+def test_a_run_that_prepares_data_says_so_before_it_is_called_ready():
+    console = Console(file=io.StringIO(), width=200)
+    show_plan(Plan(preparation=["24,000 questions are put to the LLM"]), console)
+    *_, made, ready = console.file.getvalue().splitlines()
+    assert made == "before training · 24,000 questions are put to the LLM"
+    assert ready.startswith("ready · nothing of this would be refused; what stands under 'before training'")
 
 
 def test_only_the_first_process_prints(shown, monkeypatch):

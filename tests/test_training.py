@@ -277,3 +277,13 @@ def test_what_the_model_section_leaves_out_has_its_default_in_the_data_too(confi
     del cfg.model.generation
     with pytest.raises(pytest.fail.Exception, match="'max_new_tokens': 64"):
         train(cfg)
+
+
+def test_the_benchmark_asks_its_own_tasks_about_its_own_cuts():
+    from nemo_mtbi.recipe import Prepared, load_pool
+    from nemo_mtbi.training import BenchmarkConfig, asked_of
+
+    made, own = load_pool("demo"), load_pool("demo").subset(["transcribe"])
+    prepared = Prepared(Path("train"), Path("val"), Path("test"), "demo", made)
+    assert asked_of(BenchmarkConfig(cuts="mine", tasks="own.yaml"), own, prepared) == (own, "mine")
+    assert asked_of(BenchmarkConfig(), own, prepared) == (made, "test")

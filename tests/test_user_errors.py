@@ -80,7 +80,7 @@ def test_missing_manifest(section, key, data):
 def test_unreadable_manifest(section, tmp_path, key, text):
     (tmp_path / "data.jsonl").write_text(text)
     section.train_ds = {key: str(tmp_path / "data.jsonl"), "batch_size": 2}
-    says("the data source cannot be read|the source is empty", lambda: MTBIModel(section))
+    says(rf"{key}={tmp_path}/data.jsonl.* is not JSON|holds no|is not an entry|has no id|", lambda: MTBIModel(section))
 
 
 # Cuts ------------------------------------------------------------
@@ -187,6 +187,14 @@ def test_files_that_are_no_utterance(model, section, kind):
     assert error.value.reason in (BAD_AUDIO[kind][1], "empty")
 
 
+def test_a_file_of_hours_is_refused_before_it_is_read(model, tmp_path, monkeypatch):
+    with soundfile.SoundFile(tmp_path / "hours.wav", "w", RATE, 1) as file:
+        for _ in range(3 * 60):
+            file.write(np.zeros(60 * RATE, np.int16))
+    monkeypatch.setattr("lhotse.cut.MonoCut.load_audio", lambda *a, **k: pytest.fail("it was read"))
+    says("hours.wav has 10800 s, but the LLM takes", lambda: model.generate([tmp_path / "hours.wav"], "say it"))
+
+
 # Configuration ------------------------------------------------------------
 
 SECTIONS = {"name": "run", "seed": 0, "trainer": {}, "exp_manager": {}}
@@ -222,7 +230,7 @@ def task(**changes):
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ([task(scoring="bleurt")], "task 'say': unknown scoring kind 'bleurt'; use one of wer, exact"),
+        ([task(scoring="bleurt")], "task 'say': unknown scoring kind 'bleurt'; use one of wer, cer, exact"),
         ([task(), task(scoring="exact")], "duplicate task name 'say'.*rename or remove one"),
     ],
 )

@@ -12,7 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from lhotse import CutSet, MonoCut, SupervisionSegment
+from lhotse import CutSet, SupervisionSegment
+from lhotse.cut.data import DataCut
 from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 from rich.console import Console
@@ -25,9 +26,11 @@ from nemo_mtbi.data.dataset import BadAudioError, load_samples
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import shard_path, split_into_shards, write_shard
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.paths import make_folder
+from nemo_mtbi.io.sources import FILES, SourcePolicy
 
 _DECISIVE = ("min_score", "learn_from", "seed", "shard_size")  # the others may change from run to run
-SOUNDS_FILE, REPORT_FILE = "sounds.safetensors", "alignment.json"
+SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE = "settings.json", "sounds.safetensors", "alignment.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class AlignConfig:
         batch_seconds: of audio that are aligned together.
         shard_size: cuts in a shard, the unit of resume.
         on_bad_audio: ``raise``, or ``skip``: a cut whose audio can't be read stays without an alignment.
+        policy: what audio may be read from.
     """
 
     min_score: float = 0.01
@@ -50,6 +54,7 @@ class AlignConfig:
     batch_seconds: float = 120.0
     shard_size: int = 1000
     on_bad_audio: str = "raise"
+    policy: SourcePolicy = FILES
 
     def __post_init__(self):
         check_policy(self.on_bad_audio)
@@ -96,7 +101,7 @@ class AlignmentReport:
 class _Item:
     """One supervision, ready to be heard. A word without a sound (a dash) has no tokens."""
 
-    cut: MonoCut
+    cut: DataCut
     segment: SupervisionSegment
     words: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -117,10 +122,10 @@ class CorpusAligner:
 
     # ------------------------------------------------------------------------------------------------ what is heard
 
-    def _items(self, cuts: Iterable[MonoCut], counts: Counter) -> Iterator[_Item]:
+    def _items(self, cuts: Iterable[DataCut], counts: Counter) -> Iterator[_Item]:
         """The supervisions that can be aligned; the others are counted."""
         for cut in cuts:
-            if not isinstance(cut, MonoCut):
+            if not isinstance(cut, DataCut):
                 raise ValueError(f"cut {cut.id} is a {type(cut).__name__}: alignment takes single recordings")
             for segment in cut.supervisions:
                 words = tuple((segment.text or "").split())
@@ -134,11 +139,11 @@ class CorpusAligner:
                     if samples is not None:
                         yield _Item(cut, segment, words, tuple(map(tuple, tokens)), samples)
 
-    def _samples(self, cut: MonoCut, segment: SupervisionSegment, counts: Counter) -> Tensor | None:
+    def _samples(self, cut: DataCut, segment: SupervisionSegment, counts: Counter) -> Tensor | None:
         whole = segment.start <= 0 and segment.end >= cut.duration
         part = cut if whole else cut.truncate(offset=max(segment.start, 0.0), duration=segment.duration)
         try:
-            return load_samples(part, self.ctc.counter)
+            return load_samples(part, self.ctc.counter, self.config.policy)
         except BadAudioError as error:
             if self.config.on_bad_audio == "raise":
                 raise ValueError(f"cut {cut.id}: {error}; on_bad_audio=skip leaves such cuts without times") from error
@@ -166,7 +171,7 @@ class CorpusAligner:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def learn(self, cuts: Iterable[MonoCut], progress: Progress) -> SoundModel:
+    def learn(self, cuts: Iterable[DataCut], progress: Progress) -> SoundModel:
         """Learns the sounds from a part of the corpus.
 
         Raises:
@@ -192,7 +197,7 @@ class CorpusAligner:
 
     # ----------------------------------------------------------------------------------------------------- alignment
 
-    def shard(self, cuts: Sequence[MonoCut]) -> tuple[list[MonoCut], dict]:
+    def shard(self, cuts: Sequence[DataCut]) -> tuple[list[DataCut], dict]:
         """The cuts of a shard with their alignments, and what was counted."""
         report = AlignmentReport()
         found: dict[tuple[str, str], list[AlignmentItem]] = {}
@@ -265,7 +270,7 @@ def _median(counted: Counter) -> int:
     return next(distance for distance, words in zip(distances, below, strict=True) if words >= half)
 
 
-def _with_alignments(cut: MonoCut, found: Mapping[tuple[str, str], list[AlignmentItem]]) -> MonoCut:
+def _with_alignments(cut: DataCut, found: Mapping[tuple[str, str], list[AlignmentItem]]) -> DataCut:
     """The cut with what was found, and without the alignments that it had."""
 
     def aligned(segment: SupervisionSegment) -> SupervisionSegment:
@@ -276,7 +281,7 @@ def _with_alignments(cut: MonoCut, found: Mapping[tuple[str, str], list[Alignmen
     return fastcopy(cut, supervisions=[aligned(segment) for segment in cut.supervisions])
 
 
-def _reservoir(cuts: Iterable[MonoCut], size: int, seed: int) -> list[MonoCut]:
+def _reservoir(cuts: Iterable[DataCut], size: int, seed: int) -> list[DataCut]:
     """An even draw from a stream, in its order (Vitter's algorithm R)."""
     rng, kept = random.Random(seed), []
     for number, cut in enumerate(cuts):
@@ -314,8 +319,7 @@ def align_corpus(
     Raises:
         ValueError: if the folder holds alignments made otherwise, or a cut can't be aligned at all.
     """
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(out_dir, "--out")
     _check_settings(folder, {**{name: getattr(config, name) for name in _DECISIVE}, "source": source})
     aligner, report = CorpusAligner(ctc, config), AlignmentReport()
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
@@ -339,7 +343,7 @@ def align_corpus(
 
 
 def _check_settings(folder: Path, settings: Mapping) -> None:
-    path = folder / "settings.json"
+    path = folder / SETTINGS_FILE
     if not path.is_file():
         _write_json(path, settings)
     found = json.loads(path.read_text())

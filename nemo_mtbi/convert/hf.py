@@ -12,17 +12,20 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, weight_shapes
+from nemo_mtbi.io.text import read_json_object, read_text
+from nemo_mtbi.modules.architecture import DecoderConfig, Llama3Scaling, check_layers, check_sizes, weight_shapes
 from nemo_mtbi.modules.tensor_file import ArchiveError, StoredTensors, misfits
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that old checkpoints hold
+_COMPARED_ROWS = 4096  # at once
 
 _EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
@@ -82,13 +85,36 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) if Path(path).is_file() else Path(path) / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read ({error}): give a directory with a Hugging Face causal LLM") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
+        config = read_json_object(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: give a directory with a Hugging Face causal LLM") from error
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type is {family!r}; supported are {', '.join(FAMILIES)}")
     return config
+
+
+def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
+    """The ids at which the LLM of a directory ends an answer, by its configuration and that of its generation.
+
+    Raises:
+        ValueError: if a file of these is malformed; names it.
+    """
+    found: set[int] = set()
+    for name in (CONFIG, GENERATION):
+        file = Path(folder) / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} can't be read ({error}): copy it again") from error
+        ids = content.get("eos_token_id") if isinstance(content, dict) else content
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(type(value) is int for value in ids):
+            raise ValueError(f"{file}: eos_token_id is {ids!r}; it must be the id of a token, or a list of ids")
+        found |= {value for value in ids if value >= 0}
+    return tuple(sorted(found))
 
 
 def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
@@ -117,8 +143,16 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
     if experts and (config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers")):
         problems.append("some layers have no experts (decoder_sparse_step, mlp_only_layers): only all or none can")
     config = {**config, **experts}
-    missing = [key for key in (*_SIZES, *experts) if not isinstance(config.get(key), int)]
-    problems += [f"{key} is missing" for key in missing]
+    missing = [key for key in (*_SIZES, *experts) if type(config.get(key)) is not int or config[key] < 1]
+    problems += [f"{key} is missing" if config.get(key) is None else f"{key} is {config[key]!r}" for key in missing]
+    problems += [
+        f"{key} is {config[key]!r}"
+        for key in ("num_key_value_heads", "head_dim", "sliding_window")
+        if config.get(key) is not None and (type(config[key]) is not int or config[key] < 0)
+    ]
+    theta = rope.get("rope_theta", config.get("rope_theta", 1.0))
+    numbers = {"rope_theta": theta, "rms_norm_eps": config.get("rms_norm_eps", 1.0)}
+    problems += [f"{key} is {value!r}" for key, value in numbers.items() if not isinstance(value, (int, float))]
     if problems:
         raise ValueError(f"this {family} LLM can't be expressed here: {'; '.join(problems)}")
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -158,12 +192,19 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rotary positions: transformers 5 writes ``rope_parameters``, those before it ``rope_scaling``, or nothing."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{CONFIG} has {found!r} in rope_parameters or rope_scaling: it must hold keys and values")
+    return found
 
 
 def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:
     try:
-        return Llama3Scaling(**{name: rope[name] for name in Llama3Scaling.__dataclass_fields__})
+        found = {name: rope[name] for name in Llama3Scaling.__dataclass_fields__}
+        wrong = [name for name, value in found.items() if not isinstance(value, (int, float)) or not value > 0]
+        if wrong:
+            raise ValueError(f"the llama3 rope scaling has {found[wrong[0]]!r} in {wrong[0]}")
+        return Llama3Scaling(**found)
     except KeyError as error:
         raise ValueError(
             f"the llama3 rope scaling lacks {error}: it needs {', '.join(Llama3Scaling.__dataclass_fields__)}"
@@ -202,7 +243,7 @@ def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segmen
     if len(theirs) == 2:
         return [Segment(part, 0, architecture.ffn_hidden_size) for part in theirs]
     query, key, value = theirs
-    width, groups = architecture.kv_channels, architecture.num_query_groups
+    width, groups = architecture.head_channels, architecture.num_query_groups
     rows = architecture.num_attention_heads // groups * width  # queries of a group
     found = []
     for group in range(groups):
@@ -234,7 +275,11 @@ def weight_files(path: str | Path) -> list[Path]:
     if not index.exists():
         return [Path(path) / SINGLE]
     try:
-        return [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        names = read_json_object(index, limit=2**26)["weight_map"].values()
+        wrong = [name for name in names if not isinstance(name, str) or PurePath(name).name != name]
+        if wrong:
+            raise ValueError(f"it names {wrong[0]!r}, which is no file beside it")
+        return [index.parent / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} can't be read ({error}): copy it again") from error
 
@@ -256,6 +301,11 @@ class HFWeights:
         config = read_config(path)
         self.family, self.architecture = config["model_type"], architecture_of(config)
         self._files = dict(self._open())  # not mapped into memory: the pages would count as this process's
+        try:
+            check_sizes(self.architecture)
+            check_layers(self.architecture, len(self._files))
+        except ValueError as error:
+            raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {error}") from error
         self._shapes = weight_shapes(self.architecture)
         self._check()
 
@@ -279,6 +329,25 @@ class HFWeights:
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")
+        if self.architecture.tie_embeddings:
+            self._check_tied()
+
+    def _check_tied(self) -> None:
+        """Refuses an output layer of its own beside a configuration that ties it to the embedding."""
+        (head,), (embedding,) = (_GLOBAL[f"{name}.weight"] for name in ("output_layer", "embedding.word_embeddings"))
+        if head not in self._files:
+            return
+        shape, place = self._files[embedding].shape(embedding), f"the weights in {self.path}"
+        same = self._files[head].shape(head) == shape
+        for start in range(0, shape[0] if same else 0, _COMPARED_ROWS):
+            rows = (start, min(start + _COMPARED_ROWS, shape[0]))
+            one, other = (self._files[name].rows(name, 0, *rows) for name in (head, embedding))
+            same = same and torch.equal(one.float(), other.float())
+        if not same:
+            raise ValueError(
+                f"{place} hold a {head} that is not {embedding}, though tie_word_embeddings is true in its {CONFIG}: "
+                f"set it to false if the LLM has an output layer of its own, or remove {head}"
+            )
 
     def _wanted(self, name: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of theirs that make up one of ours."""

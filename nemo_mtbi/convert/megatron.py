@@ -11,7 +11,6 @@ import io
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, product
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_mtbi.durable import building
 from nemo_mtbi.modules.weights import VOCABULARY, WeightSource, canonical_name
 from nemo_mtbi.parallel.checkpoint.metadata import unpickle_metadata
 
@@ -41,6 +41,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _THEIRS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
 _THEIRS_DENSE = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_MOST = 10_000  # layers, and experts of a layer
 _EXPERTS = "mlp.experts.experts."
 _ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 # Modules of a layer for which Megatron asks what Transformer Engine knows beside the weights: nothing, in 16 bits.
@@ -120,13 +121,20 @@ class MegatronWeights:
                 continue
             found = {name: ()}
             if _STACKED.match(name):
-                found = {_STACKED.sub(f"decoder.layers.{n}.", name): (n,) for n in range(stored.size[0])}
+                layers = self._counted(stored.size[0], key)
+                found = {_STACKED.sub(f"decoder.layers.{n}.", name): (n,) for n in layers}
             for own, place in found.items():
                 if _EXPERTS not in own or _ONE_EXPERT.search(own):
                     yield canonical_name(_ONE_EXPERT.sub(r"mlp.experts.local_experts.\1.", own)), (key, place)
                     continue
-                for n in range(stored.size[len(place)]):
+                for n in self._counted(stored.size[len(place)], key):
                     yield own.replace(_EXPERTS, f"mlp.experts.local_experts.{n}."), (key, (*place, n))
+
+    def _counted(self, size: int, key: str) -> range:
+        """The layers or experts of a tensor; each takes memory, before one weight is read."""
+        if size > _MOST:
+            raise ValueError(f"{self.path} describes {size} layers or experts in {key}, more than {_MOST}")
+        return range(size)
 
     def names(self) -> Iterable[str]:
         return self._places.keys()
@@ -215,12 +223,6 @@ def write_megatron(
     Raises:
         ValueError: if the folder is there.
     """
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there: give a new folder")
-    staging = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    staging.mkdir(parents=True)
     read, plans, filled = {}, [[]], 0
     for name in sorted(source.names()):
         item, size = _write_item(name, source, layers, experts)
@@ -236,15 +238,15 @@ def write_megatron(
         index = MetadataIndex(key)
         plans[-1].append(WriteItem(index, WriteItemType.BYTE_IO))
         read[index] = _no_state
-    planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
-    writer.set_up_storage_writer(True)
-    local = [SavePlan(items) for items in plans]
-    local, metadata = planner.create_global_plan(local)
-    plans = writer.prepare_global_plan(local)  # a file for each, as if processes had shared the work
-    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
-    torch.save({}, staging / "common.pt")
-    (staging / "metadata.json").write_text(json.dumps(_BACKENDS))
-    staging.rename(path)
+    with building(Path(path)) as staging:
+        planner, writer = _OneByOne(read), FileSystemWriter(str(staging))
+        writer.set_up_storage_writer(True)
+        local = [SavePlan(items) for items in plans]
+        local, metadata = planner.create_global_plan(local)
+        plans = writer.prepare_global_plan(local)  # a file for each, as if processes had shared the work
+        writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+        torch.save({}, staging / "common.pt")
+        (staging / "metadata.json").write_text(json.dumps(_BACKENDS))
 
 
 def _states(layers: int, experts: int | None) -> Iterable[str]:

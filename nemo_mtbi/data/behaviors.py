@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cut carries: the text LLM's responses to its transcript, and where they come from.
 
-``cut.custom["behaviors"]`` is a list of ``{task, prompt, response, truncated}``, and ``cut.custom["behaviors_from"]``
-is the provenance ``{"llm": hash, "chat": hash, "decoding": {...}}``. Both may also stand in a supervision's custom.
+``cut.custom["behaviors"]`` is a list of ``{task, prompt, response, truncated, ids}``, where ``ids`` are the tokens
+that the LLM gave, and may be missing. ``cut.custom["behaviors_from"]`` is the provenance ``{"llm": hash, "chat": hash,
+"chat_format": {...}, "decoding": {...}}``. Both may also stand in a supervision's custom.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from lhotse.cut import Cut, MixedCut
 
-from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.data.chat import ChatFormat, chat_difference
 from nemo_mtbi.data.interleave import WordSpan
 from nemo_mtbi.data.layout import Row, make_row
 from nemo_mtbi.data.tasks import stable_rng
 
 BEHAVIORS, PROVENANCE = "behaviors", "behaviors_from"
+CHAT_FORMAT = "chat_format"  # key of the provenance: what the fingerprint of the chat format is the hash of
 GENERATE = "examples/mtbi_generate_targets.py"
 _TOLERANCE = 0.1  # seconds by which an aligner may miss the bounds of an utterance
 _FIELDS = {"task": str, "prompt": str, "response": str, "truncated": bool}
@@ -34,16 +36,18 @@ class Behavior:
         prompt: the instruction; may be empty.
         response: what the LLM answered.
         truncated: the answer was cut by the length limit, so it teaches no end token.
+        ids: the tokens that the LLM gave, without its end: the text of some encodes to others. ``None``: unknown.
     """
 
     task: str
     prompt: str
     response: str
     truncated: bool = False
+    ids: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, data: Any, cut_id: str) -> Behavior:
-        """Reads one entry of ``behaviors``; ``truncated`` may be missing.
+        """Reads one entry of ``behaviors``; ``truncated`` and ``ids`` may be missing.
 
         Raises:
             ValueError: if a key is missing or has another type; names the cut.
@@ -58,19 +62,24 @@ class Behavior:
                 )
             if not isinstance(values[name], kind):
                 raise ValueError(f"cut {cut_id}: {name!r} of a behavior must be {kind.__name__}, got {values[name]!r}")
-        return cls(**values)
+        ids = data.get("ids")
+        if ids is not None and not (isinstance(ids, (list, tuple)) and all(type(i) is int for i in ids)):
+            raise ValueError(f"cut {cut_id}: 'ids' of a behavior must be a list of token ids, got {ids!r}")
+        return cls(**values, ids=None if ids is None else tuple(ids))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = {name: getattr(self, name) for name in _FIELDS}
+        return found if self.ids is None else {**found, "ids": list(self.ids)}
 
     @property
     def teaches(self) -> bool:
         """False for an empty truncated response, which holds not a single token to learn."""
         return bool(self.response) or not self.truncated
 
-    def row(self, chat: ChatFormat, audio: Sequence[int], utterance: int | None = None) -> Row:
-        """The training row with ``audio`` (layout values) in the audio slot of the prompt."""
-        return make_row(chat.prompt(self.prompt, audio), chat.response(self.response, self.truncated), utterance)
+    def row(self, chat: ChatFormat, audio: str | Sequence[int | str], utterance: int | None = None) -> Row:
+        """The training row with ``audio`` (text or layout values) in the audio slot of the prompt."""
+        response = chat.response(self.response, self.truncated, self.ids)
+        return make_row(chat.prompt(self.prompt, audio), response, utterance)
 
 
 def custom_value(cut: Cut, key: str) -> Any:
@@ -139,23 +148,30 @@ def draw_behaviors(cut: Cut, k: int | None, seed: int, epoch: int) -> list[Behav
     return [rng.choice(by_task[task]) for task in tasks]
 
 
-def check_provenance(cut: Cut, expected: Mapping[str, str], allow_foreign: bool = False) -> None:
+def check_provenance(cut: Cut, expected: Mapping[str, Any], allow_foreign: bool = False) -> bool:
     """Refuses responses of another LLM or chat format: the connector would imitate another model's behavior.
 
     Args:
         cut: a cut with behaviors.
-        expected: fingerprints of the model that is trained, such as ``{"llm": "sha256:...", "chat": "sha256:..."}``.
+        expected: fingerprints of the model that is trained, such as ``{"llm": "sha256:...", "chat": "sha256:..."}``;
+            with ``chat_format`` a message can say in what the formats differ.
         allow_foreign: accept whatever the cut says.
+
+    Returns:
+        Whether they are the model's own, so that their ``ids`` mean the same tokens.
 
     Raises:
         ValueError: names both fingerprints and the remedy.
     """
-    if allow_foreign:
-        return
-    found = custom_value(cut, PROVENANCE) or {}
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"the behaviors of cut {cut.id} come from another {key}: {found.get(key)}, but the model has {value}. "
-                f"Regenerate them with {GENERATE}, or set model.targets.allow_foreign: true to train on them as is"
-            )
+    found = custom_value(cut, PROVENANCE)
+    found = found if isinstance(found, Mapping) else {}
+    other = next((key for key in expected if key != CHAT_FORMAT and found.get(key) != expected[key]), None)
+    if other is None or allow_foreign:
+        return other is None
+    formats = (found.get(CHAT_FORMAT), expected.get(CHAT_FORMAT))
+    difference = chat_difference(*formats, found.get(other)) if other == "chat" else ""
+    raise ValueError(
+        f"the behaviors of cut {cut.id} come from another {other}: {found.get(other)}, but the model has "
+        f"{expected[other]}. {difference}{' ' * bool(difference)}Regenerate them with {GENERATE}, or set "
+        "model.targets.allow_foreign: true to train on them as is"
+    )

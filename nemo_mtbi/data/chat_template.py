@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nemo_mtbi.data.chat import AUDIO, PROMPT, ChatFormat
+from nemo_mtbi.data.chat import AUDIO, PROMPT, ChatFormat, Turn
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
+from nemo_mtbi.data.template_process import DATE
 
 ANSWER = "{answer}"
 _PLACES = {"after": (PROMPT, AUDIO), "before": (AUDIO, PROMPT)}
-# Some templates name today's date: a prompt must not change over night. This is the date of Llama 3.1's own.
-_DATE = datetime(2024, 7, 26)
-_FIXED: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y"), "strftime_now": _DATE.strftime}
+# Conversations on which a format is compared with its template: prompt and words of each turn, and the answer before.
+_PROBES = (("What is this?", "the quick fox"), ("Say it again!", "she sells 12"), ("Count.", "lazy dogs"))
+_ANSWERS = ("12 birds", "No, a fox.")
+_FIXED: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y")}
 Render = Callable[[Sequence[dict[str, str]], bool], str]
 
 
@@ -48,16 +49,17 @@ class ChatConfig:
             )
 
 
-def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
+def chat_format(tokenizer: Any, config: ChatConfig, ends: Iterable[int] = ()) -> ChatFormat:
     """The chat format of an LLM.
 
     Args:
         tokenizer: a :class:`HFTokenizer`, or with ``config.format`` any of NeMo's.
         config: what is asked for.
+        ends: ids at which the LLM ends an answer, beside those of format and tokenizer.
 
     Raises:
-        ValueError: if there is no such format, it has no place for the system prompt, or its tokens are not the
-            tokenizer's.
+        ValueError: if there is no such format, it has no place for the system prompt, its tokens are not the
+            tokenizer's, or its parts do not give the template's own ids.
     """
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
     user = {"role": "user", "content": config.separator.join(_PLACES[config.audio])}
@@ -74,19 +76,79 @@ def chat_format(tokenizer: Any, config: ChatConfig) -> ChatFormat:
         raise ValueError(f"the chat format has no place for model.chat.system: it gives {asked!r}; leave it out")
     control = control_tokens(tokenizer)
     end = _end(answered, control, tokenizer)
-    more = _further(render, [*messages, answer, user], control, end)
-    return ChatFormat(tuple(_split(asked, control)), end, tokenizer, more)
+    more, single = _further(render, [*messages, answer, user], control, end)
+    parts, more = _as_tokenized(_split(asked, control), tokenizer, control), more and (end, *more)
+    more = _as_tokenized(more, tokenizer, control)[1:]
+    chat = ChatFormat(parts, end, tokenizer, more, (*ends, *end_of_text(tokenizer)), single)
+    difference = _difference(chat, render, messages[:-1], config, 1)
+    if difference:
+        raise ValueError(f"the chat format can't be put together from parts: {difference}")
+    if more:
+        single = _difference(chat, render, messages[:-1], config, 2) or _difference(
+            chat, render, messages[:-1], config, 3
+        )
+    return replace(chat, more=(), single=f"its template can't be split into turns: {single}") if single else chat
 
 
-def _further(render: Render, messages: Sequence[dict[str, str]], control: Sequence[str], end: str) -> tuple[str, ...]:
-    """The parts of a further turn, from behind the end of an answer on; none if the format has single turns only."""
+def end_of_text(tokenizer: Any) -> tuple[int, ...]:
+    """The id of the token that the tokenizer names as the end of a text, if there is one."""
+    found = tokenizer.end_id if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenizer.eos_id()
+    return () if found is None or found < 0 else (int(found),)
+
+
+def _further(
+    render: Render, messages: Sequence[dict[str, str]], control: Sequence[str], end: str
+) -> tuple[Sequence[str], str]:
+    """The parts of a further turn, from behind the end of an answer on, or why there are none."""
     try:
-        _, *rest = render(messages, True).split(ANSWER)
-    except ValueError:
-        return ()
+        rendered = render(messages, True)
+    except ValueError as error:
+        return (), str(error)
+    _, *rest = rendered.split(ANSWER)
     found, *parts = _split(rest[0], control) if len(rest) == 1 else [None]
     whole = found == end and all(parts.count(slot) == 1 for slot in (PROMPT, AUDIO))
-    return tuple(parts) if whole else ()
+    return (parts, "") if whole else ((), f"a conversation of two turns is {rendered!r}")
+
+
+def _as_tokenized(parts: Sequence[str], tokenizer: Any, control: Sequence[str]) -> tuple[str, ...]:
+    """The parts without the white space that control tokens beside it take out of a text."""
+    found = list(parts)
+    for index, part in enumerate(found):
+        if part not in control or not isinstance(tokenizer, HFTokenizer):
+            continue
+        before, behind = tokenizer.swallows(part)
+        if before and index and found[index - 1] not in control:
+            found[index - 1] = found[index - 1].rstrip()
+        if behind and index + 1 < len(found) and found[index + 1] not in control:
+            found[index + 1] = found[index + 1].lstrip()
+    return tuple(part for part in found if part)
+
+
+def _difference(
+    chat: ChatFormat, render: Render, system: Sequence[dict[str, str]], config: ChatConfig, turns: int
+) -> str:
+    """In what a conversation of some turns differs from what the LLM's template gives; nothing where it does not."""
+    messages, order = list(system), _PLACES[config.audio]
+    contents = []
+    for number, (asked, words) in enumerate(_PROBES[:turns]):
+        said = tuple({PROMPT: asked, AUDIO: words}[slot] for slot in order)
+        contents.append(said)
+        messages += [{"role": "assistant", "content": _ANSWERS[number - 1]}] if number else []
+        messages.append({"role": "user", "content": config.separator.join(said)})
+    try:
+        wanted = render(messages, True)
+    except ValueError as error:
+        return str(error)
+    answered = [Turn(*pair) for pair in zip(contents[:-1], _ANSWERS, strict=False)]
+    if isinstance(chat.tokenizer, HFTokenizer):
+        same = chat.question(answered, contents[-1]) == chat.tokenizer.rendered_to_ids(wanted)
+    else:  # there is no tokenizer of whole conversations: the texts are compared
+        slots = [dict(zip(order, said, strict=True)) for said in contents]
+        forms = [chat.turn, *[chat.more] * (turns - 1)]
+        shown = ["".join(said.get(part, part) for part in form) for form, said in zip(forms, slots, strict=True)]
+        joints = [f"{answer}{chat.end}" for answer in _ANSWERS[: turns - 1]]
+        same = wanted == "".join(piece for pair in zip(shown, [*joints, ""], strict=True) for piece in pair)
+    return "" if same else f"{wanted!r} is not what the parts {list(chat.turn)} and {list(chat.more)} give"
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -149,6 +149,6 @@ def conversation_row(
                 f"conversation {conversation.id} has no transcript of {silent[0]}, and the loss compares speech with "
                 "text: leave such conversations out, or set model.loss.kl_weight and hidden_weight to 0"
             )
-        read = chat.conversation(conversation.turns(lambda number, cut: tuple(chat.encode(transcript(cut)))))
+        read = chat.conversation(conversation.turns(lambda number, cut: transcript(cut)))
     text = None if read is None else Row(tuple(read[0]), tuple(read[1]))
     return Row(tuple(layout), tuple(labels), utterance, text, len(frames))

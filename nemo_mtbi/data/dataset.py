@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
@@ -32,6 +33,7 @@ from nemo_mtbi.data.interleave import (
 )
 from nemo_mtbi.data.layout import IGNORE, Row, RowInfo, StepBatch, collate
 from nemo_mtbi.data.tasks import stable_rng
+from nemo_mtbi.io.sources import FILES, Reading, SourcePolicy, check_cut
 
 # What Lhotse raises for a missing, foreign or damaged file. No RuntimeError: it raises that where a library is missing
 # (torchaudio for reverberation), and then every single cut would be skipped.
@@ -53,16 +55,25 @@ def in_one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in lines if not line.startswith("Set LHOTSE_"))
 
 
-def load_samples(cut: Cut, frames: FrameCounter) -> torch.Tensor:
+def load_samples(cut: Cut, frames: FrameCounter, policy: SourcePolicy = FILES) -> torch.Tensor:
     """Loads a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
+
+    Args:
+        cut: any cut with audio.
+        frames: of the encoder.
+        policy: what it may be read from; files alone unless said otherwise.
 
     Raises:
         BadAudioError: if it is unreadable, empty, not finite, silent (all samples equal) or owns no speech frame.
+        ForbiddenSourceError: if it would run a command or reach the network, and that is not allowed.
     """
-    try:
-        samples = np.asarray(cut.resample(frames.sample_rate).load_audio(), dtype=np.float32)
-    except LOADING_ERRORS as error:
-        raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {in_one_line(error)}") from error
+    check_cut(cut, policy)
+    with Reading(policy, f"cut {cut.id}"):
+        try:
+            samples = np.asarray(cut.resample(frames.sample_rate).load_audio(), dtype=np.float32)
+        except LOADING_ERRORS as error:
+            why = in_one_line(error)
+            raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {why}") from error
     if samples.ndim == 2:
         samples = samples.mean(axis=0)
     return check_samples(torch.from_numpy(samples), f"the audio of cut {cut.id}", frames)
@@ -140,6 +151,13 @@ class MTBIDataset(torch.utils.data.Dataset):
         self.on_bad_audio = check_policy(on_bad_audio)
         self.with_rows = with_rows
         self.with_twins = with_twins
+        self.policy = FILES
+
+    def allowing(self, policy: SourcePolicy) -> MTBIDataset:
+        """A copy that also reads audio from what a policy allows."""
+        other = copy(self)
+        other.policy = policy
+        return other
 
     def __getitem__(self, cuts: Iterable[Cut]) -> StepBatch:
         """Loads and builds one step.
@@ -170,7 +188,7 @@ class MTBIDataset(torch.utils.data.Dataset):
 
     def _add_behaviors(self, step: _Step, cut: Cut, drawn: DrawnRows) -> None:
         """The rows of an utterance; it is heard once by all of them."""
-        samples = load_samples(cut, self.frames)
+        samples = load_samples(cut, self.frames, self.policy)
         heard = self._hear(drawn, len(samples), step.stats)
         if self.with_rows:
             num_frames = self.frames(len(samples))
@@ -183,7 +201,7 @@ class MTBIDataset(torch.utils.data.Dataset):
 
     def _add_conversation(self, step: _Step, drawn: DrawnRows, conversation: Conversation) -> None:
         """The one row of a conversation, and all that it hears."""
-        audio = [load_samples(cut, self.frames) for cut in conversation.cuts()]
+        audio = [load_samples(cut, self.frames, self.policy) for cut in conversation.cuts()]
         counts = [self.frames(len(samples)) for samples in audio]
         first = step.hear(audio, drawn, self.frames)
         row = conversation_row(conversation, self.chat, counts, first if audio else None, self.with_twins)
@@ -207,7 +225,7 @@ class MTBIDataset(torch.utils.data.Dataset):
             stats["no_alignment"] += 1
             return [speech] * len(drawn.behaviors)
         words = drawn.transcript.split()
-        tokens = self.chat.encode_words(words)
+        tokens = self.chat.pieces(words)
         config = self.interleave.at(drawn.pass_number)
         heard = []
         for number, behavior in enumerate(drawn.behaviors):
@@ -231,7 +249,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         return heard
 
     def _rows(self, drawn: DrawnRows, heard: Sequence[HeardRow], utterances: Sequence[int | None]) -> list[Row]:
-        """The rows of a cut; their twins read the transcript with the tokens that the targets were made from."""
+        """The rows of a cut; their twins read the prompt with the transcript that the targets were made from."""
         made = zip(drawn.behaviors, heard, utterances, strict=True)
         rows = [
             replace(behavior.row(self.chat, row.layout, utterance), pieces=len(row.pieces))
@@ -239,9 +257,8 @@ class MTBIDataset(torch.utils.data.Dataset):
         ]
         if not self.with_twins:
             return rows
-        text = self.chat.encode(drawn.transcript)
         return [
-            replace(row, twin=behavior.row(self.chat, text)) if row.hears else row
+            replace(row, twin=behavior.row(self.chat, drawn.transcript)) if row.hears else row
             for behavior, row in zip(drawn.behaviors, rows, strict=True)
         ]
 

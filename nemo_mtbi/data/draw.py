@@ -19,9 +19,11 @@ from lhotse.utils import fastcopy
 from nemo_mtbi.data.behaviors import BEHAVIORS, Behavior, check_provenance, draw_behaviors, transcript, word_times
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_of, conversation_row
+from nemo_mtbi.data.entries import BadEntryError
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.interleave import WordSpan
 from nemo_mtbi.data.layout import speech
+from nemo_mtbi.io.sources import ForbiddenSourceError
 
 PAYLOAD = "mtbi"  # key of the drawn rows in the custom field of a cut
 POLICIES = ("raise", "skip")
@@ -156,6 +158,7 @@ class DrawRows:
         frames: the frame counter of the model.
         config: see :class:`DrawConfig`.
         reader: ``(rank, world_size)`` where every rank reads a stream of its own, ``None`` where all read the same.
+        left_out: what ``source`` itself leaves out, by reason; it is counted with the rest, and cleared.
     """
 
     def __init__(
@@ -165,12 +168,14 @@ class DrawRows:
         frames: FrameCounter,
         config: DrawConfig,
         reader: tuple[int, int] | None = None,
+        left_out: Counter | None = None,
     ):
         self.source = source
         self.chat = chat
         self.frames = frames
         self.config = config
         self.reader = reader
+        self.left_out = Counter() if left_out is None else left_out
         self.epoch = 0
         self._visits: dict[int, int] = {}
 
@@ -194,14 +199,19 @@ class DrawRows:
             if held is not None:
                 yield self._release(held, skipped)
             held = cut, drawn
+        self._take_left_out(skipped)
         if held is None or in_a_row == MAX_DROPPED_IN_A_ROW:
             what = SkipCounter(skipped).message() or "the source is empty"
             raise ValueError(f"no usable cut in the data ({what}): check the source, its filters and max_duration")
         yield self._release(held, skipped)
 
-    @staticmethod
-    def _release(held: tuple[Cut, DrawnRows], skipped: Counter) -> Cut:
+    def _take_left_out(self, skipped: Counter) -> None:
+        skipped.update(self.left_out)
+        self.left_out.clear()
+
+    def _release(self, held: tuple[Cut, DrawnRows], skipped: Counter) -> Cut:
         cut, drawn = held
+        self._take_left_out(skipped)
         drawn = fastcopy(drawn, skipped=dict(skipped))
         skipped.clear()
         return attach(cut, drawn)
@@ -214,13 +224,11 @@ class DrawRows:
                 cut = next(iterator)
             except StopIteration:
                 return
+            except (BadEntryError, ForbiddenSourceError):  # it names its entry
+                raise
             except Exception as error:
                 where = "at its first entry" if last is None else f"after cut {last}"
-                raise ValueError(
-                    f"the data source cannot be read {where}: {type(error).__name__}: {error}. If it is a NeMo "
-                    "manifest and the cause is an audio file, give its entries a sampling_rate: files are then opened "
-                    "only when they are used, where on_bad_audio applies"
-                ) from error
+                raise ValueError(f"the data source cannot be read {where}: {type(error).__name__}: {error}") from error
             if not isinstance(cut, Cut) or isinstance(cut, PaddingCut):
                 raise ValueError(
                     f"the data source yields {type(cut).__name__}: only cuts with audio can be trained on"
@@ -259,7 +267,8 @@ class DrawRows:
         if conversation is not None:
             return self._draw_conversation(conversation, epoch, skipped)
         behaviors = draw_behaviors(cut, config.rows_per_cut, config.seed, epoch)
-        check_provenance(cut, config.expected, config.allow_foreign)
+        if not check_provenance(cut, config.expected, config.allow_foreign):
+            behaviors = [replace(behavior, ids=None) for behavior in behaviors]  # tokens of another vocabulary
         if not behaviors:
             skipped["no_response"] += 1
             return None

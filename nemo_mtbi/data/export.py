@@ -17,59 +17,67 @@ from typing import Any
 import numpy as np
 import soundfile
 from lhotse import CutSet, MonoCut, Recording
+from lhotse.cut.data import DataCut
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.dataset import LOADING_ERRORS, in_one_line
 from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.data.target_shards import split_into_shards
+from nemo_mtbi.io.locks import exclusive
+from nemo_mtbi.io.paths import make_folder
+from nemo_mtbi.io.sources import FILES, ForbiddenSourceError, Reading, SourcePolicy, check_cut
 
 FORMATS = ("shar", "tarred")
 
 
 def export(
-    cuts: Iterable[MonoCut],
+    cuts: Iterable[DataCut],
     out_dir: str | Path,
     form: str,
     shard_size: int,
     on_bad_audio: str = "raise",
     counts: Counter | None = None,
+    policy: SourcePolicy = FILES,
 ) -> dict[str, Any]:
     """Writes cuts and audio.
 
     Args:
-        cuts: single recordings.
+        cuts: single recordings, of one channel or several.
         out_dir: must be empty or missing.
         form: ``shar`` or ``tarred``.
         shard_size: cuts in a shard.
         on_bad_audio: ``raise``, or ``skip`` and count cuts whose audio can't be read.
         counts: gets ``cuts`` and ``bad_audio``.
+        policy: what audio and arrays may be read from.
 
     Returns:
         An entry of NeMo's ``input_cfg`` that reads them.
 
     Raises:
         ValueError: unknown form, a folder that is not empty, no cuts, or one that is no single utterance.
+        RuntimeError: another run writes into the folder.
     """
     out_dir = Path(out_dir).absolute()
     if form not in FORMATS:
         raise ValueError(f"the form is {form!r}; it must be {' or '.join(FORMATS)}")
     if shard_size < 1:
         raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
-    if out_dir.exists() and any(out_dir.iterdir()):
+    if out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
     check_policy(on_bad_audio)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts)
-    entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
+    make_folder(out_dir, "--out")
+    whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts, policy)
+    with exclusive(out_dir, "--out", out_dir / "export"):
+        entry = (_shar if form == "shar" else _tarred)(whole, out_dir, shard_size)
     if not any(out_dir.iterdir()):
         raise ValueError("there are no cuts to write")
     return entry
 
 
-def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iterator[MonoCut]:
-    """The cuts with their audio in memory, and word times from the start of the utterance, where they then begin."""
+def _loaded(cuts: Iterable[DataCut], on_bad_audio: str, counts: Counter, policy: SourcePolicy) -> Iterator[MonoCut]:
+    """The cuts with their audio in memory, as one channel, and word times from where they then begin: their start."""
     for cut in cuts:
-        if not isinstance(cut, MonoCut) or len(cut.supervisions) != 1:
+        if not isinstance(cut, DataCut) or len(cut.supervisions) != 1:
             raise ValueError(
                 f"cut {cut.id} is no recording with one supervision: make one cut of each utterance (Lhotse's "
                 "trim_to_supervisions)"
@@ -80,8 +88,9 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             for kind, items in (segment.alignment or {}).items()
         }
         try:
-            sound = Recording.from_bytes(_flac(cut), cut.recording.id)
-            held = cut.move_to_memory(load_audio=False)  # arrays that it carries
+            sound, held = _held(cut, policy)
+        except ForbiddenSourceError:
+            raise
         except LOADING_ERRORS as error:
             if on_bad_audio == "raise":
                 raise ValueError(
@@ -92,7 +101,15 @@ def _loaded(cuts: Iterable[MonoCut], on_bad_audio: str, counts: Counter) -> Iter
             continue
         counts["cuts"] += 1
         segment = fastcopy(segment, alignment=times or None, channel=0)
-        yield fastcopy(held, start=0.0, channel=0, recording=sound, supervisions=[segment])
+        kept = {name: getattr(held, name) for name in ("id", "duration", "features", "custom")}
+        yield MonoCut(**kept, start=0.0, channel=0, recording=sound, supervisions=[segment])
+
+
+def _held(cut: MonoCut, policy: SourcePolicy) -> tuple[Recording, MonoCut]:
+    """Its audio in memory, and the cut with the arrays that it carries in memory."""
+    check_cut(cut, policy)
+    with Reading(policy, f"cut {cut.id}"):
+        return Recording.from_bytes(_flac(cut), cut.recording.id), cut.move_to_memory(load_audio=False)
 
 
 def _shar(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
                 line = {"audio_filepath": name, "duration": cut.duration, "shard_id": number, **_fields(cut)}
-                manifest.write(json.dumps(line, ensure_ascii=False) + "\n")
+                manifest.write(_as_json(line, cut.id) + "\n")
     every = f"_OP_0..{shards - 1}_CL_"
     return {
         "type": "nemo_tarred",
@@ -123,8 +140,18 @@ def _tarred(cuts: Iterable[MonoCut], out_dir: Path, shard_size: int) -> dict[str
     }
 
 
-def _flac(cut: MonoCut) -> bytes:
-    """16-bit FLAC at the cut's own rate."""
+def _as_json(line: dict[str, Any], cut_id: str) -> str:
+    try:
+        return json.dumps(line, ensure_ascii=False)
+    except TypeError as error:  # a recording or an array in a custom field
+        raise ValueError(
+            f"cut {cut_id} carries what a line of a NeMo manifest can't hold ({error}): export it as shar, or remove "
+            "the custom field"
+        ) from error
+
+
+def _flac(cut: DataCut) -> bytes:
+    """16-bit FLAC at the cut's own rate; several channels are averaged, as where audio is loaded for the model."""
     stream = io.BytesIO()
     samples = np.clip(cut.load_audio().mean(axis=0), -1.0, 1.0)
     soundfile.write(stream, samples, cut.sampling_rate, format="FLAC", subtype="PCM_16")

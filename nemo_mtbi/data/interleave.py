@@ -183,11 +183,11 @@ def _segments(
 def interleave(
     words: Sequence[WordSpan],
     is_text: Sequence[bool],
-    word_tokens: Sequence[Sequence[int]],
+    word_tokens: Sequence[Sequence[int | str]],
     num_frames: int,
     frame_seconds: float,
-) -> list[int]:
-    """Layout values for the audio slot: speech frames of the utterance and token ids, in the order of time.
+) -> list[int | str]:
+    """Values for the audio slot: speech frames of the utterance, and token ids or pieces of text, in order of time.
 
     The frames of a run of written words, and of the silences inside the run, are left out; all other silences stay. A
     word that owns no frame is written, whatever ``is_text`` says; a word without tokens stays speech.
@@ -195,7 +195,7 @@ def interleave(
     Args:
         words: times of the words, in order.
         is_text: which words are given as text (:func:`choose_text`).
-        word_tokens: token ids of each word, such that their concatenation is the transcript.
+        word_tokens: token ids or pieces of text of each word, such that their concatenation is the transcript.
         num_frames: connector frames of the utterance.
         frame_seconds: time from one frame to the next.
 
@@ -205,7 +205,7 @@ def interleave(
     _check(words, is_text, word_tokens)
     spoken, silence = _segments(words, num_frames, frame_seconds)
     written = [bool(word_tokens[i]) and (is_text[i] or not spoken[i]) for i in range(len(words))]
-    layout: list[int] = []
+    layout: list[int | str] = []
     for i in range(len(words) + 1):
         inside_run = 0 < i < len(words) and written[i - 1] and written[i]
         frames = [] if inside_run else list(silence[i])
@@ -217,7 +217,7 @@ def interleave(
     return layout
 
 
-def _check(words: Sequence[WordSpan], is_text: Sequence[bool], word_tokens: Sequence[Sequence[int]]) -> None:
+def _check(words: Sequence[WordSpan], is_text: Sequence[bool], word_tokens: Sequence[Sequence[int | str]]) -> None:
     if not len(words) == len(is_text) == len(word_tokens):
         raise ValueError(
             f"{len(words)} word times, {len(is_text)} choices and {len(word_tokens)} token lists: one of each per word"
@@ -237,13 +237,13 @@ class HeardRow:
     """
 
     pieces: tuple[tuple[int, int], ...]
-    layout: tuple[int, ...]
+    layout: tuple[int | str, ...]
 
 
 def interleave_wave(
     words: Sequence[WordSpan],
     is_text: Sequence[bool],
-    word_tokens: Sequence[Sequence[int]],
+    word_tokens: Sequence[Sequence[int | str]],
     num_samples: int,
     sample_rate: int,
     frames: Callable[[int], int],
@@ -265,7 +265,7 @@ def interleave_wave(
     _check(words, is_text, word_tokens)
     written = [bool(is_text[i]) and bool(word_tokens[i]) for i in range(len(words))]
     pieces: list[tuple[int, int]] = []
-    layout: list[int] = []
+    layout: list[int | str] = []
     owned = start = 0  # frames so far; where the last of the written words ends
     for is_written, group in groupby(range(len(words)), key=written.__getitem__):
         run = list(group)
@@ -283,7 +283,7 @@ def interleave_wave(
     return HeardRow(tuple(pieces), tuple(layout))
 
 
-def text_only(word_tokens: Sequence[Sequence[int]]) -> list[int]:
+def text_only(word_tokens: Sequence[Sequence[int | str]]) -> list[int | str]:
     """The whole utterance as text."""
     return [token for tokens in word_tokens for token in tokens]
 

@@ -10,7 +10,7 @@ bound a single row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from functools import partial
 from itertools import islice
@@ -26,9 +26,12 @@ from nemo_mtbi.data.behaviors import custom_value
 from nemo_mtbi.data.conversations import as_cut
 from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
+from nemo_mtbi.data.gate import GatedCuts, read_gated
 from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.data.loader_config import SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
+from nemo_mtbi.data.nemo_cuts import restore_piece
 from nemo_mtbi.data.tasks import stable_rng
+from nemo_mtbi.io.sources import Reading, SourcePolicy
 
 DATA_TYPE = "nemo_mtbi"
 # NeMo's changes of the sound, which would reach the cut in which a conversation travels, and not its audios.
@@ -75,15 +78,14 @@ class DrawnSource:
         _, is_tarred = self._read(full.seed)
         self.iterable = determine_use_iterable_dataset(is_tarred, full)
 
-    def _read(self, seed: int) -> tuple[CutSet, bool]:
+    def _read(self, seed: int) -> tuple[GatedCuts, bool]:
         from nemo.collections.common.data.lhotse.cutset import read_cutset_from_config
         from omegaconf import OmegaConf
 
-        source = {key: self.full[key] for key in SOURCE_KEYS if key in self.full}
-        try:
-            return read_cutset_from_config(OmegaConf.create({**source, "shard_seed": seed}))
-        except Exception as error:  # each reader has its own kinds for a file that is not what it is said to be
-            raise ValueError(f"the data source cannot be read: {type(error).__name__}: {error}") from error
+        source = OmegaConf.create({key: self.full[key] for key in SOURCE_KEYS if key in self.full})
+        config = OmegaConf.merge(source, {"shard_seed": seed})
+        skip = self.draw.on_bad_audio == "skip"
+        return read_gated(partial(read_cutset_from_config, config), source, self.dataset.policy, skip)
 
     def seed_of(self, epoch: int, worker: int = 0) -> int:
         """The seed of a pass. It is the same on all ranks, which share the batches out, unless each reads a stream."""
@@ -93,12 +95,13 @@ class DrawnSource:
     def open(self, epoch: int, seed: int, reader: tuple[int, int] | None = None) -> tuple[DrawRows, bool]:
         """The cuts of a pass with their rows, and whether NeMo calls the source tarred."""
         cuts, is_tarred = self._read(seed)
-        rows = DrawRows(_prepare(cuts, self.full), self.dataset.chat, self.dataset.frames, self.draw, reader)
+        prepared = _prepare(CutSet(cuts), self.full)
+        rows = DrawRows(prepared, self.dataset.chat, self.dataset.frames, self.draw, reader, cuts.left_out)
         rows.set_epoch(epoch)
         return rows, is_tarred
 
-    def sampler(self, epoch: int, worker: int = 0) -> Iterable[CutSet]:
-        """NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
+    def sampler(self, epoch: int, worker: int = 0) -> Iterator[CutSet]:
+        """The batches of NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
         from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
 
         from nemo_mtbi.register import register
@@ -107,10 +110,21 @@ class DrawnSource:
         seed, tokenizer = self.seed_of(epoch, worker), self.dataset.chat.tokenizer
         rows, is_tarred = self.open(epoch, seed, (self.rank, self.world_size) if self.iterable else None)
         token = _READING.set((CutSet(rows), is_tarred))
+        reading = Reading(self.dataset.policy, "noise_path or rir_path")
         try:
-            return get_lhotse_sampler_from_config(_for_nemo(self.full, seed), self.rank, self.world_size, tokenizer)[0]
+            with reading:
+                made = get_lhotse_sampler_from_config(
+                    _for_nemo(self.full, seed), self.rank, self.world_size, tokenizer
+                )
         finally:
             _READING.reset(token)
+        batches = iter(made[0])
+        while True:
+            with reading:  # cuts of noise are read on the way
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 class EpochSampler(Passes, torch.utils.data.Sampler):
@@ -176,7 +190,8 @@ def build_dataloader(
     ``rows_per_cut`` of each cut, or all its behaviors.
 
     Args:
-        config: NeMo's keys and ``rows_per_cut``. NeMo's defaults, but for ``loader_config.DEFAULTS``.
+        config: NeMo's keys, ``rows_per_cut``, and ``allow_remote`` and ``allow_commands``
+            (:class:`~nemo_mtbi.io.sources.SourcePolicy`). NeMo's defaults, but for ``loader_config.DEFAULTS``.
         dataset: turns cuts into steps.
         rank: data-parallel rank.
         world_size: data-parallel size.
@@ -190,7 +205,7 @@ def build_dataloader(
 
     Raises:
         ValueError: if a key is unknown, contradicts another or would cut what the behaviors are about; if a path does
-            not exist; if the first usable cut cannot be read or its behaviors come from another LLM.
+            not exist or is not allowed; if the first usable cut cannot be read or its behaviors come from another LLM.
     """
     from nemo.collections.common.data.lhotse.dataloader import maybe_set_cuda_expandable_segments
 
@@ -198,7 +213,8 @@ def build_dataloader(
 
     register()
     full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
-    check_source(full)
+    dataset = dataset.allowing(SourcePolicy.of(config))
+    check_source(full, dataset.policy)
     if not train:
         _for_validation(full)
     draw = _draw_config(full, rows_per_cut, dataset, expected=dict(expected or {}), allow_foreign=allow_foreign)
@@ -244,7 +260,8 @@ def _prepare_cut(cut: Any, sample_rate: int, changed: str | None) -> Any:
         if changed and hasattr(cut, "turns"):
             raise ValueError(f"{changed} is for utterances, and {cut.id} is a conversation: remove it, or one of them")
         return as_cut(cut, sample_rate) if hasattr(cut, "turns") else cut
-    cut = cut.resample(sample_rate)
+    cut = restore_piece(cut)
+    cut = cut.resample(sample_rate) if cut.has_recording else cut
     alignment = custom_value(cut, "alignment")
     if alignment is None or isinstance(cut, MixedCut) or len(cut.supervisions) != 1 or cut.supervisions[0].alignment:
         return cut
@@ -303,7 +320,8 @@ def training_costs(config: Mapping[str, Any], dataset: MTBIDataset) -> tuple[lis
 
     register()
     full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
-    check_source(full)
+    dataset = dataset.allowing(SourcePolicy.of(config))
+    check_source(full, dataset.policy)
     draw = _draw_config(full, rows_per_cut, dataset, expected={}, allow_foreign=True)
     return _costs(DrawnSource(full, draw, dataset, 0, 1), full.num_cuts_for_bins_estimate), full
 
@@ -321,6 +339,8 @@ def _fit_buckets(source: DrawnSource) -> None:
     if estimate:
         full.bucket_duration_bins = cost_bins(costs, full.num_buckets) or None
         full.use_bucketing = full.bucket_duration_bins is not None
+        if not full.use_bucketing and full.shuffle_buffer_size is None:  # cuts of one cost, or a single one
+            full.shuffle_buffer_size = DEFAULTS["shuffle_buffer_size"]
 
 
 def cost_bins(costs: list[int], num_buckets: int) -> list[int]:

@@ -9,7 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-OWN_KEYS = ("rows_per_cut",)
+import yaml
+
+from nemo_mtbi.io import sources
+from nemo_mtbi.io.manifests import check_manifest
+from nemo_mtbi.io.text import read_text
+
+OWN_KEYS = ("rows_per_cut", *sources.KEYS)
 IGNORED_KEYS = ("use_lhotse",)  # every NeMo data configuration has it
 SOURCE_KEYS = (
     "input_cfg",
@@ -29,6 +35,9 @@ SOURCE_KEYS = (
     "shuffle",
 )
 PATH_KEYS = ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path", "noise_path", "rir_path")
+# What manifest_filepath names, by the type of a source; of the other types NeMo has forms of its own.
+MANIFESTS = {"nemo": "nemo", "nemo_tarred": "nemo", "multimodal_conversation": "lines", "share_gpt": "lines"}
+_NO_LOCATIONS = ("tags",)  # texts that cuts get
 LOCATION_KEYS = ("input_cfg", "cuts_path", "shar_path", "manifest_filepath")
 
 # Where we differ from NeMo's defaults, if the user's configuration is silent.
@@ -137,6 +146,8 @@ def _check_batch_size(given: Mapping[str, Any]) -> None:
     bins = given.get("bucket_duration_bins")
     if given.get("bucket_batch_size") is not None and not bins:
         raise ValueError("bucket_batch_size needs bucket_duration_bins: costs in tokens, one per bucket")
+    if bins is not None and not bins:
+        raise ValueError("bucket_duration_bins is empty, so there is one bucket: set use_bucketing=false instead")
     if bins and isinstance(bins[0], Sequence):
         raise ValueError("two-dimensional bucket_duration_bins are not supported: a cut has one cost, in tokens")
 
@@ -151,8 +162,12 @@ def _check_seeds(given: Mapping[str, Any]) -> None:
         raise ValueError("concurrent_bucketing: true makes the order of the data random: remove it")
 
 
-def check_source(full) -> None:
-    """Checks that there is a source, and that each local path in it exists.
+def check_source(full, policy: sources.SourcePolicy) -> None:
+    """Checks that there is a source, that it is allowed, and that each local path in it exists.
+
+    Args:
+        full: NeMo's full configuration.
+        policy: what data may be read from.
 
     Raises:
         ValueError: names the key and the path.
@@ -162,21 +177,42 @@ def check_source(full) -> None:
     config = OmegaConf.to_container(full, resolve=True)
     if all(config[key] is None for key in LOCATION_KEYS):
         raise ValueError(f"no data: set one of {', '.join(LOCATION_KEYS)}")
+    _check_allowed(config, "", policy)
     _check_paths(config, "")
+    _check_manifests(config, "", "nemo")
     if config["input_cfg"] is not None:
-        _check_group(config["input_cfg"], "input_cfg")
+        _check_group(config["input_cfg"], "input_cfg", policy)
 
 
-def _check_group(group: Any, where: str) -> None:
+def _check_allowed(value: Any, key: str, policy: sources.SourcePolicy) -> None:
+    """Refuses locations in a configuration that its user did not allow, at any depth."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if name not in _NO_LOCATIONS:
+                _check_allowed(item, f"{key}.{name}" if key else str(name), policy)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for number, item in enumerate(value):
+            _check_allowed(item, f"{key}[{number}]", policy)
+    elif isinstance(value, (str, Path)):
+        policy.check(str(value), f"{key}={value}")
+
+
+def _check_group(group: Any, where: str, policy: sources.SourcePolicy) -> None:
     """Checks the entries of an ``input_cfg``, and of the groups in it."""
     from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(group, (str, Path)):
         _check_path(where, str(group))
         if _is_remote(str(group)):
             return
-        where, group = f"{where} ({group})", OmegaConf.to_container(OmegaConf.load(group), resolve=True)
+        text, where = read_text(group, where), f"{where} ({group})"
+        try:
+            group = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException, AssertionError) as error:
+            raise ValueError(f"{where} must be a YAML list of sources: {error}") from error
+        _check_allowed(group, where, policy)
     if not isinstance(group, list) or not group:
         raise ValueError(f"{where} must be a list of sources, got {group!r}")
     weighted = [isinstance(entry, Mapping) and entry.get("weight") is not None for entry in group]
@@ -191,14 +227,27 @@ def _check_group(group: Any, where: str) -> None:
         if "shard_seed" in entry:
             raise ValueError(f"{place}.shard_seed is not supported: remove it, it follows from seed")
         _check_paths(entry, f"{place}.")
+        _check_manifests(entry, f"{place}.", kind)
         if kind == "group":
-            _check_group(entry.get("input_cfg"), f"{place}.input_cfg")
+            _check_group(entry.get("input_cfg"), f"{place}.input_cfg", policy)
 
 
 def _check_paths(config: Mapping[str, Any], prefix: str) -> None:
     for key in PATH_KEYS:
         for path in _paths(config.get(key)):
             _check_path(f"{prefix}{key}", path)
+
+
+def _check_manifests(config: Mapping[str, Any], prefix: str, kind: str) -> None:
+    """Checks the first line of each local manifest; of shards, which may be empty, only that they are files."""
+    from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
+
+    for key, form in (("cuts_path", "cuts"), ("manifest_filepath", MANIFESTS.get(kind))):
+        patterns = [pattern for pattern in _paths(config.get(key)) if not _is_remote(pattern)]
+        files = [file for pattern in patterns for file in expand_sharded_filepaths(pattern)]
+        for file in files:
+            if form is not None and (len(files) == 1 or Path(file).is_dir()):
+                check_manifest(file, f"{prefix}{key}", form)
 
 
 def _paths(value: Any) -> Iterator[str]:
@@ -214,7 +263,7 @@ def _paths(value: Any) -> Iterator[str]:
 
 
 def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:") or path == "-"
+    return sources.kind_of(path) != "local" or path == "-"
 
 
 def _check_path(key: str, pattern: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lhotse.cut import Cut
 
-from nemo_mtbi.data.behaviors import Behavior, custom_value
+from nemo_mtbi.data.behaviors import CHAT_FORMAT, Behavior, custom_value
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.target_plan import TargetPlan
 from nemo_mtbi.data.target_shards import shard_path, with_behaviors, write_shard
@@ -48,6 +48,7 @@ def reference_targets(
     if path.exists():
         return path
     origin = {"llm": llm, "chat": chat.fingerprint(), "pool": pool.fingerprint(), "responses": "reference"}
+    origin[CHAT_FORMAT] = chat.description()
     tasks = plan.tasks(pool)
 
     def answered(cut: Cut) -> Cut:

@@ -81,6 +81,11 @@ class TargetPlan:
                 )
         return tasks
 
+    def most_rows(self, pool: TaskPool) -> int:
+        """Questions about a cut at most: fewer are drawn where a task has fewer wordings than ``prompts_per_task``."""
+        each = [min(self.prompts_per_task, len(self.prompts(task))) for task in self.tasks(pool)]
+        return sum(sorted(each, reverse=True)[: self.tasks_per_cut])
+
     def prompts(self, task: Task) -> tuple[str, ...]:
         """The wordings of ``task`` to draw from."""
         both = task.prompts + task.heldout_prompts
@@ -112,15 +117,29 @@ class Request:
 
 
 def plan_shard(
-    cuts: Sequence[Cut], plan: TargetPlan, pool: TaskPool, chat: ChatFormat
+    cuts: Sequence[Cut], plan: TargetPlan, pool: TaskPool, chat: ChatFormat, batch_rows: int | None = None
 ) -> tuple[list[Request], list[list[int]]]:
-    """What is asked about the cuts of a shard, and the batches: lists of indices of requests, longest first."""
+    """The requests about the cuts of a shard, and the batches: lists of indices of requests, longest first.
+
+    A batch has at most ``batch_rows`` rows.
+    """
     requests, tasks = [], plan.tasks(pool)
     for position, cut in enumerate(cuts):
-        text = chat.encode(transcript(cut))
+        text = transcript(cut)
         for task, prompt in plan.draws(cut.id, tasks):
             limit = min(plan.max_new_tokens, task.max_new_tokens or plan.max_new_tokens)
             layout = tuple(chat.prompt(prompt, text))
             requests.append(Request(position, task.name, prompt, layout, limit))
     lengths = [len(request.layout) + plan.max_new_tokens for request in requests]
-    return requests, group_by_length(lengths, plan.batch_tokens)
+    batches = group_by_length(lengths, plan.batch_tokens)
+    if batch_rows is None:
+        return requests, batches
+    return requests, [batch[i : i + batch_rows] for batch in batches for i in range(0, len(batch), batch_rows)]
+
+
+def rows_at_once(parameters: int) -> int:
+    """Rows of a batch on a CPU, where a large LLM would take many minutes for as many as its memory holds.
+
+    A function of the LLM's parameters alone, so that every run cuts the same batches.
+    """
+    return max(8, min(64, 2**32 // max(parameters, 1)))

@@ -12,6 +12,7 @@ with the next batch and ends with the same bytes as one that never stopped::
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -19,9 +20,10 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
@@ -29,10 +31,21 @@ from lhotse.serialization import deserialize_item, load_jsonl
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.data.gate import GatedCuts
+from nemo_mtbi.data.manifest_lines import EntryFilter
+from nemo_mtbi.data.target_origin import (
+    behaviors_from,
+    origin_difference,
+    same_header,
+    same_origin,
+    without_format,
+)
 from nemo_mtbi.data.target_plan import Request, TargetPlan, plan_shard
+from nemo_mtbi.data.target_progress import Meter, speed_text
 from nemo_mtbi.data.target_shards import (
     FORMAT,
     check_without_data,
+    own_share,
     read_targets,
     shard_path,
     split_into_shards,
@@ -42,16 +55,21 @@ from nemo_mtbi.data.target_shards import (
     write_shard,
 )
 from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.io.locks import exclusive
+from nemo_mtbi.io.sources import EVERYTHING
 
-__all__ = ["TargetPlan", "generate_targets", "read_targets"]
+__all__ = ["TargetPlan", "generate_targets", "read_targets", "speed_text"]
 
 logger = logging.getLogger(__name__)
 
-_OWN_KEYS = ("chat", "decoding", "plan", "pool")
+BATCH_ROWS = "batch_rows"  # key of a partial file's header
+_DIGEST = "sha256"  # key of a line in a partial file
+BAD_ENTRY = "skipped_bad_"  # before the reason, in counts
+LEAVE_OUT = "set on_missing_text=skip to leave it out"
 
 # A batch of prompt layouts (token ids) → for each (response ids without the end token, cut by the length limit?).
 Respond = Callable[[list[list[int]]], list[tuple[list[int], bool]]]
-Answer = tuple[str, bool]  # text, truncated
+Answer = Sequence[Any]  # text, truncated, and the ids, which older partial files lack
 
 
 def generate_targets(
@@ -66,10 +84,12 @@ def generate_targets(
     shard_size: int = 1000,
     on_missing_text: str = "raise",
     overwrite: bool = False,
+    outdated: Iterable[Path] = (),
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
     counts: Counter | None = None,
+    batch_rows: int | None = None,
 ) -> list[Path]:
     """Asks the text LLM, writes the cuts with its answers and returns this process's shards; resumes a former run.
 
@@ -82,35 +102,44 @@ def generate_targets(
         provenance: JSON values that say which LLM this is: ``llm`` (its hash) and what else the user wants to keep.
         plan: what is asked.
         shard_size: cuts in a shard.
-        on_missing_text: ``raise`` or ``skip`` cuts without a transcript.
+        on_missing_text: ``raise`` or ``skip`` cuts without a transcript or with values of a wrong type.
         overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
+        outdated: files that were made from the shards, which ``overwrite`` removes first.
         rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
-        progress: show a bar.
+        progress: show a bar; a line every 30 seconds where there is no terminal.
         counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
-            ``skipped_no_text``, ``reused_shards``, ``reused_batches``, ``replaced`` (by ``overwrite``) added.
+            ``skipped_no_text``, ``skipped_bad_`` and a reason, ``reused_shards``, ``reused_batches``, ``replaced`` (by
+            ``overwrite``) added.
+        batch_rows: rows of a batch at most, which a kill loses; None: as many as ``plan.batch_tokens`` allows. A shard
+            in the making keeps the bound that it was begun with: its bytes don't change.
 
     Raises:
         ValueError: if an argument or a cut is not legal.
-        RuntimeError: if ``out_dir`` holds what was made otherwise and ``overwrite`` is not set.
+        RuntimeError: if ``out_dir`` holds what was made otherwise and ``overwrite`` is not set, or another run is
+            making the same shards.
     """
     plan, counts = plan or TargetPlan(), Counter() if counts is None else counts
     _check_arguments(shard_size, on_missing_text, rank, world_size)
-    behaviors_from = _behaviors_from(provenance, plan, pool, chat)
+    origin = behaviors_from(provenance, plan, pool, chat)
     cuts = list(cuts) if iter(cuts) is cuts else cuts
+    if not isinstance(cuts, GatedCuts):
+        cuts = GatedCuts(cuts, EVERYTHING, EntryFilter(on_missing_text == "skip", LEAVE_OUT), restart=True)
     total = _survey(cuts, on_missing_text, counts)
     num_shards = -(-total // shard_size)
     out_dir = Path(out_dir)
-    _prepare(out_dir, num_shards, overwrite)
     own = range(rank, num_shards, world_size)
-    paths = []
-    with _Meter(sum(min(shard_size, total - number * shard_size) for number in own), progress) as meter:
-        maker = _ShardMaker(out_dir, plan, pool, chat, respond, behaviors_from, overwrite, counts, meter)
+    paths, work = [], sum(min(shard_size, total - number * shard_size) for number in own)
+    with own_share(out_dir, rank=rank), Meter(work, progress) as meter:
+        _prepare(out_dir, num_shards, overwrite, outdated)
+        maker = _ShardMaker(out_dir, plan, pool, chat, respond, origin, overwrite, counts, meter, batch_rows)
         usable = (cut for cut in cuts if transcript(cut))
         for number, shard in enumerate(split_into_shards(usable, shard_size)):
             if number in own:
-                paths.append(maker.make(number, shard))
-    write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=behaviors_from, rank=rank)
-    level = logging.WARNING if counts["dropped_empty"] + counts["skipped_no_text"] else logging.INFO
+                with exclusive(shard_path(out_dir, number), "output_dir"):  # of a run with another world_size
+                    paths.append(maker.make(number, shard))
+        write_index(out_dir, shards=num_shards, cuts=total, behaviors_from=origin)
+    left_out = counts["dropped_empty"] + sum(count for key, count in counts.items() if key.startswith("skipped"))
+    level = logging.WARNING if left_out else logging.INFO
     logger.log(level, "targets in %s: %s", out_dir, dict(+counts))
     return paths
 
@@ -124,29 +153,7 @@ def _check_arguments(shard_size: int, on_missing_text: str, rank: int, world_siz
         raise ValueError(f"rank {rank} is not below world_size {world_size}: give each process a rank of its own")
 
 
-def _behaviors_from(provenance: dict, plan: TargetPlan, pool: TaskPool, chat: ChatFormat) -> dict:
-    """What each cut says about the origin of its behaviors, in the form that JSON gives back."""
-    plan.tasks(pool)  # raises where the plan does not fit the pool
-    if not provenance.get("llm") or set(_OWN_KEYS) & set(provenance):
-        raise ValueError(
-            f"provenance must hold 'llm' (a hash of the LLM), but none of {', '.join(_OWN_KEYS)}, "
-            f"which are filled in here; it holds {', '.join(sorted(provenance)) or 'nothing'}"
-        )
-    draws = ("tasks_per_cut", "always_tasks", "prompts_per_task", "split", "wordings", "seed")
-    content = {
-        **provenance,
-        "chat": chat.fingerprint(),
-        "decoding": {"method": "greedy", "max_new_tokens": plan.max_new_tokens},
-        "pool": pool.fingerprint(),
-        "plan": {name: getattr(plan, name) for name in draws},
-    }
-    try:
-        return json.loads(json.dumps(content, sort_keys=True))
-    except TypeError as err:
-        raise ValueError(f"provenance must hold JSON values only: {err}") from err
-
-
-def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
+def _survey(cuts: GatedCuts, on_missing_text: str, counts: Counter) -> int:
     """Counts the usable cuts; finds what would stop the run before the LLM has worked for hours."""
     total, missing = 0, []
     for cut in cuts:
@@ -163,18 +170,18 @@ def _survey(cuts: Iterable[Cut], on_missing_text: str, counts: Counter) -> int:
     if not total:
         raise ValueError(f"no cut to make targets for: {len(missing)} cuts have no transcript and there are no others")
     counts["skipped_no_text"] += len(missing)
+    counts.update({BAD_ENTRY + reason: count for reason, count in cuts.left_out.items()})
     return total
 
 
-def _prepare(out_dir: Path, num_shards: int, overwrite: bool) -> None:
-    out_dir.mkdir(parents=True, exist_ok=True)
+def _prepare(out_dir: Path, num_shards: int, overwrite: bool, outdated: Iterable[Path]) -> None:
     surplus = surplus_shards(out_dir, num_shards)
     if surplus and not overwrite:
         raise RuntimeError(
             f"{surplus[0]} was made from other cuts or with another shard_size (here there are {num_shards} shards): "
             "set overwrite=true to replace it, or give another folder"
         )
-    for path in surplus:
+    for path in (*surplus, *(outdated if overwrite else ())):
         path.unlink(missing_ok=True)
 
 
@@ -188,7 +195,8 @@ class _ShardMaker:
     behaviors_from: dict
     overwrite: bool
     counts: Counter
-    meter: _Meter
+    meter: Meter
+    batch_rows: int | None
 
     def make(self, number: int, cuts: list[Cut]) -> Path:
         path = shard_path(self.out_dir, number)
@@ -197,8 +205,9 @@ class _ShardMaker:
             self.counts["reused_shards"] += 1
             self.meter.advance(len(cuts))
         else:
-            requests, batches = plan_shard(cuts, self.plan, self.pool, self.chat)
-            answers = self._answer(partial, cuts, requests, batches)
+            rows = self._rows_of_batch(partial)
+            requests, batches = plan_shard(cuts, self.plan, self.pool, self.chat, rows)
+            answers = self._answer(partial, cuts, requests, batches, rows)
             write_shard(path, self._attach(cuts, requests, answers))
             logger.info("%s: %d cuts, %d rows", path.name, len(cuts), len(requests))
         partial.unlink(missing_ok=True)
@@ -208,7 +217,9 @@ class _ShardMaker:
     def _attach(self, cuts: list[Cut], requests: list[Request], answers: dict[int, Answer]) -> list[Cut]:
         behaviors: list[list[Behavior]] = [[] for _ in cuts]
         for index, request in enumerate(requests):
-            behaviors[request.cut].append(Behavior(request.task, request.prompt, *answers[index]))
+            text, truncated, *ids = answers[index]
+            known = tuple(ids[0]) if ids and self.chat.spells(ids[0], text) else None
+            behaviors[request.cut].append(Behavior(request.task, request.prompt, text, truncated, known))
         # Empty and truncated: neither a token nor an end to learn from. A cut that has nothing else keeps them, or
         # training would take it for a cut that nobody made targets for; it leaves such a cut out and counts it.
         kept = [[row for row in rows if row.teaches] or rows for rows in behaviors]
@@ -239,12 +250,6 @@ class _ShardMaker:
         self.counts["replaced"] += 1
         path.unlink()
 
-    def _difference(self, found: object) -> str:
-        """Says in what the origin that a file gives differs from this run."""
-        found = found if isinstance(found, dict) else {}
-        other = [key for key, value in self.behaviors_from.items() if found.get(key) != value]
-        return f"was made with other {', '.join(other) or 'cuts, transcripts, tokenizer, batch_tokens or shard_size'}"
-
     def _finished(self, path: Path, cuts: list[Cut]) -> bool:
         """True if the shard holds these cuts with behaviors of this plan and LLM."""
         try:
@@ -254,9 +259,11 @@ class _ShardMaker:
             return False
         origins = [(cut.custom or {}).get(PROVENANCE) for cut in stored]
         same = [(cut.id, transcript(cut)) for cut in stored] == [(cut.id, transcript(cut)) for cut in cuts]
-        strange = [origin for origin in origins if origin != self.behaviors_from]  # says the seed and the pool, too
+        strange = [
+            origin for origin in origins if not same_origin(origin, self.behaviors_from)
+        ]  # says the seed and the pool, too
         if strange or not same:
-            self._refuse(path, self._difference(strange[0] if strange else self.behaviors_from))
+            self._refuse(path, origin_difference(strange[0] if strange else self.behaviors_from, self.behaviors_from))
             return False
         behaviors = [[Behavior.from_dict(row, cut.id) for row in cut.custom[BEHAVIORS]] for cut in stored]
         tasks = self.plan.tasks(self.pool)
@@ -266,13 +273,24 @@ class _ShardMaker:
             write_shard(path, fresh)  # the answers hold; paths, alignments or other fields of the input are newer
         return True
 
+    def _rows_of_batch(self, path: Path) -> int | None:
+        """The bound that a shard in the making was begun with: other batches may round other answers."""
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            line = file.readline()
+            header = _parse(line) if line.endswith(b"\n") else None
+            if isinstance(header, dict):
+                found = header.get(BATCH_ROWS)
+                return found if type(found) is int and found > 0 else None
+        return self.batch_rows
+
     def _answer(
-        self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]]
+        self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]], rows: int | None
     ) -> dict[int, Answer]:
         """The answers by index of their request, from the partial file as far as it goes and then from the LLM."""
         asked = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
-        fingerprint = digest_of([FORMAT, self.behaviors_from, batches, asked])
+        fingerprint = digest_of([FORMAT, without_format(self.behaviors_from), batches, asked])
         header = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
+        header |= {} if rows is None else {BATCH_ROWS: rows}
         finished, keep = self._read_partial(path, header, [len(batch) for batch in batches])
         self.counts["reused_batches"] += len(finished)
         share = len(cuts) / len(requests)
@@ -283,6 +301,7 @@ class _ShardMaker:
             if not keep:
                 _append(file, header)
             for number, batch in enumerate(batches[len(finished) :], start=len(finished)):
+                self.meter.ask(len(batch))
                 started = time.monotonic()
                 finished.append(self._ask([requests[i] for i in batch]))
                 _append(file, {"batch": number, "answers": finished[-1]})
@@ -295,7 +314,11 @@ class _ShardMaker:
         if len(responses) != len(requests):
             raise RuntimeError(f"the LLM gave {len(responses)} responses to {len(requests)} prompts: fix `respond`")
         return [
-            (self.chat.decode(ids[: request.limit]), bool(truncated) or len(ids) > request.limit)
+            [
+                self.chat.decode(ids[: request.limit]),
+                bool(truncated) or len(ids) > request.limit,
+                list(ids[: request.limit]),
+            ]
             for request, (ids, truncated) in zip(requests, responses, strict=True)
         ]
 
@@ -307,14 +330,19 @@ class _ShardMaker:
         if not first.endswith(b"\n"):  # missing, or killed while the header was written
             return [], 0
         found = _parse(first)
-        if found != header:
-            self._refuse(path, self._difference(found.get(PROVENANCE) if isinstance(found, dict) else None))
+        if not same_header(found, header):
+            other = found.get(PROVENANCE) if isinstance(found, dict) else None
+            self._refuse(path, origin_difference(other, self.behaviors_from))
             return [], 0
         finished, keep = [], len(first)
         for line in lines:
             answers = _parse_batch(line, len(finished), sizes)
             if answers is None:
-                logger.warning("%s: %d bytes of a torn batch dropped, it is asked again", path, len(data) - keep)
+                logger.warning(
+                    "%s: %d bytes from a torn or damaged batch on dropped, they are asked again",
+                    path,
+                    len(data) - keep,
+                )
                 break
             finished.append(answers)
             keep += len(line)
@@ -322,16 +350,19 @@ class _ShardMaker:
 
 
 def _append(file: io.BufferedIOBase, value: dict) -> None:
-    file.write(json.dumps(value).encode() + b"\n")
+    file.write(json.dumps({**value, _DIGEST: digest_of(value)}).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _parse(line: bytes) -> object:
+    """The value of a line without its digest; None if it is torn or damaged. Lines of before have no digest."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except ValueError:  # torn in the middle of JSON or of a character
         return None
+    digest = value.pop(_DIGEST, None) if isinstance(value, dict) else None
+    return value if digest is None or digest == digest_of(value) else None
 
 
 def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | None:
@@ -342,36 +373,3 @@ def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | N
     answers = value.get("answers")
     whole = isinstance(answers, list) and len(answers) == sizes[number]
     return answers if whole else None
-
-
-class _Meter:
-    """Progress of this process in cuts, with rows per second and the time left, from new work alone."""
-
-    def __init__(self, total: int, show: bool):
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        text = TextColumn("{task.completed:.0f}/{task.total} cuts, {task.fields[speed]}")
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), text, disable=not show)
-        self._task = self._progress.add_task("behavior targets", total=total, speed="…")
-        self._left, self._cuts, self._rows, self._seconds = float(total), 0.0, 0, 0.0
-
-    def __enter__(self):
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._progress.__exit__(*error)
-
-    def advance(self, cuts: float, rows: int = 0, seconds: float = 0.0) -> None:
-        """``cuts`` are done: in ``seconds`` if the LLM answered ``rows`` for them, else by a former run."""
-        self._left -= cuts
-        if rows:
-            self._cuts, self._rows, self._seconds = self._cuts + cuts, self._rows + rows, self._seconds + seconds
-        speed = speed_text(self._rows, self._seconds, self._left / self._cuts * self._seconds if self._cuts else 0.0)
-        self._progress.update(self._task, advance=cuts, speed=speed)
-
-
-def speed_text(rows: int, seconds: float, left: float) -> str:
-    """Rows per second and the time left (seconds) as the bar shows them."""
-    minutes, rest = divmod(max(round(left), 0), 60)
-    return f"{rows / seconds:.1f} rows/s, {minutes // 60}:{minutes % 60:02d}:{rest:02d} left" if seconds else "…"

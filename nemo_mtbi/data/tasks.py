@@ -6,7 +6,7 @@ A pool is a YAML file that users can write themselves::
     name: my_pool
     tasks:
       - name: transcribe
-        scoring: wer
+        scoring: wer              # cer for languages without spaces between words
         split: train              # train: the connector learns on it; heldout: only evaluated
         prompts:
           train: [repeat the sentence, say it again]
@@ -26,8 +26,10 @@ from typing import Any
 
 import yaml
 
+from nemo_mtbi.io.text import read_text
+
 # Names only: the scorers live in nemo_mtbi/evaluation/metrics.py.
-SCORING_KINDS = ("wer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
+SCORING_KINDS = ("wer", "cer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
 SPLITS = ("train", "heldout")
 
 _POOL_KEYS = ("name", "tasks")
@@ -113,8 +115,8 @@ class TaskPool:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as err:
+            text = read_text(path)
+        except ValueError as err:
             raise ValueError(f"{path}: cannot read the task pool ({err}); give the path of a YAML text file") from err
         try:
             data = yaml.safe_load(text)

@@ -7,7 +7,7 @@ wants the transcript as people write it. :func:`fit_words` puts the times of the
 
 from __future__ import annotations
 
-import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,12 @@ from lhotse import MonoCut, SupervisionSegment
 from lhotse.supervision import AlignmentItem
 from lhotse.utils import fastcopy
 
+from nemo_mtbi.io.text import parse_json_object, read_lines
+
 Times = Mapping[str, Sequence[AlignmentItem]]  # by the id of an utterance, or of a recording
 SILENCES = {"", "<eps>", "<sil>", "sil", "sp", "spn", "<unk>"}
+_BLANKS = " \t\r"  # between the fields of a CTM line
+_BLANK = re.compile(f"[{_BLANKS}]+")
 _TOLERANCE = 0.02  # seconds by which a word may stand over its utterance's edges
 
 
@@ -64,9 +68,7 @@ def read_times(path: str | Path) -> Times:
     if path.is_file():
         return _read_ctm(path)
     if texts := sorted(path.rglob("*.alignment.txt")):
-        from lhotse.recipes.librispeech import parse_alignments
-
-        return {name: items for text in texts for name, items in parse_alignments(text).items()}
+        return {name: items for text in texts for name, items in _read_alignments(text)}
     if grids := sorted(path.rglob("*.TextGrid")):
         return {grid.stem: _read_textgrid(grid) for grid in grids}
     raise ValueError(f"{path} is no CTM file and no folder with .TextGrid or .alignment.txt files: check the path")
@@ -75,9 +77,9 @@ def read_times(path: str | Path) -> Times:
 def _read_ctm(path: Path) -> Times:
     """``recording channel start duration word [confidence]`` in each line."""
     found: dict[str, list[AlignmentItem]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        parts = line.split()
-        if not parts or parts[0].startswith(";;"):
+    for number, line in enumerate(read_lines(path), start=1):
+        parts = _BLANK.split(line.strip(_BLANKS))  # a word may hold a space that does not break
+        if not parts[0] or parts[0].startswith(";;"):
             continue
         try:
             name, _, start, duration, word, *score = parts
@@ -85,7 +87,25 @@ def _read_ctm(path: Path) -> Times:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no line of a CTM file: {line!r}") from error
         found.setdefault(name, []).append(item)
+    if not found:
+        raise ValueError(f"{path} holds no word times: give a CTM file with lines")
     return {name: sorted(items, key=lambda item: item.start) for name, items in found.items()}
+
+
+def _read_alignments(path: Path) -> Iterator[tuple[str, list[AlignmentItem]]]:
+    """``id ",WORD,WORD," "0.1,0.4,1.2,2.0"`` in each line: words, silences among them, and their ends in seconds."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            name, words, ends = line.split()
+            edges = [0.0, *map(float, ends.replace('"', "").split(","))]
+            spoken = zip(words.replace('"', "").split(","), edges, edges[1:], strict=False)
+            yield name, [AlignmentItem(word, start, round(end - start, 8)) for word, start, end in spoken]
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is not a line of LibriSpeech-Alignments: {line[:60]!r}"
+            ) from error
 
 
 def _read_textgrid(path: Path) -> list[AlignmentItem]:
@@ -93,14 +113,17 @@ def _read_textgrid(path: Path) -> list[AlignmentItem]:
         from praatio import textgrid
     except ModuleNotFoundError as error:
         raise RuntimeError("reading TextGrids needs praatio: pip install nemo_mtbi[prepare]") from error
-    grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)
+    try:
+        grid = textgrid.openTextgrid(str(path), includeEmptyIntervals=False)
+    except Exception as error:  # praatio has no kinds of its own for a file that is none of its forms
+        raise ValueError(f"{path} can't be read as a TextGrid ({type(error).__name__}: {error})") from error
     tiers = [name for name in grid.tierNames if name.lower() in ("words", "word") or name.lower().endswith("- words")]
     if len(tiers) != 1:
         raise ValueError(f"{path} has the tiers {', '.join(grid.tierNames)}: one must be named words")
     return [AlignmentItem(e.label, e.start, round(e.end - e.start, 6)) for e in grid.getTier(tiers[0]).entries]
 
 
-def read_texts(paths: Iterable[str | Path]) -> dict[str, str]:
+def read_texts(paths: Sequence[str | Path]) -> dict[str, str]:
     """Transcripts by utterance.
 
     Args:
@@ -111,26 +134,31 @@ def read_texts(paths: Iterable[str | Path]) -> dict[str, str]:
         ValueError: if a line is none of them, or an id comes twice.
     """
     found: dict[str, str] = {}
-    lines = (
-        (path, number, line)
-        for path in paths
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1)
-    )
-    for path, number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            if line.lstrip().startswith("{"):
-                entry = json.loads(line)
-                name, text = entry.get("id") or Path(entry["audio_filepath"]).stem, entry["text"]
-            else:
-                name, text = line.split(maxsplit=1)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}, line {number} has no id and text: {line[:80]!r}") from error
-        if name in found:
-            raise ValueError(f"{path}, line {number}: a second text of {name}")
-        found[name] = text
+    for path in paths:
+        for number, line in enumerate(read_lines(path), start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            name, text = _entry(line, place)
+            if name in found:
+                raise ValueError(f"{place}: a second text of {name}")
+            found[name] = text
+    if paths and not found:
+        raise ValueError(f"{', '.join(map(str, paths))} without a single text: each line must have an id and a text")
     return found
+
+
+def _entry(line: str, place: str) -> tuple[str, str]:
+    """The id and the text of a line of transcripts."""
+    if line.lstrip().startswith("{"):
+        entry = parse_json_object(line, place)
+        audio = entry.get("audio_filepath")
+        name, text = entry.get("id") or (Path(audio).stem if isinstance(audio, str) else None), entry.get("text")
+    else:
+        name, text = (*line.split(maxsplit=1), None)[:2]
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise ValueError(f"{place} has no id and text: {line[:80]!r}; write `id text`, or JSON with id and text")
+    return name, text
 
 
 # ---------------------------------------------------------------------------------------------------------------- cuts

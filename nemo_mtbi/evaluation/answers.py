@@ -13,7 +13,9 @@ from typing import TypeVar
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.files import write_text
 from nemo_mtbi.evaluation.items import Divergence, Reply
+from nemo_mtbi.io.digests import sha256
 
+_DIGEST = "sha256"  # key of the header: of what follows
 Record = TypeVar("Record", Reply, Divergence)
 _KINDS = {
     Reply: {"answer": str, "tokens": int, "truncated": bool, "unheard": (str, type(None))},
@@ -52,11 +54,11 @@ def unit_path(folder: str | Path, unit: Unit) -> Path:
 
 def save_answers(folder: str | Path, unit: Unit, records: Sequence[Record]) -> None:
     """Write what was found of a unit, answers or divergences, in one step."""
-    header = {"fingerprint": unit.fingerprint, "answers": len(records)}
-    lines = [header, *({key: getattr(record, key) for key in _KINDS[type(record)]} for record in records)]
+    lines = ({key: getattr(record, key) for key in _KINDS[type(record)]} for record in records)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    # a model may write half a character
-    write_text(unit_path(folder, unit), text.encode("utf-8", "replace").decode("utf-8"))
+    text = text.encode("utf-8", "replace").decode("utf-8")  # a model may write half a character
+    header = {"fingerprint": unit.fingerprint, "answers": len(records), _DIGEST: sha256(text.encode())}
+    write_text(unit_path(folder, unit), json.dumps(header) + "\n" + text)
 
 
 def load_answers(
@@ -79,8 +81,9 @@ def load_answers(
         return None
     remedy = "delete it and run again: it will be made anew"
     try:
+        text = path.read_bytes().decode("utf-8")
         # not splitlines: an answer may hold any character that ends a line elsewhere
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]
     except ValueError as error:
         raise ValueError(f"{path} is malformed ({error}); {remedy}") from error
     if not lines or not isinstance(lines[0], dict) or "fingerprint" not in lines[0]:
@@ -95,6 +98,9 @@ def load_answers(
     records = [_record(kind, line, f"line {number} of {path}", remedy) for number, line in enumerate(lines[1:], 2)]
     if len(records) != unit.size:
         raise ValueError(f"{path} has {len(records)} answers to {unit.size} questions; {remedy}")
+    digest = lines[0].get(_DIGEST)  # files of before have none
+    if digest is not None and digest != sha256(text.partition("\n")[2].encode()):
+        raise ValueError(f"{path} is not as it was written, its SHA-256 is another; {remedy}")
     return records
 
 

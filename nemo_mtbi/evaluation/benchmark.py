@@ -16,6 +16,7 @@ from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.data.dataset import load_samples
 from nemo_mtbi.data.tasks import Task, TaskPool, draw_prompt, stable_rng
 from nemo_mtbi.evaluation.report import Answer
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
 
 if TYPE_CHECKING:
     from nemo_mtbi.inference.respond import Responder
@@ -107,7 +108,7 @@ def run_benchmark(
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )
-    with bar if progress else nullcontext():
+    with bar if progress else nullcontext(), Heartbeat(lambda: bar_text(bar), bar.console, progress):
         by_text = bar.add_task("answers to text", total=len(rows))
         by_speech = bar.add_task("answers to speech", total=len(rows))
         read = [(row.prompt, texts[row.utterance]) for row in rows]

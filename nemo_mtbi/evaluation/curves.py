@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-WANTED = ("val_agreement", "val_wer", "val_loss", "train_loss")
+WANTED = ("val_agreement", "val_wer", "val_cer", "val_loss", "train_loss")
 _MOST = 400  # points of a curve that are drawn
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jiwer
 import numpy as np
 
-from nemo_mtbi.evaluation.normalizers import normalizer
+from nemo_mtbi.evaluation.normalizers import normalizer, without_idle_spaces, words
 
 _COLUMNS = {"substitute": 0, "delete": 1, "insert": 2}
 
@@ -19,7 +19,8 @@ def edit_rows(
     Args:
         references: What was said.
         hypotheses: What was written; as many.
-        unit: "word" or "character" (a space between two words is one).
+        unit: "word" or "character" (a space between two words is one). In scripts without spaces a character is a word
+            (``normalizers.words``), and spaces count for nothing.
         normalization: Name of a normalizer (``normalizers.NORMALIZERS``), used on both sides.
 
     Raises:
@@ -33,7 +34,11 @@ def edit_rows(
         raise ValueError(f"unknown unit {unit!r} of an error rate: use word or character")
     process = jiwer.process_words if unit == "word" else jiwer.process_characters
     clean = normalizer(normalization)
-    pairs = [(clean(r), clean(h)) for r, h in zip(references, hypotheses, strict=True)]
+
+    def prepared(text: str) -> str:
+        return " ".join(words(clean(text))) if unit == "word" else without_idle_spaces(clean(text))
+
+    pairs = [(prepared(r), prepared(h)) for r, h in zip(references, hypotheses, strict=True)]
     rows = np.zeros((len(pairs), 4))
     for row, (reference, hypothesis) in zip(rows, pairs, strict=True):
         row[3] = _length(reference, unit)

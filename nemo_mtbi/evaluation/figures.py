@@ -21,7 +21,8 @@ from nemo_mtbi.evaluation.behavior import (
     text_f1,
     uncrossed_tasks,
 )
-from nemo_mtbi.evaluation.items import EvalSet, Item, Reply, find_metric
+from nemo_mtbi.evaluation.items import EvalSet, Item, Reply, find_metric, is_transcription
+from nemo_mtbi.evaluation.metrics import ERROR_KINDS
 from nemo_mtbi.evaluation.statistics import bootstrap, compare, holm, seed_spread
 from nemo_mtbi.evaluation.tally import Tally, mean, mean_tally, pooled
 
@@ -162,6 +163,7 @@ def describe(
     if text is not None:
         found |= _behavior(utterances, asked, text, bare, resampling)
     if in_tasks:
+        found |= _transcription(chosen, asked, resampling)
         found["tasks"] = {}
         for task in sorted({item.task for item in asked.items}):
             mine, twin = (part and part.where(lambda item, t=task: item.task == t) for part in (asked, text))
@@ -202,6 +204,17 @@ def _scores(chosen: EvalSet, asked: Asked, text: Asked | None, resampling: Resam
         found["metrics"][name] = figure(tallies, where, resampling)
         found["metrics"][name]["abstained"] = sum(tally.abstentions for tally in tallies)
     return found
+
+
+def _transcription(chosen: EvalSet, asked: Asked, resampling: Resampling) -> dict[str, Any]:
+    """Error rates of the answers that should be the transcript; nothing where there are none."""
+    part = asked.where(lambda item: is_transcription(item, chosen.clips[item.clip].transcript))
+    if not part.items:
+        return {}
+    where = [chosen.clips[item.clip].id for item in part.items]
+    count = range(len(part.seeds))
+    rates = {name: [score(part.items, part.answers(seed), name) for seed in count] for name in ERROR_KINDS}
+    return {"transcription": {name: figure(tallies, where, resampling) for name, tallies in rates.items()}}
 
 
 def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]]:

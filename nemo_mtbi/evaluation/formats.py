@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_mtbi.evaluation.instructions import from_ifeval
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item
+from nemo_mtbi.io.text import read_text
 
 _FOLLOW = ("follow_strict", "follow_loose")
 _FOLLOW_PROMPT = ("follow_prompt_strict", "follow_prompt_loose")
@@ -37,16 +38,16 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: the file is missing, is no JSON or holds something else; the message names the line.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path} does not exist: give the JSON or JSONL file of the benchmark")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         if text.lstrip().startswith("["):
             records = [(f"item {number} of {path}", record) for number, record in enumerate(json.loads(text))]
         else:
             lines = enumerate(text.split("\n"), 1)
             records = [(f"line {number} of {path}", json.loads(line)) for number, line in lines if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): one object a line, or one list of objects") from error
     for place, record in records:
         if not isinstance(record, dict):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lhotse import CutSet
 from lhotse.cut import Cut
 from torch import Tensor
 
@@ -18,12 +17,14 @@ from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.dataset import BadAudioError, load_samples
 from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.abstention import is_empty, is_refusal
 from nemo_mtbi.evaluation.benchmark import crossed_questions
-from nemo_mtbi.evaluation.metrics import Metric, metric, task_metric
+from nemo_mtbi.evaluation.metrics import ERROR_KINDS, Metric, metric, normalize, task_metric
 from nemo_mtbi.evaluation.tally import mean
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.io.sources import FILES, SourcePolicy
 
 BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
 
@@ -53,11 +54,13 @@ class Clip:
         id: Unique in its set.
         audio: A cut, or the path of an audio file.
         transcript: What is said, for text systems; None where nobody wrote it down.
+        policy: What the audio of a cut may be read from.
     """
 
     id: str
     audio: Cut | Path
     transcript: str | None
+    policy: SourcePolicy = FILES
 
     @property
     def identity(self) -> list[Any]:
@@ -181,10 +184,13 @@ def from_cuts(
     wordings: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    policy: SourcePolicy = FILES,
+    leave_out: bool = False,
 ) -> EvalSet:
     """A set of cuts under a task pool: every task, under the same wordings for all cuts.
 
-    References come from the cuts' custom field ``references`` (task to right answer).
+    References come from the cuts' custom field ``references`` (task to right answer). Where no cut has one to a task
+    that is scored by an error rate, the transcripts are taken.
 
     Args:
         name: Name of the set.
@@ -193,29 +199,54 @@ def from_cuts(
         wordings: How many wordings of each task and group; None: all.
         seed: Of the wordings.
         limit: Only the first cuts by id; None: all.
+        policy: What the cuts may be read from.
+        leave_out: Leave out and count entries with values of a wrong type; otherwise the first is an error.
 
     Raises:
-        ValueError: the manifest is missing or empty, or a reference is not one of its task's.
+        ValueError: the manifest is missing or empty, an entry is bad or not allowed, or a reference is not one of its
+            task's.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"sets.{name}.cuts={path} does not exist: give a Lhotse cut manifest")
-    cuts = sorted(CutSet.from_file(path), key=lambda cut: cut.id)[:limit]
-    clips = [Clip(cut.id, cut, transcript(cut) or None) for cut in cuts]
+    source = open_manifest(path, policy, leave_out, "set on_bad_audio: abstain to leave it out", f"sets.{name}.cuts")
+    cuts = sorted(source, key=lambda cut: cut.id)[:limit]
+    clips = [Clip(cut.id, cut, transcript(cut) or None, policy) for cut in cuts]
     references = [custom_value(cut, "references") or {} for cut in cuts]
-    items = []
+    notes, items = _take_transcripts(clips, references, pool), []
     for row in crossed_questions(cuts, pool, wordings, seed):
         names = (task_metric(row.task.scoring).name,)
-        names += ("wer",) if row.task.scoring == "wer" else ()
+        names += (row.task.scoring,) if row.task.scoring in ERROR_KINDS else ()
         reference = references[row.utterance].get(row.task.name)
         items.append(Item(row.utterance, row.task.name, row.group, row.prompt, names, reference))
-    notes = []
     missing = sum(item.reference is None for item in items)
     if missing:
         notes.append(
             f"{missing} of {len(items)} questions have no right answer to compare with: no score, only behavior"
         )
-    return EvalSet(name, clips, items, notes=notes)
+    left_out = {f"of entries that can't be used ({reason})": count for reason, count in source.left_out.items()}
+    return EvalSet(name, clips, items, left_out, notes)
+
+
+def _take_transcripts(clips: Sequence[Clip], references: list[Mapping[str, Any]], pool: TaskPool) -> list[str]:
+    """Take transcripts for the right answers to tasks of an error rate to which no cut has any; in place.
+
+    Returns:
+        A note for each such task.
+    """
+    notes = []
+    for task in pool.tasks:
+        if task.scoring not in ERROR_KINDS or any(found.get(task.name) is not None for found in references):
+            continue
+        for index, clip in enumerate(clips):
+            if clip.transcript is not None:
+                references[index] = {**references[index], task.name: clip.transcript}
+        notes.append(f"task {task.name!r} has no right answers in the cuts: their transcripts are taken for them")
+    return notes
+
+
+def is_transcription(item: Item, transcript: str | None) -> bool:
+    """Whether a question is scored by an error rate against the transcript of its utterance."""
+    if transcript is None or not isinstance(item.reference, str) or not set(item.metrics) & set(ERROR_KINDS):
+        return False
+    return normalize(item.reference) == normalize(transcript)
 
 
 def check_references(chosen: EvalSet) -> None:
@@ -234,6 +265,8 @@ def check_references(chosen: EvalSet) -> None:
 def load_clip(clip: Clip, frames: FrameCounter) -> Tensor | BadAudioError:
     """Mono ``[n]`` samples at the encoder's rate, whatever rate the audio has; or why there are none."""
     try:
-        return load_audio(clip.audio, frames) if isinstance(clip.audio, Path) else load_samples(clip.audio, frames)
+        if isinstance(clip.audio, Path):
+            return load_audio(clip.audio, frames)
+        return load_samples(clip.audio, frames, clip.policy)
     except BadAudioError as error:
         return error

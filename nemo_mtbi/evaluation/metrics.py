@@ -11,8 +11,8 @@ What makes a reference depends on the metric: a text; for BLEU, chrF and SQuAD a
 Nobody gains by keeping quiet. An empty answer or a refusal is counted as an abstention. Where an item is right or
 wrong it scores 0, also against an empty reference; in BLEU and chrF it is a text without words, so that its length
 makes up for no other answer; in WER and CER it loses every word, a refusal as it is written. A WER above 1 is the one
-figure that such an answer, at 1, pulls down: read it beside the abstentions, or take ``word_accuracy``, which stops
-at 0.
+figure that such an answer, at 1, pulls down: read it beside the abstentions, or take ``word_accuracy`` or
+``character_accuracy``, which stop at 0.
 """
 
 import re
@@ -28,10 +28,11 @@ from nemo_mtbi.evaluation.abstention import abstains, is_empty
 from nemo_mtbi.evaluation.edits import cer, edit_rows, error_rate, wer
 from nemo_mtbi.evaluation.instructions import check_rules, follow_rows
 from nemo_mtbi.evaluation.normalizers import fold, normalize
-from nemo_mtbi.evaluation.scorers import SCORERS, exact, score, squad_exact, squad_f1, token_f1
+from nemo_mtbi.evaluation.scorers import ERROR_KINDS, SCORERS, exact, score, squad_exact, squad_f1, token_f1
 from nemo_mtbi.evaluation.tally import Combine, Tally, mean, mean_tally
 
 __all__ = [
+    "ERROR_KINDS",
     "METRICS",
     "Metric",
     "SCORERS",
@@ -131,7 +132,7 @@ def task_metric(kind: str) -> Metric:
     """
     if kind not in SCORERS:
         raise ValueError(f"unknown scoring kind {kind!r}: use one of {', '.join(sorted(SCORERS))}")
-    return METRICS["word_accuracy" if kind == "wer" else kind]
+    return METRICS[ERROR_KINDS.get(kind, kind)]
 
 
 def task_scores(kinds: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> Tally:
@@ -269,7 +270,7 @@ def _registry() -> dict[str, Metric]:
         for name, unit in (("wer", "word"), ("cer", "character"))
         for suffix, normalization in suffixes.items()
     ]
-    made += [_pointwise("word_accuracy" if kind == "wer" else kind, scorer) for kind, scorer in SCORERS.items()]
+    made += [_pointwise(ERROR_KINDS.get(kind, kind), scorer) for kind, scorer in SCORERS.items()]
     made += [
         _pointwise("squad_exact", _best(squad_exact), _texts),
         _pointwise("squad_f1", _best(squad_f1), _texts),

@@ -9,6 +9,9 @@ from functools import cache
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# First words of the Unicode names of letters that are written without spaces between words.
+_UNSPACED = {"CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "BOPOMOFO"}
+_UNSPACED |= {"THAI", "LAO", "MYANMAR", "KHMER", "JAVANESE", "BALINESE"}
 
 
 def fold(text: str) -> str:
@@ -24,8 +27,48 @@ def normalize(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
     text = unicodedata.normalize("NFKC", text)  # lower() may decompose a letter
-    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    text = re.sub(r"(?<![^\W_])'|'(?![^\W_])", " ", text)
     return fold("".join(" " if c != "'" and unicodedata.category(c)[0] in "PS" else c for c in text))
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text.
+
+    In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese …) each character is one,
+    with the marks on it: a whole sentence would be a single word otherwise, which one wrong character makes wrong.
+    """
+    found: list[str] = []
+    for part in text.split():
+        if part.isascii():
+            found.append(part)
+            continue
+        started = open_word = False  # the last word may go on with a mark; with any letter of a spaced script
+        for character in part:
+            continues = open_word and not _is_unspaced(character)
+            if continues or (started and unicodedata.category(character)[0] == "M"):
+                found[-1] += character
+                continue
+            found.append(character)
+            started, open_word = True, not _is_unspaced(character)
+    return found
+
+
+def without_idle_spaces(text: str) -> str:
+    """Return the text without spaces beside characters of scripts that have none between words: they say nothing."""
+    parts = text.split()
+    if text.isascii():
+        return " ".join(parts)
+    kept = parts[:1]
+    for before, part in zip(parts, parts[1:], strict=False):
+        if not _is_unspaced(before[-1]) and not _is_unspaced(part[0]):
+            kept.append(" ")
+        kept.append(part)
+    return "".join(kept)
+
+
+@cache
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").partition(" ")[0] in _UNSPACED
 
 
 def squad_normalize(text: str) -> str:

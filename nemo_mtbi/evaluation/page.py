@@ -21,14 +21,22 @@ from nemo_mtbi.evaluation.report import pick_examples, shown
 from nemo_mtbi.evaluation.scorers import exact
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.style import SCRIPT, STYLE
-from nemo_mtbi.evaluation.tables import BEHAVIOR, behavior, comparison_rows, group_title, measured, percent
+from nemo_mtbi.evaluation.tables import (
+    BEHAVIOR,
+    behavior,
+    comparison_rows,
+    group_title,
+    measured,
+    percent,
+    transcription_rows,
+)
 
 if TYPE_CHECKING:
     from nemo_mtbi.evaluation.results import Answered
 
 Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
 _PLAYED = FrameCounter((LengthStage(1, 1),), 16000)  # any audio of one sample or more
-_UNSEEN = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), 127)}  # a model may write any
+_UNSEEN = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}  # a model may write any
 _LONGEST = 20.0  # seconds of audio that the page takes
 
 
@@ -71,7 +79,7 @@ def render_page(results: Mapping[str, Any], curves: Curves, answered: Sequence[A
         if found["systems"]:
             largest = _largest(results["systems"], palette)
             parts += [_bars(name, found, largest), _gap_over_hours(name, found, results["systems"], palette)]
-            parts += [_wordings(name, found, palette), _tables(found), _examples(part, config)]
+            parts += [_wordings(name, found, palette), _tables(found, results["systems"]), _examples(part, config)]
         parts += [f'<p class="note">Left out: {n} items {escape(why)}.</p>' for why, n in found["left_out"].items()]
         parts += [f'<p class="note">{escape(note)}.</p>' for note in found["notes"]] + ["</section>"]
     parts.append(_curves(curves, palette))
@@ -95,7 +103,7 @@ def _icon() -> str:
 def _systems(systems: Mapping[str, Any]) -> str:
     kinds = {
         "speech": "hears the speech",
-        "cascade": "reads the CTC transcript of the encoder",
+        "cascade": "reads the transcript of a recognizer",
         "text": "reads the reference transcript",
     }
     rows = [["system", "what it does", "seeds", "hours of speech"]]
@@ -227,7 +235,7 @@ def _curves(curves: Curves, colors: Mapping[str, int]) -> str:
     return f"<section><h2>Training</h2>{_figure('Learning curves', caption, keys, *parts)}</section>"
 
 
-def _tables(found: Mapping[str, Any]) -> str:
+def _tables(found: Mapping[str, Any], systems: Mapping[str, Any]) -> str:
     closeness, steadiness = list(BEHAVIOR)[:4], list(BEHAVIOR)[4:]
     counts = ("abstained", "truncated", "unheard", "n")
     right = [["system", "prompts", "right", *(BEHAVIOR[key] for key in closeness)]]
@@ -246,7 +254,9 @@ def _tables(found: Mapping[str, Any]) -> str:
             ]
     caption = "Percent; behavior gap is a ratio. In parentheses 95% intervals; = marks one of no width."
     parts = [_figure("All figures", caption, _table(right), "<h4>Wordings and counts</h4>", _table(sure))]
-    for title, body in (("Paired comparison", comparison_rows(found)), ("Task by task", tasks)):
+    spoken = transcription_rows(found, systems)
+    details = {"Transcription": spoken, "Paired comparison": comparison_rows(found), "Task by task": tasks}
+    for title, body in details.items():
         if len(body) > 1:
             parts.append(f"<details><summary>{title}</summary>{_table(body)}</details>")
     return "".join(parts)

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from nemo_mtbi.evaluation.behavior import agreement, behavior_gap, text_f1
 from nemo_mtbi.evaluation.files import write_json
-from nemo_mtbi.evaluation.metrics import SCORERS, exact, normalize, right, task_scores, wer
+from nemo_mtbi.evaluation.metrics import ERROR_KINDS, SCORERS, cer, exact, normalize, right, task_scores, wer
+from nemo_mtbi.io.display import printable
 
 GROUPS = {
     "seen": "seen prompts",
@@ -80,8 +81,9 @@ class Answer:
 def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return the figures of a run.
 
-    ``transcription``: ``wer`` of the speech answers of the transcription task (scored by WER, seen wordings) against
-    the transcript, and ``n`` utterances; ``wer`` is None if there are none. ``behavior``: for each group ``text`` and
+    ``transcription``: ``wer`` of the speech answers of the transcription task (scored by WER or CER, seen wordings)
+    against the transcript, and ``n`` utterances; ``wer`` is None if there are none. ``cer`` is there too if a task is
+    scored by it. ``behavior``: for each group ``text`` and
     ``speech`` (share of right answers, score exactly 1, among the ``n_scored`` rows with a reference), ``text_score``
     and ``speech_score`` (mean scores of the same rows), ``ratio`` (``speech / text``), ``agreement`` (share of rows
     whose two answers are equal), ``token_f1`` (mean, of the speech answer against the text answer) and ``n``.
@@ -163,9 +165,8 @@ def render(
     console.print(_behavior_table(summary["behavior"]))
     transcription = summary["transcription"]
     if transcription["n"]:
-        console.print(
-            f"  transcription of speech: WER {_percent(transcription['wer'])}, {transcription['n']} utterances"
-        )
+        rates = [f"{key.upper()} {_percent(transcription[key])}" for key in ("cer", "wer") if key in transcription]
+        console.print(f"  transcription of speech: {', '.join(rates)}, {transcription['n']} utterances")
     console.print()
     console.print(_task_table(summary["tasks"]))
     picked = pick_examples(answers, examples)
@@ -197,16 +198,17 @@ def examples_markdown(answers: Sequence[Answer], k: int = 6) -> str:
 
 
 def _transcription(answers: Sequence[Answer]) -> dict[str, Any]:
-    # A task scored by WER against something other than the transcript (a translation, say) is no transcription.
+    # A task scored by an error rate against something else than the transcript, such as a translation, is none.
     rows = [
         a
         for a in answers
-        if a.scoring == "wer"
+        if a.scoring in ERROR_KINDS
         and a.group == "seen"
         and (a.reference is None or normalize(a.reference) == normalize(a.transcript))
     ]
-    error_rate = wer([a.transcript for a in rows], [a.speech for a in rows]) if rows else None
-    return {"wer": error_rate, "n": len(rows)}
+    said, written = [a.transcript for a in rows], [a.speech for a in rows]
+    found = {"wer": wer(said, written) if rows else None, "n": len(rows)}
+    return {**found, "cer": cer(said, written)} if any(a.scoring == "cer" for a in rows) else found
 
 
 def _figures(rows: Sequence[Answer]) -> dict[str, Any]:
@@ -322,7 +324,7 @@ def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_row(Text("held-out tasks" if heldout else "trained tasks", style="italic dim"))
         for name, f in rows:
             table.add_row(
-                Text("  " + name),
+                Text("  " + printable(name)),
                 f["scoring"],
                 _percent(f["text"]),
                 _graded(f["speech"]),
@@ -350,7 +352,7 @@ def _example_table(picked: Sequence[Answer], answers: Sequence[Answer]) -> Table
             (shown(a.transcript), "italic"),
             ("\nasked: ", "dim"),
             (shown(a.prompt), "bold"),
-            (f"\n({a.task}, {GROUPS[a.group]})", "dim"),
+            (f"\n({printable(a.task)}, {GROUPS[a.group]})", "dim"),
         )
         mark = ("= ", "green") if a.agrees else ("≠ ", "bold red")
         table.add_row(question, Text(shown(a.text)), Text.assemble(mark, shown(a.speech)))
@@ -360,7 +362,7 @@ def _example_table(picked: Sequence[Answer], answers: Sequence[Answer]) -> Table
 def shown(text: str) -> str:
     """Return the text as an example shows it: no control characters (a model may write any), cut where it is long."""
     text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c for c in text)
-    text = "\n".join(line.strip() for line in text.strip().splitlines())
+    text = printable("\n".join(line.strip() for line in text.strip().splitlines()))
     if len(text) > _CLIP:
         text = text[:_CLIP].rstrip() + " [...]"
     return text or "(empty)"

@@ -18,13 +18,51 @@ from nemo_mtbi.evaluation.items import EvalSet, Item, find_metric
 from nemo_mtbi.evaluation.page import render_page
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.tables import group_order, markdown
+from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES
+from nemo_mtbi.io.paths import refuse_overwriting
 
 PREDICTIONS, RESULTS, TABLE, REPORT = "predictions.jsonl", "results.json", "results.md", "report.html"
+THROUGHPUT = "throughput.json"
 NOT_MEASURED = (
     "What only an outside judge could score (the quality of free-form answers, chain of thought) is left out.",
     "Intervals: bootstrap over utterances, 95%. `=` marks one of no width: all utterances are alike, which is no "
     "certainty. Worst wording and spread over wordings have the interval of their mean over seeds instead.",
 )
+
+
+def spare_inputs(config: EvalConfig, folder: Path) -> None:
+    """Refuse a folder where the results would replace what is read, or the results of another script.
+
+    Raises:
+        ValueError: names the file.
+    """
+    inputs: dict[str, list[str]] = {}
+    for name, system in config.systems.items():
+        names = (system.llm, system.asr, system.hypotheses)
+        inputs[f"systems.{name}"] = [*system.nemos, *(path for path in names if path != "demo")]
+    for name, chosen in config.sets.items():
+        inputs[f"sets.{name}"] = [path for path in (chosen.cuts, chosen.path, chosen.tasks) if path != "demo"]
+    written = [folder / name for name in (PREDICTIONS, RESULTS, TABLE, REPORT, THROUGHPUT)]
+    answers = [path for part in (ANSWERS, DIVERGENCES) for path in (folder / part).rglob("*.jsonl")]
+    read = {key: [path for path in paths if path] for key, paths in inputs.items()}
+    refuse_overwriting(read, {"output_dir": [*written, *answers]})
+    there = next((path for path in written if path.exists()), None)
+    if there is not None and not is_evaluation(folder):
+        raise ValueError(
+            f"output_dir={config.output_dir}: {there} is there and is not of an evaluation: give a folder of its own, "
+            f"such as {folder / 'eval'}"
+        )
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Return whether the results in a folder, if any, are those of an evaluation."""
+    if not (folder / RESULTS).exists():
+        return (folder / ANSWERS).is_dir()
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"systems", "sets"} <= set(found)
 
 
 @dataclass(frozen=True)
@@ -55,16 +93,40 @@ def write_results(
     write_json(folder / RESULTS, results)
     write_text(folder / TABLE, markdown(results))
     console.print(markdown(results, details=False), markup=False, highlight=False, soft_wrap=True)
-    curves = {name: read_curves(system.logs) for name, system in config.systems.items() if system.logs}
-    return write_text(folder / REPORT, render_page(results, curves, answered, config))
+    return write_text(folder / REPORT, render_page(results, _curves(config), answered, config))
+
+
+def check_measurable(config: EvalConfig, sets: Sequence[EvalSet]) -> None:
+    """Find out whether there will be something to report, before hours of work.
+
+    Raises:
+        ValueError: a set has neither references nor a text system to compare with, or there are no learning curves
+            where the configuration says.
+    """
+    for chosen in sets:
+        asked = [name for name, found in config.systems.items() if found.kind != "text" or not chosen.untranscribed]
+        judged = any(item.reference is not None for item in chosen.items)
+        if chosen.items and not judged and not any(config.text_of(name) in asked for name in asked):
+            raise ValueError(
+                f"set {chosen.name!r} has no right answers, and there is no text system to compare with: add "
+                "references, or a system of kind text"
+            )
+    _curves(config)
+
+
+def _curves(config: EvalConfig) -> dict[str, Any]:
+    """Learning curves by system."""
+    found = {}
+    for name, system in config.systems.items():
+        try:
+            found |= {name: read_curves(system.logs)} if system.logs else {}
+        except ValueError as error:
+            raise ValueError(f"systems.{name}.{error}: give the folder of its training, or leave logs out") from error
+    return found
 
 
 def summarize(config: EvalConfig, answered: Sequence[Answered], resampling: Resampling) -> dict[str, Any]:
-    """Return all figures as one JSON value.
-
-    Raises:
-        ValueError: nothing at all can be measured: a set without references and without a text system to compare with.
-    """
+    """Return all figures as one JSON value."""
     systems = {}
     for name, system in config.systems.items():
         found = {"kind": system.kind, "of": system.of, "against": config.text_of(name), "hours": system.hours}
@@ -78,12 +140,6 @@ def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> 
     silent = [name for name in config.systems if name not in part.systems and chosen.items]
     if silent:
         notes.append(f"not asked, since {chosen.untranscribed} utterances have no transcript: {', '.join(silent)}")
-    judged = any(item.reference is not None for item in chosen.items)
-    if chosen.items and not judged and not any(config.text_of(name) in part.systems for name in part.systems):
-        raise ValueError(
-            f"set {chosen.name!r} has no right answers, and there is no text system to compare with: add references, "
-            "or a system of kind text"
-        )
     groups = group_order(item.group for item in chosen.items)
     figures: dict[str, dict[str, Any]] = {}
     for name, asked in part.systems.items():

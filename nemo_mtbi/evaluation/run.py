@@ -6,26 +6,33 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from nemo_mtbi.evaluation.answers import Unit, load_answers, save_answers
 from nemo_mtbi.evaluation.figures import Asked, Resampling
 from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.load import Backends, Loader
-from nemo_mtbi.evaluation.results import Answered, write_results
+from nemo_mtbi.evaluation.results import THROUGHPUT, Answered, check_measurable, spare_inputs, write_results
 from nemo_mtbi.evaluation.settings import EvalConfig, read_sets
 from nemo_mtbi.evaluation.systems import Slots, TextSystem
 from nemo_mtbi.evaluation.units import ANSWERS, DIVERGENCES, Task, open_tasks, twins, units
+from nemo_mtbi.io.display import printable
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
+from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.parallel import groups
-
-THROUGHPUT = "throughput.json"
+from nemo_mtbi.parallel.agreement import agreed
+from nemo_mtbi.parallel.settings import check_same
+from nemo_mtbi.parallel.stop import Remedies, explained
 
 
 @dataclass
@@ -71,6 +78,14 @@ class _Chunks:
         return self._kept[number]
 
 
+@explained(
+    Remedies(
+        go_on="Answers that were finished are kept: start the same command again to go on",
+        place="output_dir",
+        patience="the time limit of torch.distributed",
+        work="while it evaluated",
+    )
+)
 def run(config: EvalConfig, backends: Backends, console: Console | None = None) -> Path | None:
     """Ask all systems what was not answered yet, score all answers and write the results.
 
@@ -83,12 +98,27 @@ def run(config: EvalConfig, backends: Backends, console: Console | None = None) 
         The path of ``report.html``; None off the first process.
 
     Raises:
-        ValueError: for anything in the configuration, the sets or earlier answers that is missing or wrong.
+        ValueError: for anything in the configuration, the sets or earlier answers that is missing or wrong, or if
+            what the folder holds is read or is not of an evaluation.
+        RuntimeError: if another evaluation writes into the folder, or another process is lost.
+        SystemExit: after Ctrl-C or another signal.
     """
     console = console or Console()
+    folder = Path(config.output_dir).expanduser()
+    spare_inputs(config, folder)
     sets = read_sets(config)
-    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size)
-    loader, folder = Loader(config, backends), Path(config.output_dir).expanduser()
+    check_measurable(config, sets)
+    check = partial(check_same, asdict(config), ("cuda",))
+    groups.start_one_replica(config.tensor_model_parallel_size, config.pipeline_model_parallel_size, check)
+    with ExitStack() as held:
+        if groups.is_global_first():
+            agreed(lambda: held.enter_context(exclusive(folder, "output_dir", folder / ANSWERS)))
+        else:
+            agreed(lambda: None)
+        return _run(config, sets, Loader(config, backends), folder, console)
+
+
+def _run(config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Path, console: Console) -> Path | None:
     speeds = _work(config, sets, loader, folder, console)
     if not groups.is_global_first():
         return None
@@ -107,11 +137,13 @@ def _work(
 ) -> dict[str, Speed]:
     """Answers every unit that is not on disk, and compares it with the text."""
     todo = open_tasks(config, sets, loader, folder)
+    loader.check(dict.fromkeys(task.name for task in todo), sets)
     speeds: dict[str, Speed] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     columns += (TimeElapsedColumn(), TimeRemainingColumn())
     shown = groups.is_global_first() and bool(todo)
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    bar = Progress(*columns, console=console, disable=not shown)
+    with bar, Heartbeat(lambda: bar_text(bar), console, shown):
         line = bar.add_task("answers", total=sum(task.size for task in todo))
         loaded: tuple[str, int] | None = None
         system = None
@@ -123,7 +155,8 @@ def _work(
             speed = speeds.setdefault(task.name, Speed())
 
             def show(unit: Unit, what: str, task: Task = task) -> None:
-                bar.update(line, description=f"{task.name}, {task.chosen.name}: {what} {unit.task}")
+                description = printable(f"{task.name}, {task.chosen.name}: {what} {unit.task}")
+                bar.update(line, description=description)
 
             for unit, items in task.answers:
                 show(unit, "asked")
@@ -235,5 +268,7 @@ def _speed_table(speeds: dict[str, Speed]) -> Table:
     for column in ("system", "questions/s", "utterances/s", "tokens/s", "speech s/s", "seconds"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for name, speed in speeds.items():
-        table.add_row(name, *(f"{value:,.1f}" for value in speed.rates().values()), f"{speed.seconds:,.1f}")
+        table.add_row(
+            Text(printable(name)), *(f"{value:,.1f}" for value in speed.rates().values()), f"{speed.seconds:,.1f}"
+        )
     return table

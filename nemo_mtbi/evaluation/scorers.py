@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from nemo_mtbi.evaluation.edits import wer
-from nemo_mtbi.evaluation.normalizers import fold, normalize, squad_normalize
+from nemo_mtbi.evaluation.edits import cer, wer
+from nemo_mtbi.evaluation.normalizers import fold, normalize, squad_normalize, words
 
 _BULLET = re.compile(r"\s*[-*•]\s+(\S.*)")
 _QUOTES = {'"': '"', "“": "”"}
@@ -32,7 +32,7 @@ def token_f1(reference: str, hypothesis: str) -> float:
 
     Texts without any word are compared by :func:`exact`.
     """
-    ref, hyp = normalize(reference).split(), normalize(hypothesis).split()
+    ref, hyp = words(normalize(reference)), words(normalize(hypothesis))
     return _bag_f1(ref, hyp) if ref or hyp else exact(reference, hypothesis)
 
 
@@ -50,6 +50,11 @@ def squad_f1(reference: str, hypothesis: str) -> float:
 def word_accuracy(reference: str, hypothesis: str) -> float:
     """Return ``1 - min(1, WER)`` of one utterance."""
     return 1.0 - min(1.0, wer([reference], [hypothesis]))
+
+
+def character_accuracy(reference: str, hypothesis: str) -> float:
+    """Return ``1 - min(1, CER)`` of one utterance."""
+    return 1.0 - min(1.0, cer([reference], [hypothesis]))
 
 
 def label(reference: str, hypothesis: str) -> float:
@@ -109,6 +114,7 @@ def bullets(reference: str, hypothesis: str) -> float:
 
 SCORERS: dict[str, Callable[[str, str], float]] = {
     "wer": word_accuracy,
+    "cer": character_accuracy,
     "exact": exact,
     "label": label,
     "f1": token_f1,
@@ -117,6 +123,10 @@ SCORERS: dict[str, Callable[[str, str], float]] = {
     "upper": upper,
     "bullets": bullets,
 }
+
+
+# Kinds of scoring by an error rate of that name, and the metric from 0 to 1 that says the same of one answer.
+ERROR_KINDS: dict[str, str] = {"wer": "word_accuracy", "cer": "character_accuracy"}
 
 
 def score(kind: str, reference: str, hypothesis: str) -> float:

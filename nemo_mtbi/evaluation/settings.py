@@ -14,6 +14,7 @@ from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
+from nemo_mtbi.io.sources import SourcePolicy
 from nemo_mtbi.schema import read_section
 
 KINDS = ("speech", "cascade", "text")
@@ -24,14 +25,17 @@ class SystemConfig:
     """One row of the tables.
 
     Attributes:
-        kind: ``speech``: an MTBI model. ``cascade``: CTC of an encoder, then the LLM on its text. ``text``: the LLM on
-            reference transcripts.
+        kind: ``speech``: an MTBI model. ``cascade``: transcripts of a recognizer, then the LLM on them. ``text``: the
+            LLM on reference transcripts.
         nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
         chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
         frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
-        asr: for ``cascade``: a NeMo ASR ``.nemo`` or ``demo``, in place of the encoder of ``of``.
+        asr: for ``cascade``: a NeMo ``.nemo`` with CTC, a Hugging Face directory of Whisper with its
+            decoder, or ``demo``, in place of the encoder of ``of``.
+        hypotheses: for ``cascade``: a JSONL of transcripts made elsewhere, in place of a recognizer
+            (:func:`nemo_mtbi.evaluation.hypotheses.read_hypotheses`).
         adapted: for ``text``: whether the adapters of the model ``of`` are on, as they are for its speech; without
             them the LLM is what it was before training, unless it was trained itself.
         against: text system that behavior is measured against; ``null``: that ``of`` this system, or the first.
@@ -47,6 +51,7 @@ class SystemConfig:
     chat: ChatConfig | None = None
     frozen_dtype: str = "float32"
     asr: str | None = None
+    hypotheses: str | None = None
     adapted: bool = False
     against: str | None = None
     hours: float | None = None
@@ -107,7 +112,10 @@ class EvalConfig:
         cache_gib: memory for encoded utterances, which are then not encoded again for each task.
         kl_utterances: utterances of each set, by id, that the KL divergence from the text is measured on: two forward
             passes for each answer. ``null``: all; 0: none.
-        on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing.
+        on_bad_audio: ``raise``, or ``abstain``: an empty answer, which is counted and scores nothing. Entries of a
+            manifest with values of a wrong type are then left out, and counted.
+        allow_remote, allow_commands: what cuts may be read from beside files
+            (:class:`~nemo_mtbi.io.sources.SourcePolicy`).
         resamples: of bootstrap and permutation tests.
         seed: of their draws.
         examples: answers side by side in the report, for each set.
@@ -128,6 +136,8 @@ class EvalConfig:
     cache_gib: float = 2.0
     kl_utterances: int | None = None
     on_bad_audio: str = "raise"
+    allow_remote: bool = False
+    allow_commands: bool = False
     resamples: int = 2000
     seed: int = 0
     examples: int = 6
@@ -210,14 +220,25 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
             raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
     _check_llm(where, system)
     if system.kind == "speech":
-        if not system.nemos or system.of or system.llm or system.asr:
-            raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm nor asr")
+        if not system.nemos or system.of or system.llm or system.asr or system.hypotheses:
+            raise ValueError(f"{where}: a speech system needs nemo, and neither of, llm, asr nor hypotheses")
         return
     if system.nemos:
         raise ValueError(f"{where}.nemo belongs to a speech system: name that with of, or give llm")
-    needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr)
+    _check_recognizer(where, system)
+    needed = (system.llm,) if system.kind == "text" else (system.llm, system.asr or system.hypotheses)
     if not system.of and not all(needed):
         raise ValueError(f"{where}: set of to a speech system, or {'llm' if system.kind == 'text' else 'llm and asr'}")
+
+
+def _check_recognizer(where: str, system: SystemConfig) -> None:
+    for key in ("asr", "hypotheses"):
+        if system.kind != "cascade" and getattr(system, key):
+            raise ValueError(f"{where}.{key} belongs to a cascade: set kind to cascade, or leave it out")
+    if system.asr and system.hypotheses:
+        raise ValueError(f"{where}: asr transcribes here, hypotheses were made elsewhere: set one of them")
+    if system.hypotheses and not Path(system.hypotheses).expanduser().is_file():
+        raise ValueError(f"{where}.hypotheses={system.hypotheses} does not exist: give a JSONL with id and text")
 
 
 def _check_llm(where: str, system: SystemConfig) -> None:
@@ -237,10 +258,12 @@ def read_sets(config: EvalConfig) -> list[EvalSet]:
     Raises:
         ValueError: a set names both or neither of ``cuts`` and ``format``, or its files are missing or malformed.
     """
-    return [_read_set(name, settings) for name, settings in config.sets.items()]
+    policy = SourcePolicy(config.allow_remote, config.allow_commands)
+    leave_out = config.on_bad_audio == "abstain"
+    return [_read_set(name, settings, policy, leave_out) for name, settings in config.sets.items()]
 
 
-def _read_set(name: str, settings: SetConfig) -> EvalSet:
+def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: bool) -> EvalSet:
     where = f"sets.{name}"
     if (settings.cuts is None) == (settings.format is None):
         raise ValueError(f"{where}: set cuts (with tasks), or format and path")
@@ -249,7 +272,8 @@ def _read_set(name: str, settings: SetConfig) -> EvalSet:
 
         pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
         pool = pool if settings.only is None else pool.subset(settings.only)
-        found = from_cuts(name, settings.cuts, pool, settings.wordings, settings.seed, settings.limit)
+        drawn = (settings.wordings, settings.seed, settings.limit)
+        found = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
     else:
         if settings.format not in FORMATS or settings.path is None:
             raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, and path its file")

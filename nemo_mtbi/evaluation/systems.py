@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Systems that answer: an MTBI model on speech, the cascade, the LLM on reference transcripts.
 
-All three put something into the audio slot of the same chat format and ask the same LLM: frames, the tokens of a CTC
-transcript, the tokens of the reference.
+All three put something into the audio slot of the same chat format and ask the same LLM: frames, the tokens of a
+recognizer's transcript, the tokens of the reference.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor
 
 from nemo_mtbi.data.dataset import BadAudioError
-from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.layout import make_row, speech
+from nemo_mtbi.evaluation.hypotheses import Hypotheses
 from nemo_mtbi.evaluation.items import Clip, Divergence, Reply, load_clip
+from nemo_mtbi.evaluation.recognizers import Recognizer
 from nemo_mtbi.inference.divergence import twin_divergences
 from nemo_mtbi.inference.respond import Responder
 
@@ -30,12 +29,12 @@ class Slots:
     """What some utterances put into the audio slot of a prompt.
 
     Attributes:
-        values: Layout values of each utterance, or why it can't be used.
+        values: Text or layout values of each utterance, or why it can't be used.
         frames: ``[F, H]`` connector frames that negative values point to; None for text.
         seconds: Of speech that was loaded.
     """
 
-    values: Sequence[Sequence[int] | BadAudioError]
+    values: Sequence[str | Sequence[int] | BadAudioError]
     frames: Tensor | None = None
     seconds: float = 0.0
 
@@ -57,7 +56,7 @@ class TextSystem:
 
     def slots(self, clips: Sequence[Clip]) -> Slots:
         """What the utterances put into the audio slot."""
-        return Slots([self.responder.chat.encode(clip.transcript or "") for clip in clips])
+        return Slots([clip.transcript or "" for clip in clips])
 
     def ask(
         self, slots: Slots, requests: Sequence[tuple[str, int]], on_bad_audio: str, progress: Progress
@@ -114,7 +113,7 @@ class TextSystem:
             slot, response = slots.values[clip], chat.response(answer.answer, answer.truncated)
             if isinstance(slot, BadAudioError) or answer.unheard is not None or not response:
                 continue
-            row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, chat.encode(transcript)))
+            row, twin = (make_row(chat.prompt(prompt, part), response) for part in (slot, transcript))
             if max(len(row.layout), len(twin.layout)) <= longest:
                 rows.append(replace(row, twin=twin))
                 compared.append(index)
@@ -125,7 +124,7 @@ class TextSystem:
             found[index] = Divergence(value, len(row.response))
         return found
 
-    def _layout(self, prompt: str, slot: Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
+    def _layout(self, prompt: str, slot: str | Sequence[int] | BadAudioError) -> list[int] | BadAudioError:
         if isinstance(slot, BadAudioError):
             return slot
         chat, config = self.responder.chat, self.responder.config
@@ -133,9 +132,10 @@ class TextSystem:
         limit = self.responder.model.decoder.max_sequence_length - config.max_new_tokens
         if len(layout) <= limit:
             return layout
-        if len(layout) - len(slot) > limit:
+        taken = len(layout) - len(chat.prompt(prompt, ""))
+        if len(layout) - taken > limit:
             raise ValueError(f"the prompt {prompt[:60]!r} alone is longer than the {limit} positions of the LLM")
-        return BadAudioError("too_long", f"an utterance takes {len(slot)} positions, too many beside {prompt[:60]!r}")
+        return BadAudioError("too_long", f"an utterance takes {taken} positions, too many beside {prompt[:60]!r}")
 
 
 class SpeechSystem(TextSystem):
@@ -151,28 +151,40 @@ class SpeechSystem(TextSystem):
 
 
 class CascadeSystem(TextSystem):
-    """CTC of an encoder, then the LLM on its text.
+    """A recognizer, then the LLM on its text.
 
     Args:
         responder: As for :class:`TextSystem`.
-        asr: NeMo CTC model.
-        frames: Counter of the encoder, for its sample rate and the shortest audio.
-        transcribe: ``models.ctc.transcribe_ctc``.
+        recognizer: Writes the transcripts.
     """
 
-    def __init__(self, responder: Responder, asr: Any, frames: FrameCounter, transcribe: Callable):
+    def __init__(self, responder: Responder, recognizer: Recognizer):
         super().__init__(responder)
-        self._asr, self._frames, self._transcribe = asr, frames, transcribe
+        self._recognizer = recognizer
 
     def slots(self, clips: Sequence[Clip]) -> Slots:
-        loaded = [load_clip(clip, self._frames) for clip in clips]
+        frames = self._recognizer.frames
+        loaded = [load_clip(clip, frames) for clip in clips]
         good = [x for x in loaded if not isinstance(x, BadAudioError)]
-        # resampled and mono already, whatever the file is
-        arrays = [SimpleNamespace(load_audio=lambda x=x: x[None].numpy()) for x in good]
-        texts = iter(self._transcribe(self._asr, arrays, batch_size=max(1, len(arrays))))
-        encode = self.responder.chat.encode
-        values = [x if isinstance(x, BadAudioError) else encode(next(texts)) for x in loaded]
-        return Slots(values, None, sum(map(len, good)) / self._frames.sample_rate)
+        texts = iter(self._recognizer.transcribe(good))
+        values = [x if isinstance(x, BadAudioError) else next(texts) for x in loaded]
+        return Slots(values, None, sum(map(len, good)) / frames.sample_rate)
+
+
+class HypothesesSystem(TextSystem):
+    """Transcripts made elsewhere, then the LLM on their text.
+
+    Args:
+        responder: As for :class:`TextSystem`.
+        hypotheses: The transcripts, with one for each utterance that will be asked about.
+    """
+
+    def __init__(self, responder: Responder, hypotheses: Hypotheses):
+        super().__init__(responder)
+        self._hypotheses = hypotheses
+
+    def slots(self, clips: Sequence[Clip]) -> Slots:
+        return Slots([self._hypotheses.text(clip) for clip in clips])
 
 
 def with_limits(responder: Responder, max_new_tokens: int | None, batch_tokens: int | None) -> Responder:

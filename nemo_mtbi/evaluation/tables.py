@@ -9,8 +9,10 @@ from typing import Any
 from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN
 from nemo_mtbi.evaluation.items import find_metric
 from nemo_mtbi.evaluation.report import GROUPS
+from nemo_mtbi.io.display import printable
 
 _MISSING = "-"
+_MARKUP = "<>&|[]\\`"  # character references stay text in every dialect of Markdown
 BEHAVIOR = {
     "agreement": "agreement with text",
     "behavior_gap": "behavior gap",
@@ -35,14 +37,19 @@ def group_title(name: str) -> str:
 
 def markdown(results: Mapping[str, Any], details: bool = True) -> str:
     """Return the figures as Markdown tables; with ``details`` task by task, too."""
-    lines = [f"# {results['title']}", ""]
+    lines = [f"# {in_markdown(results['title'])}", ""]
     for name, found in results["sets"].items():
-        lines += [f"## {name}", "", f"{found['utterances']} utterances, {found['questions']} questions.", ""]
+        lines += [
+            f"## {in_markdown(name)}",
+            "",
+            f"{found['utterances']} utterances, {found['questions']} questions.",
+            "",
+        ]
         if found["systems"]:
-            lines += _right_table(found) + _behavior_table(found)
+            lines += _right_table(found) + _transcription_table(found, results["systems"]) + _behavior_table(found)
             lines += (_metric_table(found) if details or not _right_table(found) else []) + _comparison_table(found)
-        lines += [f"Left out: {count} items {reason}." for reason, count in found["left_out"].items()]
-        lines += [f"Note: {note}." for note in found["notes"]] + [""]
+        lines += [f"Left out: {count} items {in_markdown(why)}." for why, count in found["left_out"].items()]
+        lines += [f"Note: {in_markdown(note)}." for note in found["notes"]] + [""]
     lines += [f"- {line}" for line in results["not_measured"]]
     return "\n".join(lines) + "\n"
 
@@ -57,6 +64,23 @@ def _right_table(found: Mapping[str, Any]) -> list[str]:
         counts = [str(sum(figures[g].get(key, 0) for g in figures)) for key in ("abstained", "truncated")]
         rows.append([name, *cells, *counts, str(max(figures[g]["seeds"] for g in figures))])
     return table(rows)
+
+
+def transcription_rows(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[list[str]]:
+    """Error rates of transcripts, under a head; systems that read the transcript are left out."""
+    rows = [["system", "prompts", "WER of the transcription", "CER of the transcription", "n"]]
+    for name, figures in found["systems"].items():
+        for group in found["groups"]:
+            rates = figures[group].get("transcription")
+            if rates and systems[name]["kind"] != "text":
+                cells = [percent(rates["wer"]), percent(rates["cer"]), str(rates["wer"]["n"])]
+                rows.append([name, group_title(group), *cells])
+    return rows
+
+
+def _transcription_table(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[str]:
+    rows = transcription_rows(found, systems)
+    return table(rows) if len(rows) > 1 else []
 
 
 def _behavior_table(found: Mapping[str, Any]) -> list[str]:
@@ -103,9 +127,15 @@ def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table whose first row is its head, and an empty line."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    escaped = [[in_markdown(cell) for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in escaped]
     return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:], ""]
+
+
+def in_markdown(text: str) -> str:
+    """Return a text of others as one line of Markdown in which nothing is HTML, a link, an image or a cell's end."""
+    line = printable(" ".join(text.split()))
+    return "".join(f"&#{ord(c)};" if c in _MARKUP else c for c in line)
 
 
 def percent(figure: Mapping[str, Any] | None) -> str:

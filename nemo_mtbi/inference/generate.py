@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: token ids without the end token, and whether the length limit cut it."""
+    """One answer: token ids without the token that ended it, and whether the length limit cut it."""
 
     ids: list[int]
     truncated: bool
@@ -117,7 +117,7 @@ def _run_layers(
 
 @torch.no_grad()
 def _generate_batch(
-    model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, max_new_tokens: int
+    model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, ends: frozenset[int], max_new_tokens: int
 ) -> list[Generated]:
     """Answers one batch. The decoder must be in ``eval()``, its sequence parallelism off."""
     device, first = model.device, model.chunks[0].pre_process
@@ -127,6 +127,7 @@ def _generate_batch(
     last_row = torch.arange(rows, device=device)
     embeddings, attention, length = model.embed(layout, frames) if first else None, mask, longest
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    last_tokens = torch.tensor(sorted(ends), device=device)
     answers: list[Tensor] = []
     for step in range(max_new_tokens):
         hidden = _run_layers(model, embeddings, layout, attention, context, step == 0)  # [T, R, H], then [1, R, H]
@@ -138,7 +139,7 @@ def _generate_batch(
             token = model.chunks[-1].logits(hidden, index, gather=True).argmax(-1)  # [R]
         token = groups.pipeline_broadcast(token, -1)
         answers.append(token)
-        finished |= token == end_id
+        finished |= torch.isin(token, last_tokens)
         if finished.all():
             break
         layout = token[:, None]
@@ -147,7 +148,7 @@ def _generate_batch(
         attention, length = torch.nn.functional.pad(seen, (0, step + 1), value=False), 1
     results = []
     for row in torch.stack(answers, dim=1).tolist():
-        stop = row.index(end_id) if end_id in row else len(row)
+        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
         results.append(Generated(row[:stop], truncated=stop == len(row)))
     return results
 
@@ -172,7 +173,11 @@ def check_prompts(
 
 
 def _agree_on_prompts(
-    model: LayoutDecoder, layouts: Sequence[Sequence[int]], frames: Tensor, end_id: int, config: GenerationConfig
+    model: LayoutDecoder,
+    layouts: Sequence[Sequence[int]],
+    frames: Tensor,
+    ends: frozenset[int],
+    config: GenerationConfig,
 ) -> int:
     """Number of the first stage's frames. All processes of a replica must have been asked the same.
 
@@ -181,7 +186,7 @@ def _agree_on_prompts(
     """
     if groups.layout().model_parallel_size == 1:
         return len(frames)
-    asked = zlib.crc32(repr(([list(layout) for layout in layouts], end_id, config)).encode())
+    asked = zlib.crc32(repr(([list(layout) for layout in layouts], sorted(ends), config)).encode())
     reports = groups.gather_objects((asked, len(frames) if model.chunks[0].pre_process else None), "replica")
     counts = {count for _, count in reports if count is not None}
     if len({asked for asked, _ in reports}) > 1 or len(counts) > 1:
@@ -196,7 +201,7 @@ def generate(
     model: LayoutDecoder,
     layouts: Sequence[Sequence[int]],
     frames: Tensor,
-    end_id: int,
+    end_ids: int | Collection[int],
     config: GenerationConfig,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
@@ -209,7 +214,7 @@ def generate(
         model: the speech LLM; put in ``eval()`` for the duration, with sequence parallelism off.
         layouts: prompts; negative values point into ``frames``.
         frames: ``[F, H]`` connector frames, ``[0, H]`` for text only. Read on the first stage; the others have none.
-        end_id: token that ends an answer.
+        end_ids: the token that ends an answer, or all that do.
         config: decoding parameters.
         progress: called with the number of rows answered, after each batch.
 
@@ -217,13 +222,14 @@ def generate(
         ValueError: if a prompt and its answer could pass the LLM's longest sequence, it points past ``frames``, or
             the processes of a replica were asked differently. All of them raise.
     """
-    check_prompts(model, layouts, _agree_on_prompts(model, layouts, frames, end_id, config), config)
+    ends = frozenset([end_ids] if isinstance(end_ids, int) else end_ids)
+    check_prompts(model, layouts, _agree_on_prompts(model, layouts, frames, ends, config), config)
     results: list[Generated | None] = [None] * len(layouts)
     costs = [len(layout) + config.max_new_tokens for layout in layouts]
     with evaluating(model.chunks), whole_sequences(model.chunks), megatron_device(model.device):
         for group in group_by_length(costs, config.batch_tokens):
             batch = [layouts[i] for i in group]
-            answers = _generate_batch(model, batch, frames, end_id, config.max_new_tokens)
+            answers = _generate_batch(model, batch, frames, ends, config.max_new_tokens)
             for i, answer in zip(group, answers, strict=True):
                 results[i] = answer
             if progress:

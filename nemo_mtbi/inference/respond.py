@@ -49,7 +49,7 @@ class Responder:
         """
         frames = self.model.no_frames() if frames is None else frames
         with self.adaptation():
-            return generate(self.model, layouts, frames, self.chat.end_id, self.config, progress)
+            return generate(self.model, layouts, frames, self.chat.end_ids, self.config, progress)
 
     def without_adapters(self) -> Responder:
         """The text LLM that it was."""
@@ -70,7 +70,7 @@ class Responder:
 
     def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:
         """Answers to (prompt, transcript) pairs."""
-        layouts = [self.chat.prompt(prompt, self.chat.encode(transcript)) for prompt, transcript in requests]
+        layouts = [self.chat.prompt(prompt, transcript) for prompt, transcript in requests]
         return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, progress=progress)]
 
     def speech(

@@ -3,89 +3,61 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
+import signal
+import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
 
 import torch
-from lhotse import Recording
 from lhotse.cut import Cut
-from omegaconf import MISSING
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from torch import Tensor
 
+from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, load_samples
+from nemo_mtbi.evaluation.metrics import wer
+from nemo_mtbi.inference.audio import open_audio
+from nemo_mtbi.inference.questions import (
+    Questions,
+    TranscribeConfig,
+    Utterance,
+    output_path,
+    parse_transcribe_config,
+    read_utterances,
+    spare_model,
+)
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.inference.unfinished import Done, Unfinished
+from nemo_mtbi.io.display import printable
+from nemo_mtbi.io.locks import exclusive
+from nemo_mtbi.io.paths import is_file
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.schema import read_section
+from nemo_mtbi.parallel.agreement import agreed
 
-SOURCES = ("audio", "audio_dir", "dataset_manifest")
+__all__ = [
+    "Questions",
+    "TranscribeConfig",
+    "Transcription",
+    "Utterance",
+    "output_path",
+    "parse_transcribe_config",
+    "pick_device",
+    "read_utterances",
+    "spare_model",
+    "transcribe",
+]
 
-
-@dataclass
-class TranscribeConfig:
-    """Everything that ``conf/mtbi_transcribe.yaml`` may hold; the names are those of NeMo's ``transcribe_speech.py``.
-
-    Attributes:
-        model_path: ``.nemo`` of an MTBI model.
-        audio: files. One of ``audio``, ``audio_dir`` and ``dataset_manifest`` must be set.
-        audio_dir: folder; all its files of ``audio_type``, in sub-folders too, are asked about.
-        dataset_manifest: NeMo manifest (``audio_filepath``, and if wished ``offset`` with ``duration`` in seconds, and
-            ``prompt``); its other keys are kept.
-        audio_type: ending of the files of ``audio_dir``.
-        prompt: what is asked about every audio; the empty prompt is legal.
-        prompts_file: several prompts, one a line (blank lines are left out); each is asked about every audio.
-        output_filename: JSONL; ``null``: named after the source and the model.
-        overwrite_transcripts: ``false``: if the output is there already, nothing is done.
-        batch_size: audios that are loaded and encoded at once.
-        on_bad_audio: ``raise`` or ``skip`` (skipped audios are counted by reason).
-        tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the model.
-        cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
-        show: answers that are printed at the end.
-    """
-
-    model_path: str = MISSING
-    audio: list[str] | None = None
-    audio_dir: str | None = None
-    dataset_manifest: str | None = None
-    audio_type: str = "wav"
-    prompt: str | None = None
-    prompts_file: str | None = None
-    output_filename: str | None = None
-    overwrite_transcripts: bool = True
-    batch_size: int = 32
-    on_bad_audio: str = "raise"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    cuda: int | None = None
-    show: int = 5
-
-
-def parse_transcribe_config(cfg: Mapping) -> TranscribeConfig:
-    """Checks the keys of ``conf/mtbi_transcribe.yaml``.
-
-    Raises:
-        ValueError: unknown, missing or contradictory key; names the remedy.
-    """
-    config = read_section(TranscribeConfig, cfg)
-    given = [name for name in SOURCES if getattr(config, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"set exactly one of {', '.join(SOURCES)}; set are: {', '.join(given) or 'none'}")
-    if config.prompt is not None and config.prompts_file is not None:
-        raise ValueError("prompt and prompts_file are both set: keep one (the file may hold the prompt, too)")
-    if config.on_bad_audio not in ("raise", "skip"):
-        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or skip")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be at least 1")
-    return config
+SCORED_PROMPTS = 5  # word error rates are printed for so many
 
 
 def pick_device(cuda: int | None) -> torch.device:
@@ -104,123 +76,6 @@ def pick_device(cuda: int | None) -> torch.device:
     return torch.device("cuda", cuda)
 
 
-# ------------------------------------------------------------------------------------------------ what is asked
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One audio and what is asked about it.
-
-    Attributes:
-        name: its path as the source gives it; stands in the output.
-        path: where it is read.
-        prompts: questions.
-        offset: start in the file, in seconds; ``None``: the whole file, whatever ``duration`` says.
-        duration: in seconds; ``None``: to the end.
-        extra: the other keys of its manifest line.
-    """
-
-    name: str
-    path: Path
-    prompts: tuple[str, ...]
-    offset: float | None = None
-    duration: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read_utterances(config: TranscribeConfig) -> list[Utterance]:
-    """What the configuration asks about which audio, in the order of the output. No audio is opened.
-
-    Raises:
-        ValueError: if there is no audio or no prompt, or a line of the manifest is not legal.
-    """
-    prompts = _prompts(config)
-    if config.dataset_manifest is not None:
-        return _read_manifest(_existing(config.dataset_manifest, "dataset_manifest"), prompts)
-    if prompts is None:
-        raise ValueError("nothing is asked: set prompt='...' or prompts_file (one prompt a line)")
-    if config.audio_dir is not None:
-        folder = _existing(config.audio_dir, "audio_dir")
-        names = sorted(str(path) for path in folder.rglob(f"*.{config.audio_type}"))
-        if not names:
-            raise ValueError(f"audio_dir={folder} holds no *.{config.audio_type}: set audio_type or another folder")
-    else:
-        names = config.audio
-        if not names:
-            raise ValueError("audio is an empty list: name at least one file")
-    return [Utterance(name, Path(name).expanduser(), prompts) for name in names]
-
-
-def _existing(name: str, key: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise ValueError(f"{key}={name} does not exist: check the path (the working directory is {Path.cwd()})")
-    return path
-
-
-def _prompts(config: TranscribeConfig) -> tuple[str, ...] | None:
-    if config.prompts_file is None:
-        return None if config.prompt is None else (config.prompt,)
-    lines = _existing(config.prompts_file, "prompts_file").read_text(encoding="utf-8").splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"prompts_file={config.prompts_file} holds no prompt: write one a line")
-    return prompts
-
-
-def _read_manifest(path: Path, prompts: tuple[str, ...] | None) -> list[Utterance]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    utterances = [_parse_line(path, number, line, prompts) for number, line in enumerate(lines, 1) if line.strip()]
-    if not utterances:
-        raise ValueError(f"dataset_manifest={path} is empty")
-    return utterances
-
-
-def _parse_line(manifest: Path, number: int, line: str, prompts: tuple[str, ...] | None) -> Utterance:
-    place = f"line {number} of {manifest}"
-    try:
-        extra = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is no JSON ({error}): a manifest has one JSON object a line") from error
-    if not isinstance(extra, dict) or not isinstance(extra.get("audio_filepath"), str):
-        raise ValueError(f"{place} has no audio_filepath")
-    name = extra["audio_filepath"]
-    if "prompt" in extra:
-        if not isinstance(extra["prompt"], str):
-            raise ValueError(f"{place}: prompt must be a string, not {extra['prompt']!r}")
-        prompts = (extra["prompt"],)
-    if prompts is None:
-        raise ValueError(f"{place} has no prompt, and neither prompt nor prompts_file is set: set one")
-    times = {key: extra.get(key) for key in ("offset", "duration")}
-    for key, value in times.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0):
-            raise ValueError(f"{place}: {key} must be seconds, not {value!r}")
-    beside = manifest.parent / Path(name).expanduser()  # an absolute path stays itself
-    return Utterance(name, beside if beside.exists() else Path(name), prompts, **times, extra=extra)
-
-
-def output_path(config: TranscribeConfig) -> Path:
-    """Where the answers go.
-
-    Raises:
-        ValueError: if that is the input.
-    """
-    if config.output_filename is not None:
-        path = Path(config.output_filename).expanduser()
-    else:
-        source = config.audio_dir or config.dataset_manifest or "answers"
-        path = Path(source).expanduser().resolve()
-        stem = path.stem if config.dataset_manifest else path.name
-        path = path.with_name(f"{stem}_{Path(config.model_path).stem}.jsonl")
-    inputs = (config.dataset_manifest, config.prompts_file, config.model_path)
-    if path.is_dir() or any(name and path.resolve() == Path(name).expanduser().resolve() for name in inputs):
-        raise ValueError(f"output_filename={path} is an input or a folder: give another file")
-    return path
-
-
-# ------------------------------------------------------------------------------------------------ the answers
-
-
 @dataclass
 class Transcription:
     """What a run did.
@@ -231,6 +86,9 @@ class Transcription:
         audios: audios that were answered about.
         skipped: audios left out, by reason.
         first: the first lines of the output.
+        resumed: lines that an interrupted run had written.
+        left_out: files of a folder that were not asked about, by what they are.
+        texts: for each prompt the transcripts of the manifest (``text``) and the answers beside them.
     """
 
     output: Path
@@ -238,18 +96,42 @@ class Transcription:
     audios: int = 0
     skipped: Counter = field(default_factory=Counter)
     first: list[dict] = field(default_factory=list)
+    resumed: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    texts: dict[str, tuple[list[str], list[str]]] = field(default_factory=dict)
+
+    def add(self, lines: Iterable[dict], show: int) -> None:
+        """Count lines of the output."""
+        for line in lines:
+            self.answers += 1
+            if len(self.first) < show:
+                self.first.append(line)
+            if isinstance(text := line.get("text"), str) and text.strip():
+                references, answers = self.texts.setdefault(line["prompt"], ([], []))
+                references.append(text)
+                answers.append(line["pred_text"])
 
     def render(self, console: Console) -> None:
-        """Prints the first answers, and what was left out."""
+        """Print the first answers, word error rates where the manifest has transcripts, and what was left out."""
         if self.first:
             table = Table("audio", "prompt", "answer")
             for line in self.first:
-                table.add_row(*(escape(line[key]) for key in ("audio_filepath", "prompt", "pred_text")))
+                table.add_row(*(escape(printable(line[key])) for key in ("audio_filepath", "prompt", "pred_text")))
             console.print(table)
-        console.print(f"{self.answers} answers about {self.audios} audios", highlight=False)
+        said = f"{self.answers} answers about {self.audios} audios"
+        said += f", {self.resumed} of the answers from an interrupted run" if self.resumed else ""
+        console.print(said, highlight=False)
+        for prompt, (references, answers) in list(self.texts.items())[:SCORED_PROMPTS]:
+            asked = f"prompt {printable(prompt)[:60]!r}" if prompt else "the empty prompt"
+            rate = f"WER against `text`: {wer(references, answers):.2%} ({len(references)} lines, {asked})"
+            console.print(rate, highlight=False, markup=False)
         if self.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
             console.print(f"left out: {self.skipped.total()} audios ({reasons})", highlight=False)
+        if self.left_out:
+            kinds = ", ".join(f"{count} {printable(kind)}" for kind, count in self.left_out.most_common())
+            text = f"not asked about: {self.left_out.total()} other files of the folder ({kinds})"
+            console.print(text, highlight=False, markup=False)
 
 
 def transcribe(
@@ -261,11 +143,13 @@ def transcribe(
     on_bad_audio: str = "raise",
     show: int = 5,
     progress: bool = True,
+    model: str = "",
 ) -> Transcription:
-    """Asks every prompt about its audio and writes a line ``{audio_filepath, prompt, pred_text, …}`` for each.
+    """Ask every prompt about its audio and write a line ``{audio_filepath, prompt, pred_text, …}`` for each.
 
-    The file appears under its name when it is complete. Under tensor or pipeline parallelism all processes of the
-    replica call it alike, and the first one writes.
+    The file appears under its name when it is complete. What a run that was interrupted has left beside it is gone on
+    from: see :mod:`nemo_mtbi.inference.unfinished`. Under tensor or pipeline parallelism all processes of the replica
+    call it alike, and the first one writes.
 
     Args:
         responder: the model.
@@ -275,28 +159,99 @@ def transcribe(
         on_bad_audio: ``raise`` or ``skip``.
         show: lines that are kept in ``Transcription.first``.
         progress: show a bar.
+        model: names the frozen parts, whose answers of an earlier run are gone on from; the rest of the model is told
+            by its connector.
 
     Raises:
         BadAudioError: a ``ValueError`` that names the file, if audio is unreadable, empty, not finite, silent, too
             short or longer than the LLM takes, under ``on_bad_audio: raise``.
-        ValueError: if a prompt leaves no room for speech.
+        ValueError: if a prompt leaves no room for speech, the interrupted run had another model or other questions, or
+            several replicas of the model are asked.
+        RuntimeError: if another run writes the same output.
     """
+    if groups.data_parallel_size() > 1:
+        raise ValueError(
+            f"{groups.data_parallel_size()} replicas of the model would write {output}: start as many processes as "
+            "tensor_model_parallel_size x pipeline_model_parallel_size"
+        )
     room = _Room(responder, utterances)
-    result = Transcription(Path(output))
-    result.output.parent.mkdir(parents=True, exist_ok=True)
+    result = Transcription(Path(output), left_out=Counter(getattr(utterances, "left_out", None) or {}))
     writes = groups.is_global_first()
-    scratch = result.output.with_name(result.output.name + ".partial") if writes else Path(os.devnull)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with open(scratch, "w", encoding="utf-8") as file, Progress(*columns, disable=not (progress and writes)) as bar:
-        task = bar.add_task("answers", total=sum(len(utterance.prompts) for utterance in utterances))
-        for batch in _batches(utterances, batch_size):
-            loaded = list(_load(batch, room, on_bad_audio, result.skipped))
-            done = sum(len(utterance.prompts) for utterance, _ in loaded)
-            bar.advance(task, sum(len(utterance.prompts) for utterance in batch) - done)
-            _answer(responder, loaded, file, result, show, lambda n: bar.advance(task, n))
-    if writes:
-        os.replace(scratch, result.output)
+    work = Unfinished(result.output, _identity(responder, model), utterances, writes)
+    with ExitStack() as held:
+        done = agreed(lambda: _start(work, held) if writes else None)
+        done = groups.broadcast_object(done)
+        held.enter_context(_explained(work, result))
+        _go_on(done, result, on_bad_audio, show)
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        bar = held.enter_context(Progress(*columns, disable=not (progress and writes)))
+        total = sum(len(utterance.prompts) for utterance in utterances)
+        task = bar.add_task("answers", total=total, completed=result.resumed)
+        for batch in _batches(utterances[done.utterances :], batch_size):
+            loaded = list(_load(batch, room, on_bad_audio, result.skipped, work))
+            missing = sum(len(utterance.prompts) for utterance in batch)
+            bar.advance(task, missing - sum(len(utterance.prompts) for utterance, _ in loaded))
+            _answer(responder, loaded, work, result, show, lambda n: bar.advance(task, n))
+        work.finish()
     return result
+
+
+def _start(work: Unfinished, held: ExitStack) -> Done:
+    """Take the output for this run, and find what a former one has left."""
+    held.enter_context(exclusive(work.output, "output_filename"))
+    done = work.read()
+    work.begin(done)
+    held.enter_context(work)
+    return done
+
+
+def _go_on(done: Done, result: Transcription, on_bad_audio: str, show: int) -> None:
+    """Count what a former run has done."""
+    for utterance, reason in done.skipped:
+        if on_bad_audio == "raise":
+            raise BadAudioError(
+                reason,
+                f"{utterance.path}: the run that this one goes on from has left it out ({reason}); on_bad_audio=skip "
+                "leaves it out again",
+            )
+        result.skipped[reason] += 1
+    result.add(done.lines, show)
+    result.resumed = len(done.lines)
+    result.audios += done.utterances - len(done.skipped)
+
+
+@contextmanager
+def _explained(work: Unfinished, result: Transcription) -> Iterator[None]:
+    """Say where the answers are if the run ends before the last of them, by a signal too."""
+    # a process that waits for another one could not act on the signal, and must end by it
+    alone = threading.current_thread() is threading.main_thread() and groups.layout().model_parallel_size == 1
+    before = signal.signal(signal.SIGTERM, _end) if alone else None
+    try:
+        yield
+    except BaseException:
+        if work.writes and result.answers:
+            place = printable(str(work.partial))
+            text = f"{result.answers} answers are kept in {place}: start the same command again to go on behind them"
+            print(text, file=sys.stderr, flush=True)
+        raise
+    finally:
+        if alone:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _identity(responder: Responder, model: str) -> str:
+    """Hash of who answers, and how: what is trained in every model, the chat format and the length of answers."""
+    digest = hashlib.sha256()
+    connector = getattr(responder.model, "connector", None)  # on the first stage, whose process writes
+    for name, value in sorted(connector.state_dict().items()) if connector is not None else ():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    settings = {key: value for key, value in asdict(responder.config).items() if key != "batch_tokens"}
+    return digest_of([model, digest.hexdigest(), responder.chat.fingerprint(), settings, responder.adapted])
 
 
 def _batches(items: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
@@ -308,29 +263,25 @@ def _batches(items: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]
 def _answer(
     responder: Responder,
     loaded: Sequence[tuple[Utterance, Tensor]],
-    file: TextIO,
+    work: Unfinished,
     result: Transcription,
     show: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Asks about one batch and writes its lines."""
+    """Ask about one batch and store its lines."""
     requests = [(prompt, index) for index, (utterance, _) in enumerate(loaded) for prompt in utterance.prompts]
     if not requests:
         return
     answers = responder.speech([samples for _, samples in loaded], requests, progress)
-    for (prompt, index), answer in zip(requests, answers, strict=True):
-        utterance = loaded[index][0]
-        line = {**utterance.extra, "audio_filepath": utterance.name, "prompt": prompt, "pred_text": answer}
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if len(result.first) < show:
-            result.first.append(line)
-    file.flush()
-    result.answers += len(requests)
+    pairs = zip(requests, answers, strict=True)
+    lines = [loaded[index][0].line(prompt, answer) for (prompt, index), answer in pairs]
+    work.add(lines)
+    result.add(lines, show)
     result.audios += len(loaded)
 
 
 def _load(
-    batch: Sequence[Utterance], room: _Room, on_bad_audio: str, skipped: Counter
+    batch: Sequence[Utterance], room: _Room, on_bad_audio: str, skipped: Counter, work: Unfinished
 ) -> Iterator[tuple[Utterance, Tensor]]:
     for utterance in batch:
         try:
@@ -343,14 +294,17 @@ def _load(
                     error.reason, f"{utterance.path}: {error}; on_bad_audio=skip leaves it out"
                 ) from error
             skipped[error.reason] += 1
+            work.skip(utterance, error.reason)
 
 
 def _open(utterance: Utterance) -> Cut:
     """The cut of an utterance; only the header is read."""
-    if not utterance.path.is_file():
+    if utterance.problem is not None:
+        raise BadAudioError("bad_line", utterance.problem)
+    if not is_file(utterance.path):
         raise BadAudioError("unreadable", "there is no such file")
     try:
-        cut = Recording.from_file(utterance.path).to_cut()
+        cut = open_audio(utterance.path)
         if utterance.offset is not None:
             cut = cut.truncate(offset=utterance.offset, duration=utterance.duration)
     except LOADING_ERRORS as error:
@@ -366,7 +320,7 @@ class _Room:
         self.frames = responder.model.frame_counter
         limit = responder.model.decoder.max_sequence_length - responder.config.max_new_tokens
         prompts = {prompt for utterance in utterances for prompt in utterance.prompts}
-        self._room = {prompt: limit - len(responder.chat.prompt(prompt, [])) for prompt in prompts}
+        self._room = {prompt: limit + 1 - len(responder.chat.prompt(prompt, [-1])) for prompt in prompts}
         for prompt, room in self._room.items():
             if room < 1:
                 raise ValueError(f"the prompt {prompt[:60]!r} is {1 - room} tokens too long for the LLM: shorten it")

@@ -12,27 +12,32 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def exclusive(path: str | Path, key: str = "") -> Iterator[None]:
+def exclusive(path: str | Path, key: str = "", lock: str | Path | None = None) -> Iterator[None]:
     """Hold the output ``path`` (a file or a folder) for this run alone while the body runs.
 
-    The lock is a hidden file beside the output. The operating system releases it when its process ends, however it
-    ends.
+    The lock is a hidden file, beside the output if nothing else is said, which goes when the body ends. The operating
+    system releases it when its process ends, however it ends.
 
     Args:
-        path: output file or folder; its parent folder is made.
+        path: output file or folder.
         key: configuration key that named it, for the message.
+        lock: another place of the lock, which gets a dot before and ``.lock`` behind its name; its folder is made.
 
     Raises:
+        ValueError: if the folder of the lock can't be one, since it is a file.
         RuntimeError: if another run holds it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.with_name(f".{path.name}.lock")
-    lock = FileLock(name, timeout=0)
+    path, place = Path(path), Path(path if lock is None else lock)
+    named = f"{key}={path}" if key else str(path)
     try:
-        lock.acquire()
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{named}: {place.parent} is not a folder: give another path") from None
+    name = place.with_name(f".{place.name}.lock")
+    held = FileLock(name, timeout=0)
+    try:
+        held.acquire()
     except Timeout:
-        named = f"{key}={path}" if key else str(path)
         raise RuntimeError(
             f"{named} is being written by another run ({_owner(name)}): wait for its end, or give another output"
         ) from None
@@ -40,7 +45,8 @@ def exclusive(path: str | Path, key: str = "") -> Iterator[None]:
         name.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        lock.release()
+        name.unlink(missing_ok=True)  # still held: who waits for it sees that it has no name any more
+        held.release()
 
 
 def _owner(name: Path) -> str:

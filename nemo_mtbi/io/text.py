@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"  # how a compressed file begins
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path, key: str = "") -> str:
@@ -28,15 +29,20 @@ def read_text(path: str | Path, key: str = "") -> str:
         raise ValueError(f"{named} is a folder: name a file") from None
     except (OSError, ValueError) as error:  # a name may hold a null character
         raise ValueError(f"{named} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    if content.startswith(_GZIP):
+    if content.startswith(GZIP):
         raise ValueError(f"{named} is compressed: unpack it with gunzip, and name what comes out")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{named} is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x}): convert it, for example with "
-            "iconv -f latin1 -t utf-8"
-        ) from error
+        raise ValueError(f"{named} {why_not_utf8(error)}") from error
+
+
+def why_not_utf8(error: UnicodeDecodeError) -> str:
+    """Return the rest of a message that begins with the name of a file: what it is instead, and the remedy."""
+    if error.object.startswith(_UTF_16):
+        return "is UTF-16: convert it with iconv -f utf-16 -t utf-8"
+    found = error.object[error.start]
+    return f"is not UTF-8 (byte {error.start} is 0x{found:02x}): convert it, for example with iconv -f latin1 -t utf-8"
 
 
 def read_lines(path: str | Path, key: str = "") -> list[str]:
@@ -74,6 +80,35 @@ def parse_json_object(text: str, place: str) -> dict[str, Any]:
         raise ValueError(f"{place} is not JSON ({error}): write one JSON object a line") from error
     if not isinstance(value, dict):
         raise ValueError(f"{place} is not a JSON object: write one a line, in braces")
+    return value
+
+
+def read_json_object(path: str | Path, key: str = "", limit: int = 2**24) -> dict[str, Any]:
+    """Return the JSON object in a file that others have written.
+
+    Args:
+        path: of the file.
+        key: configuration key that named it, for messages.
+        limit: bytes that it may have.
+
+    Raises:
+        ValueError: as :func:`read_text`, or if it is larger, or not a JSON object.
+    """
+    named = f"{key}={path}" if key else str(path)
+    try:
+        size = Path(path).stat().st_size
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{named} can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if size > limit:
+        raise ValueError(f"{named} can't be read: it has {size} bytes, more than it can need")
+    try:
+        value = json.loads(read_text(path, key))
+    except RecursionError:
+        raise ValueError(f"{named} can't be read: it is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{named} can't be read: it is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{named} can't be read: it is not a JSON object")
     return value
 
 

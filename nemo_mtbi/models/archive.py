@@ -4,7 +4,7 @@
 Small: configuration, what is trained, tokenizer, and references to the frozen parts with their fingerprints. Full:
 encoder and LLM too, so that one file is enough. Both fit every parallel layout and are read in place: nothing is
 unpacked.
-Format 1 had configuration and connector only.
+Format 1 had configuration and connector only, format 2 no digests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nemo_mtbi.config import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
+from nemo_mtbi.data.hf_tokenizer import has_vocabulary
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.paths import refuse_overwriting
 from nemo_mtbi.models.embedded import (
     ENCODER_SETTINGS,
     ENCODER_WEIGHTS,
@@ -33,15 +35,16 @@ from nemo_mtbi.models.embedded import (
     TOKENIZERS,
     encoder_settings,
 )
-from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, LLM, Restored, check_trained, llm_shapes, restoring
+from nemo_mtbi.models.frozen import ADAPTERS, INSIDE, LLM, check_trained, llm_shapes
+from nemo_mtbi.models.restored import Restored, read_checked, restoring
+from nemo_mtbi.models.stored_config import DATA_KEYS, check_stored
 from nemo_mtbi.modules.architecture import weight_shapes
 from nemo_mtbi.modules.archive import (
     CONFIG,
+    DIGESTS,
     WEIGHTS,
     NemoFile,
-    add_file,
-    add_tensors,
-    end_archive,
+    NemoWriter,
 )
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.modules.llm_training import trained_weights
@@ -56,9 +59,8 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy
 if TYPE_CHECKING:
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
-DATA_KEYS = ("train_ds", "validation_ds", "test_ds")  # paths of the machine that trained
 _PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (LLM_SETTINGS, LLM_WEIGHTS)}
-_KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS}
+_KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS, DIGESTS}
 
 
 class MTBIArchive(SaveRestoreConnector):
@@ -74,7 +76,8 @@ class MTBIArchive(SaveRestoreConnector):
                 ``.nemo`` themselves.
 
         Raises:
-            ValueError: if the path is no path, or a small ``.nemo`` would refer to parts that have no path.
+            ValueError: if the path is no path or that of the encoder or the LLM, or a small ``.nemo`` would refer to
+                parts that have no path.
             RuntimeError: the same in all processes, if the file can't be written.
         """
         if "://" in str(save_path):
@@ -85,6 +88,7 @@ class MTBIArchive(SaveRestoreConnector):
                 "encoder and LLM of this model came out of a .nemo and have no path to refer to: save it with "
                 "full=True, or restore it with override_config_path={'pretrained_asr': ..., 'pretrained_llm': ...}"
             )
+        refuse_overwriting(model.frozen.paths, {"save_path": [save_path]})
         # in a group with a time limit: if a process has not been called, the others learn of it
         path, full = groups.broadcast_object((str(Path(save_path).expanduser().absolute()), full), "world")
         failure = f"{path} can't be written: the first process has failed, see its message"
@@ -106,11 +110,12 @@ class MTBIArchive(SaveRestoreConnector):
                 return None
             try:
                 with replacing(path) as file:
-                    write_model(file, model, adapted, iter(()) if full else weights, full)
+                    archive = NemoWriter(file)
+                    write_model(archive, model, adapted, iter(()) if full else weights, full)
                     if full:
-                        write_encoder(file, model)
-                        add_tensors(file, LLM_WEIGHTS, specs, weights)
-                    end_archive(file)
+                        write_encoder(archive, model)
+                        archive.add_tensors(LLM_WEIGHTS, specs, weights)
+                    archive.end()
             except OSError as error:
                 return explain_writing(path, error)
         return None
@@ -138,7 +143,7 @@ class MTBIArchive(SaveRestoreConnector):
                 # not by NeMo's from_config_dict, which builds a model that fails a second time
                 model = calling_cls(cfg=conf, trainer=trainer)
             model = model.to(map_location or ("cuda" if torch.cuda.is_available() else "cpu"))
-            load_trained(model, file.tensors(WEIGHTS), strict, f"what is trained in {file.path}")
+            load_trained(model, file.tensors(WEIGHTS), strict, file.path)
         calling_cls._set_model_restore_state(is_being_restored=False)
         logging.info(f"{calling_cls.__name__} was restored from {file.path}")
         return model
@@ -182,35 +187,39 @@ def learned_of(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | Non
 
 
 def write_model(
-    file, model: MTBIModel, adapted: Mapping[str, Tensor], learned: Iterator[tuple[str, Tensor]], full: bool
+    archive: NemoWriter,
+    model: MTBIModel,
+    adapted: Mapping[str, Tensor],
+    learned: Iterator[tuple[str, Tensor]],
+    full: bool,
 ) -> None:
     """Writes all but the frozen parts; on the first process.
 
     Args:
-        file: of the archive.
+        archive: gets them.
         model: this process's share of it.
         adapted: whole adapters.
         learned: whole weights of the LLM that train, one at a time, unless the whole LLM is stored.
         full: whether it is, and the encoder too.
     """
-    add_file(file, CONFIG, stored_config(model, full))
+    archive.add(CONFIG, stored_config(model, full))
     for name, content in model.frozen.texts.items():
-        add_file(file, name, content)
+        archive.add(name, content)
     held = {**{name: x for name, x in model.state_dict().items() if not name.startswith((ADAPTERS, LLM))}, **adapted}
     decoder = model.speech_llm.decoder
     shapes = llm_shapes(decoder.architecture, model.config, inside=full)
     specs = {key: Spec(value.dtype, tuple(value.shape)) for key, value in held.items()}
     specs |= {key: Spec(decoder.config.params_dtype, shape) for key, shape in shapes.items() if key.startswith(LLM)}
-    _add_state(file, WEIGHTS, specs, held, learned)
+    _add_state(archive, WEIGHTS, specs, held, learned)
 
 
-def write_encoder(file, model: MTBIModel) -> None:
+def write_encoder(archive: NemoWriter, model: MTBIModel) -> None:
     """Writes the encoder, in fewer bits where that loses nothing; on the first process."""
     encoder = model.speech_llm.encoder
-    add_file(file, ENCODER_SETTINGS, encoder_settings(encoder))
+    archive.add(ENCODER_SETTINGS, encoder_settings(encoder))
     state = encoder.state_dict()
     specs = {k: Spec(shortest(x.dtype, exact_dtypes([x])), tuple(x.shape)) for k, x in state.items()}
-    _add_state(file, ENCODER_WEIGHTS, specs, state)
+    _add_state(archive, ENCODER_WEIGHTS, specs, state)
 
 
 def stored_config(model: MTBIModel, full: bool) -> bytes:
@@ -221,13 +230,14 @@ def stored_config(model: MTBIModel, full: bool) -> bytes:
     conf.update(format_version=FORMAT_VERSION, fingerprints=dict(model.frozen.fingerprints))
     if full:
         conf.update({f"pretrained_{part}": inside for part, inside in INSIDE.items()})
+        conf.pop("file_digests", None)
     if full and not model.speech_llm.decoder.is_original:
         conf["llm_was_trained"] = True
     return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
 
 
 def _add_state(
-    file,
+    archive: NemoWriter,
     name: str,
     specs: Mapping[str, Spec],
     held: Mapping[str, Tensor],
@@ -235,7 +245,7 @@ def _add_state(
 ) -> None:
     """Appends tensors: those that are here, and where they lack, those that come one by one in the order of names."""
     specs = ordered(specs)
-    add_tensors(file, name, specs, ((key, held[key]) if key in held else next(coming) for key in specs))
+    archive.add_tensors(name, specs, ((key, held[key]) if key in held else next(coming) for key in specs))
 
 
 def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
@@ -270,7 +280,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
     """
     conf = file.settings(CONFIG)
     # NeMo would build whatever class the archive names
-    if conf.get("target") not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
+    if str(conf.get("target")) not in {f"{known.__module__}.{known.__qualname__}" for known in cls.__mro__}:
         raise ValueError(f"{file.path} can't be restored: it holds a {conf.get('target')}, no MTBI model")
     version = conf.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
@@ -280,12 +290,12 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
         )
     if type(version) is not int or version < 1:
         raise ArchiveError(f"its format_version is {version!r}")
-    needed = {CONFIG, WEIGHTS} | ({LLM_SETTINGS} if version > 1 else set())
+    needed = {CONFIG, WEIGHTS} | ({LLM_SETTINGS} if version > 1 else set()) | ({DIGESTS} if version > 2 else set())
     for part, inside in INSIDE.items():
         if str(conf.get(f"pretrained_{part}")) == inside:
             needed |= set(_PART_FILES[part])
     missing = sorted(name for name in needed if name not in file)
-    if LLM_SETTINGS in needed and not any(name in file for name in TOKENIZERS):
+    if LLM_SETTINGS in needed and not has_vocabulary([Path(name).name for name in TOKENIZERS if name in file]):
         missing.append("llm/tokenizer.model or llm/tokenizer.json")
     if missing or file.unknown(_KNOWN):
         raise ArchiveError(
@@ -295,7 +305,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
     if not isinstance(prints, dict) or {*INSIDE} != {*prints} or not all(type(v) is str for v in prints.values()):
         raise ArchiveError("it has no fingerprints of encoder and LLM")
     conf["format_version"] = FORMAT_VERSION
-    return OmegaConf.create(conf)
+    return OmegaConf.create(check_stored(conf))
 
 
 def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConfig:
@@ -319,7 +329,7 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
         merged = OmegaConf.merge(stored, conf)
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override_config_path={given} can't be read: {error}") from error
-    for key in ("fingerprints", "target", "format_version", "nemo_version", "llm_was_trained"):
+    for key in ("fingerprints", "file_digests", "target", "format_version", "nemo_version", "llm_was_trained"):
         if key == "fingerprints" and conf.get(key) not in (None, {}, stored[key]):
             raise ValueError(
                 f"override_config_path has the fingerprints {dict(conf[key])}, but this model was trained with "
@@ -341,19 +351,21 @@ def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
 
 
 def load_trained(
-    model: MTBIModel, tensors: StoredTensors, strict: bool, what: str, only: Collection[str] | None = None
+    model: MTBIModel, tensors: StoredTensors, strict: bool, path: Path, only: Collection[str] | None = None
 ) -> None:
     """Reads connector, adapters and what trains of encoder and LLM into a model.
-
-    If they do not fit, the same error in all processes of a replica.
 
     Args:
         model: whole, or this process's share of it.
         tensors: stored weights.
         strict: whether all names must be the same.
-        what: the stored weights, for messages.
+        path: of the archive, for messages.
         only: names that are wanted; ``None``: all.
+
+    Raises:
+        ValueError: the same in all processes of a replica, if they do not fit or are damaged.
     """
+    what = f"what is trained in {path}"
     held, shares = model.state_dict(), (ADAPTERS, LLM)
     inside = "llm" in model.frozen.embedded  # what the LLM has learned was read with it
     held = {name: value for name, value in held.items() if not (inside and name.startswith(LLM))}
@@ -367,10 +379,14 @@ def load_trained(
     check_trained(own, found, strict, what)
     used = own.keys() & found.keys()
     state = {name: torch.empty_like(value, device="cpu") for name, value in held.items() if name in used}
-    for prefix in shares:
-        parts = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        load_shares(parts.items(), tensors, prefix)
-    state |= {name: tensors.tensor(name) for name in state if not name.startswith(shares)}
+
+    def read() -> None:
+        for prefix in shares:
+            parts = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            load_shares(parts.items(), tensors, prefix)
+        state.update({name: tensors.tensor(name) for name in state if not name.startswith(shares)})
+
+    read_checked(read, path)
     model.load_state_dict(state, strict=False)
     left = sorted((own.keys() | found.keys()) - used)
     if left and groups.is_global_first():

@@ -38,7 +38,8 @@ class Asking:
         """Answers to spoken utterances.
 
         Args:
-            audio: paths, or arrays ``[n]`` or ``[channels, n]`` at ``sample_rate``; any rate, channels are averaged.
+            audio: paths, or arrays ``[n]``, ``[channels, n]`` or ``[n, channels]`` at ``sample_rate``; any rate,
+                channels are averaged.
             prompts: one for each utterance, or one for all; ``""`` is the empty prompt.
             sample_rate: of arrays, in hertz; files know theirs.
 
@@ -70,4 +71,5 @@ class Asking:
     def _samples(self, audio: Sequence[Any], sample_rate: int) -> list[Tensor]:
         """Samples ``[n]`` of each audio; a file that one process can't read does not leave the others waiting."""
         counter = self.speech_llm.frame_counter
-        return agreed(lambda: [load_audio(item, counter, sample_rate) for item in audio])
+        longest = self.speech_llm.decoder.max_sequence_length - self.config.generation.max_new_tokens
+        return agreed(lambda: [load_audio(item, counter, sample_rate, longest) for item in audio])

@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from nemo.utils import logging
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_mtbi.config import ModelConfig
 from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.chat_template import ChatConfig
 from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.models import restored
 from nemo_mtbi.models.embedded import (
     LLM_SETTINGS,
     LLM_WEIGHTS,
@@ -26,6 +25,7 @@ from nemo_mtbi.models.embedded import (
     check_architecture,
     read_encoder,
 )
+from nemo_mtbi.models.large_files import check_files, hash_together
 from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile, read_yaml
 from nemo_mtbi.modules.connector import build_connector
@@ -40,7 +40,7 @@ from nemo_mtbi.modules.speech_encoder import EncoderShape, SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.modules.tensor_file import misfits
 from nemo_mtbi.modules.text_llm import WEIGHTS as LLM_FILE
-from nemo_mtbi.modules.text_llm import file_digest, files_digest
+from nemo_mtbi.modules.text_llm import file_digest, files_digest, sampled
 from nemo_mtbi.modules.weights import load_weights
 from nemo_mtbi.modules.windows import EncoderSection
 from nemo_mtbi.parallel import groups
@@ -52,40 +52,8 @@ LLM = "speech_llm.llm."  # weights of the LLM that train; a full .nemo has them 
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself
 DEMO_NAMES = {"asr": "encoder.nemo", "llm": "llm"}
 _BESIDE = "{'encoder': {'beside': {'path': its path}}}"
+_FEW_LAYERS = 64  # of a connector, which are built before they are compared
 _TEXT_LIMIT = 2**26  # bytes; the largest tokenizers have 20 MB
-
-
-@dataclass(frozen=True)
-class Restored:
-    """A ``.nemo`` that is being restored.
-
-    Attributes:
-        file: open.
-        stored: its configuration, before it was overridden.
-        strict: whether all of its weights must be those of the model.
-    """
-
-    file: NemoFile
-    stored: DictConfig
-    strict: bool = True
-
-
-_restored: ContextVar[Restored | None] = ContextVar("restored", default=None)
-
-
-@contextmanager
-def restoring(restored: Restored) -> Iterator[None]:
-    """Models that are built in the body come from an archive."""
-    token = _restored.set(restored)
-    try:
-        yield
-    finally:
-        _restored.reset(token)
-
-
-def refusal(path: Path, error: Exception) -> str:
-    """What the user hears of an archive that is not as it must be."""
-    return f"{path} can't be restored: it is no .nemo of an MTBI model ({error})"
 
 
 class FrozenParts:
@@ -93,6 +61,7 @@ class FrozenParts:
 
     Attributes:
         fingerprints: hash of each part.
+        file_digests: SHA-256 of each file of a part of which the fingerprint covers samples only.
         embedded: parts that come from inside a ``.nemo``, and have no place of their own on this machine.
         texts: settings and tokenizer of the LLM, by their names in an archive; there after :meth:`load`.
 
@@ -101,14 +70,28 @@ class FrozenParts:
     """
 
     def __init__(self, config: ModelConfig):
-        self._config, self._restored = config, _restored.get()
+        self._config, self._restored = config, restored.current()
         self.embedded = {part for part, inside in INSIDE.items() if self._reference(part) == inside}
         self._paths = {part: self._locate(part) for part in INSIDE if part not in self.embedded}
         self._encoder = self._located_encoder()
         self._check_full()
         self._llm = None if "llm" in self.embedded else find_text_llm(self._paths["llm"])
         self.fingerprints = {part: self._fingerprint(part) for part in INSIDE}
+        large = self._sampled_files()
+        self.file_digests = hash_together(large)
+        check_files(large, self.file_digests, config.file_digests)
         self.texts: dict[str, bytes] = {}
+
+    @property
+    def paths(self) -> dict[str, list[Path]]:
+        """Files and folders that a small ``.nemo`` refers to, by the keys of the configuration."""
+        found = {f"pretrained_{part}": [Path(path)] for part, path in self._paths.items()}
+        beside = getattr(self._encoder, "beside", None)
+        return found | {"encoder.beside.path": [Path(beside.path)] if beside else []}
+
+    def path(self, part: str) -> Path | None:
+        """Where a part was found; ``None`` if it is inside the archive."""
+        return self._paths.get(part)
 
     def _located_encoder(self) -> EncoderSection | None:
         """How the encoder is used; a second one with the path at which it was found."""
@@ -155,7 +138,7 @@ class FrozenParts:
                 encoder = self._load_encoder(dtype)
             except (ValueError, RuntimeError, OSError) as error:  # the other stages wait for what comes next
                 cause = error
-                failure = refusal(self._restored.file.path, error) if "asr" in self.embedded else str(error)
+                failure = restored.refusal(self._restored.file.path, error) if "asr" in self.embedded else str(error)
         facts = (encoder.shape, trained_shapes(encoder)) if encoder else None
         facts, first_failure = groups.broadcast_object((facts, failure))
         if failure or first_failure:
@@ -225,10 +208,14 @@ class FrozenParts:
         return f"sha256:{digest_of([found, self._digest_of_encoder(Path(self._encoder.beside.path))])}"
 
     def _digest_of_encoder(self, path: Path) -> str:
-        if path.is_file():
-            return file_digest(path)
-        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        return files_digest([path / name for name in ENCODER_FILES if (path / name).is_file()] + weights)
+        return file_digest(path) if path.is_file() else files_digest(_encoder_files(path))
+
+    def _sampled_files(self) -> dict[str, list[Path]]:
+        """Files of each part of which the fingerprint covers samples only."""
+        beside = self._encoder.beside if self._encoder else None
+        encoders = [self._paths.get("asr"), Path(beside.path) if beside else None]
+        files = [path for folder in encoders if folder and folder.is_dir() for path in _encoder_files(folder)]
+        return {"asr": sampled(files), "llm": self._llm.sampled_files() if self._llm else []}
 
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
         chat = self._config.chat
@@ -241,9 +228,11 @@ class FrozenParts:
             for name, content in texts.items():
                 (Path(folder) / Path(name).name).write_bytes(content)
             (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
+            found = find_text_llm(folder)
+            found.written_with = chat  # unless another is asked for
             chat = chat if self._asks_for_another_chat() else None
-            text = load_text_llm(folder, dtype, weights=False, chat=chat, **self._layers)
-        load_weights(text.chunks, tensors)
+            text = load_text_llm(found, dtype, weights=False, chat=chat, **self._layers)
+        restored.read_checked(lambda: load_weights(text.chunks, tensors), file.path)
         text.fingerprint = self.fingerprints["llm"]
         return text
 
@@ -263,8 +252,12 @@ class FrozenParts:
             return
         then = read_yaml(self._restored.file.read(LLM_SETTINGS, _TEXT_LIMIT), LLM_SETTINGS).get("chat")
         now = {"turn": list(chat.turn), "end": chat.end}
-        if "more" in (then or {}):  # an archive of before knows single turns
+        if isinstance(then, dict) and "more" in then:  # an archive of before knows single turns
             now["more"] = list(chat.more)
+            if chat.single:  # once its template was thought to split into turns: single turns are what they were
+                now["more"] = then["more"]
+        if "ends" in (then or {}):  # likewise, one end token
+            now["ends"] = list(chat.ends)
         if then == now:
             return
         message = f"prompts are put as {now}, but this model was trained with {then}"
@@ -283,18 +276,35 @@ class FrozenParts:
         """Compares the stored weights with those that the configuration asks for, before anything is built or read."""
         if self._restored is None:
             return
+        found = self._restored.file.tensors(WEIGHTS).shapes
+        if self._config.connector.layers > max(
+            len(found), _FEW_LAYERS
+        ):  # each takes time to build, however small it is
+            raise ValueError(
+                f"model.connector.layers is {self._config.connector.layers}, more than {self._restored.file.path} has"
+            )
         try:
             with torch.device("meta"):
                 connector = build_connector(
                     self._config.connector, shape.size, architecture.hidden_size, shape.frame_rate
                 )
-        except RuntimeError as error:  # more numbers than can be counted
+        except (
+            RuntimeError,
+            TypeError,
+            ZeroDivisionError,
+            OverflowError,
+        ) as error:  # more numbers than can be counted
             raise ValueError(f"model.connector can't be built: {error}") from error
         expected = {TRAINED + name: tuple(value.shape) for name, value in connector.state_dict().items()}
         expected |= {ENCODER + name: size for name, size in heard.items()}
         expected |= llm_shapes(architecture, self._config, inside="llm" in self.embedded)
-        found = self._restored.file.tensors(WEIGHTS).shapes
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    """All that makes a Hugging Face encoder what it is."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [folder / name for name in ENCODER_FILES if (folder / name).is_file()] + weights
 
 
 def llm_shapes(architecture: DecoderConfig, config: ModelConfig, inside: bool) -> dict[str, tuple[int, ...]]:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import build_dataloader
+from nemo_mtbi.data.target_shards import check_published
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 
@@ -41,7 +44,7 @@ def build_loader(model: MTBIModel, section: DictConfig, train: bool) -> ReplicaL
     longest = model.speech_llm.decoder.max_sequence_length - (0 if train else config.generation.max_new_tokens)
     given = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else section
     make = partial(
-        build_dataloader,
+        _build_checked,
         {"max_tokens": longest, **given},
         dataset,
         rank=groups.data_parallel_rank(),
@@ -51,3 +54,13 @@ def build_loader(model: MTBIModel, section: DictConfig, train: bool) -> ReplicaL
         allow_foreign=config.targets.allow_foreign,
     )
     return ReplicaLoader.build(make, stop=(lambda: model.wants_to_stop()) if train else None)
+
+
+def _build_checked(given: Mapping[str, Any], dataset: MTBIDataset, **options: Any) -> Any:
+    """Build the loader of cuts that are as they were written, where that can be told; on a reader."""
+    for key in ("cuts_path", "input_cfg"):
+        paths = given.get(key)
+        for path in paths if isinstance(paths, (list, tuple)) else [paths]:
+            if isinstance(path, (str, Path)):
+                check_published(path)
+    return build_dataloader(given, dataset, **options)

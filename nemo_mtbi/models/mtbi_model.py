@@ -9,23 +9,25 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from nemo.core.classes import ModelPT
 from nemo.core.classes.common import PretrainedModelInfo
-from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_mtbi.config import RUN_KEYS, parse_model_config
+from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.corpus import digest_of
-from nemo_mtbi.data.draw import SkipCounter
 from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.archive import MTBIArchive, connector_of
 from nemo_mtbi.models.asking import Asking
-from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained
 from nemo_mtbi.models.loaders import build_loader
-from nemo_mtbi.models.nonfinite import nonfinite_message
-from nemo_mtbi.models.profiling import ProfilingBatch
+from nemo_mtbi.models.optimizers import OPTIMIZERS, check_optimizers, names
+from nemo_mtbi.models.restored import refusal
+from nemo_mtbi.models.resuming import RUN, check_resume, describe_run
+from nemo_mtbi.models.skipping import Skips
+from nemo_mtbi.models.steps import TrainingSteps
 from nemo_mtbi.models.validation import SHOWN, validation_figures
 from nemo_mtbi.models.warm_start import warm_start
 from nemo_mtbi.modules.decoder import check_training
@@ -36,13 +38,13 @@ from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, RANDOM_STATES
-from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, share_parameters, sum_gradients
+from nemo_mtbi.parallel.gradients import share_parameters
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
 
 
-class MTBIModel(Asking, ModelPT):
+class MTBIModel(Asking, TrainingSteps):
     """A speech LLM trained by multi-task behavior imitation (arXiv 2505.18644).
 
     Args:
@@ -67,7 +69,12 @@ class MTBIModel(Asking, ModelPT):
             data = {name: cfg.pop(name, None) for name in ("train_ds", "validation_ds", "test_ds")}
             for key in RUN_KEYS:
                 cfg.pop(key, None)
+            if "sched" in (cfg.get("optim") or {}) and cfg.optim.sched is None:
+                del cfg.optim.sched  # a constant learning rate; NeMo takes the key alone for a schedule
             cfg.fingerprints, cfg.format_version = frozen.fingerprints, config.format_version
+            cfg.pop("file_digests", None)
+            if frozen.file_digests:
+                cfg.file_digests = frozen.file_digests
         super().__init__(cfg, trainer)
         self._save_restore_connector = MTBIArchive()
         self.config, self.frozen = config, frozen
@@ -81,13 +88,14 @@ class MTBIModel(Asking, ModelPT):
             self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
         self.chat = llm.chat
         self.expected_targets = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
-        self._skipped = SkipCounter()
+        self.expected_targets[CHAT_FORMAT] = llm.chat.description()
+        self._skips = Skips()
         self._validation: list[dict] = []
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from
         self._llm_moments: dict | None = None  # the same
         self.llm_optimizer: LlmOptimizer | None = None  # within a fit, if the LLM trains
+        self.run_settings: dict | None = None  # of the training that are not the model's, for its checkpoints
         self.wants_to_stop: Callable[[], bool] = lambda: False  # asked before each step, on every process
-        self._gradient_norm = torch.zeros(())
         if not restoring:  # the data may be elsewhere
             if data["train_ds"] is not None:
                 self.setup_training_data(data["train_ds"])
@@ -107,16 +115,6 @@ class MTBIModel(Asking, ModelPT):
         self._validation_dl = build_loader(self, val_data_config, train=False)
 
     # ----- training
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """What this process trains beside weights of the LLM itself: nothing, if it holds a later stage."""
-        llm = {id(value) for value in trained_weights(self.speech_llm.chunks).values()}
-        return [value for value in self.parameters() if value.requires_grad and id(value) not in llm]
-
-    def setup_optimizer_param_groups(self) -> None:
-        """Hands only what is trained to the optimizer; an empty group is fine."""
-        self._optimizer_param_groups = [{"params": self.trained}]
 
     def on_fit_start(self) -> None:
         if self.trainer.accumulate_grad_batches != 1:
@@ -144,11 +142,31 @@ class MTBIModel(Asking, ModelPT):
             self.llm_optimizer.close()
             self.llm_optimizer = None
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Adds the run and its optimizers, and stores a pass that was broken off as one that goes on.
+
+        Lightning counts such a pass as one that has ended.
+        """
+        checkpoint[RUN] = describe_run(self)
+        if self._trainer is None:
+            return
+        checkpoint[OPTIMIZERS] = names(self.trainer.optimizers)
+        loop = self.trainer.fit_loop
+        passes = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current")
+        if passes and self._train_dl is not None and not loop.epoch_loop.batch_progress.is_last_batch:
+            running = self._train_dl.state_dict()["epoch"]
+            passes.update({key: min(passes[key], running) for key in ("processed", "completed")})
+            checkpoint["epoch"] = min(checkpoint["epoch"], running)
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        check_resume(self, checkpoint)
+        if self._trainer is not None:
+            check_optimizers(checkpoint, self.trainer.optimizers)
         self._random_states = checkpoint.get(RANDOM_STATES)
         self._llm_moments = checkpoint.get(LLM_OPTIMIZER)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         if self.llm_optimizer is not None:
             self.llm_optimizer.restore(self._llm_moments)
             self._llm_moments = None
@@ -156,7 +174,9 @@ class MTBIModel(Asking, ModelPT):
             random_states.restore(self._random_states)
             self._random_states = None
             # Lightning counts a step for the loggers after the validation that saved this state
-            loop = self.trainer.fit_loop.epoch_loop
+            loop, passes = self.trainer.fit_loop.epoch_loop, self.trainer.fit_loop.epoch_progress.current
+            # a pass that had ended is ended once more, and is counted then
+            passes.processed = passes.completed = self._train_dl.state_dict()["epoch"]
             loop._batches_that_stepped = max(loop._batches_that_stepped, self.trainer.global_step)
 
     @property
@@ -168,82 +188,6 @@ class MTBIModel(Asking, ModelPT):
     def oomptimizer_schema(self) -> dict:
         """For NeMo's ``oomptimizer.py``: see :func:`nemo_mtbi.models.profiling.oomptimizer_schema`."""
         return profiling.oomptimizer_schema(self)
-
-    def training_step(self, batch: StepBatch | ProfilingBatch, batch_idx: int) -> Tensor | dict[str, Tensor] | None:
-        """One step through Megatron's schedule, which runs forward and backward itself."""
-        if isinstance(batch, ProfilingBatch):
-            return {"loss": profiling.profile_step(self, batch)}
-        self._train_dl.mark_trained()  # no checkpoint is written before this step has ended
-        trained = self.trained
-        for value in trained:
-            value.grad = None  # before the schedule: Lightning would clear what it computed
-        if self.llm_optimizer is not None:
-            self.llm_optimizer.zero_grad()
-        self._skipped.update(batch.skipped)
-        count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets), device=self.device))
-        if not count:
-            return None  # every cut was left out: nothing to learn, no update
-        loss = self.speech_llm.train_step(batch, int(count))
-        own = loss.detach().clone()
-        loss = groups.data_parallel_sum(loss.detach())
-        sum_gradients(trained)
-        norm = gradient_norm(trained, self.device)
-        if self.llm_optimizer is not None:
-            self.llm_optimizer.reduce()
-            norm = (norm.square() + self.llm_optimizer.norm().square()).sqrt()
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            self._on_nonfinite(batch, own)
-            return None
-        self._gradient_norm, self._learned = norm, True
-        self.log("train_loss", loss, prog_bar=True)
-        for name, value in self.speech_llm.parts.items():
-            self.log(f"train_{name}", groups.data_parallel_sum(value))
-        self.log("gradient_norm", norm.float())
-        self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
-        if self.llm_optimizer is not None:
-            self.log("llm_learning_rate", self.llm_optimizer.base_lr * _decay(self.optimizers()))
-        self.log("response_tokens", count)
-        return loss
-
-    def _on_nonfinite(self, batch: StepBatch, loss: Tensor) -> None:
-        """A NaN or Inf in loss or gradient, seen by all processes at once: stops, or leaves the step out.
-
-        Raises:
-            RuntimeError: names the cuts whose loss it was, or those of the step if only the gradient was.
-        """
-        for value in self.trained:
-            value.grad = None
-        told = groups.gather_objects((bool(torch.isfinite(loss)), batch.cut_ids), "data")
-        if self.config.on_nonfinite == "raise":
-            raise RuntimeError(nonfinite_message(told, self.trainer.global_step))
-        self._skipped.update({"nonfinite_steps": 1})
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by the norm over all processes; Lightning would see this process' share only."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError("trainer.gradient_clip_algorithm must be norm: it is the norm over all processes")
-        if gradient_clip_val:
-            clip_gradients(self.trained, self._gradient_norm, gradient_clip_val)
-            if self.llm_optimizer is not None and self._learned:
-                self.llm_optimizer.scale(clip_factor(self._gradient_norm, gradient_clip_val))
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
-        """Lightning's step runs the closure and updates the connector; the LLM follows, if it learns."""
-        self._learned = False
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.llm_optimizer is not None and self._learned:
-            self.llm_optimizer.step(_decay(optimizer))
-
-    def backward(self, loss: Tensor, *args, **kwargs) -> None:
-        """Nothing is left to do: the schedule has run backward."""
-
-    def optimizer_zero_grad(self, *args, **kwargs) -> None:
-        """Lightning calls it behind the schedule, where it would erase the gradients."""
-
-    def on_train_epoch_end(self) -> None:
-        if self._skipped:
-            logging.warning(f"left out in epoch {self.current_epoch}: {self._skipped.message()}")
-            self._skipped.clear()
 
     # ----- validation
 
@@ -261,7 +205,7 @@ class MTBIModel(Asking, ModelPT):
         answers = self.responder().layouts(layouts, frames) if layouts else []
         result["answers"] = [self.chat.decode(answer.ids) for answer in answers]
         self._validation.append(result)
-        self._skipped.update(batch.skipped)
+        self._skips.count(batch.skipped)
         return result
 
     def on_validation_epoch_end(self) -> None:
@@ -341,7 +285,7 @@ class MTBIModel(Asking, ModelPT):
             return super().restore_from(
                 str(path), override_config_path, *args, save_restore_connector=connector, **kwargs
             )
-        except ArchiveError as error:
+        except (ArchiveError, DamageError) as error:
             raise ValueError(refusal(path, error)) from error
         finally:  # NeMo leaves this on after an error, and the next model would be built without its data
             cls._set_model_restore_state(is_being_restored=False)
@@ -361,9 +305,3 @@ class MTBIModel(Asking, ModelPT):
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
         return []
-
-
-def _decay(optimizer: torch.optim.Optimizer) -> float:
-    """What the schedule has made of a learning rate, as a share of what it is at the top."""
-    group = optimizer.param_groups[0]
-    return group["lr"] / group.get("initial_lr", optimizer.defaults["lr"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.evaluation.metrics import exact, token_f1, wer
+from nemo_mtbi.evaluation.metrics import cer, exact, token_f1, wer
 
 SHOWN = ("val_loss", "val_agreement", "val_wer")  # by the progress bar
 
@@ -37,5 +37,6 @@ def validation_figures(results: Sequence[Mapping[str, Any]], config: ModelConfig
         (row.transcript, x) for row, x in zip(rows, answers, strict=True) if row.task == config.transcription_task
     ]
     if spoken:
-        figures["val_wer"] = wer(*map(list, zip(*spoken, strict=True)))
+        said, written = map(list, zip(*spoken, strict=True))
+        figures |= {"val_wer": wer(said, written), "val_cer": cer(said, written)}
     return figures

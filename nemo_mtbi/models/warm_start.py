@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo.utils import logging
 
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.models.archive import load_trained, read_config
-from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, INSIDE, LLM, refusal
+from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, INSIDE, LLM
+from nemo_mtbi.models.restored import refusal
 from nemo_mtbi.modules.archive import WEIGHTS, NemoFile
 from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups
@@ -74,8 +76,8 @@ def _init_from(model: MTBIModel, path: Path, source: Mapping[str, Any], strict: 
                         f"init_from_nemo_model: {path} has trained weights of another {what} than "
                         f"model.pretrained_{part}: give that one, or exclude: [{prefix}]"
                     )
-            load_trained(model, tensors, strict, f"what is trained in {path}", groups.broadcast_object(only))
-    except ArchiveError as error:
+            load_trained(model, tensors, strict, path, groups.broadcast_object(only))
+    except (ArchiveError, DamageError) as error:
         raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
     if groups.is_global_first():
         logging.info(f"the connector starts from {path}")

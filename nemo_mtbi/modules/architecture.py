@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,49 @@ class DecoderConfig:
     def head_channels(self) -> int:
         """Channels of an attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+_LARGEST = 2**31  # of any size
+_ABOVE_ZERO = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+_ABOVE_ZERO += ("vocab_size", "max_sequence_length", "kv_channels", "num_experts", "experts_per_token")
+
+
+def check_sizes(config: DecoderConfig) -> None:
+    """Refuse sizes that no LLM has, before anything is computed from them.
+
+    Raises:
+        ValueError: names the size.
+    """
+    for name in _ABOVE_ZERO:
+        value = getattr(config, name)
+        optional = DecoderConfig.__dataclass_fields__[name].default is None
+        if not (type(value) is int and 0 < value < _LARGEST) and not (optional and value is None):
+            raise ValueError(f"{name} is {str(value)[:50]}; it must be a whole number above 0")
+    for name in ("rotary_base", "layernorm_epsilon"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} is {str(value)[:50]}; it must be a number above 0")
+    if config.num_attention_heads % config.num_query_groups:
+        raise ValueError(
+            f"num_attention_heads is {config.num_attention_heads}; it must be a multiple of num_query_groups, "
+            f"{config.num_query_groups}"
+        )
+
+
+def check_layers(config: DecoderConfig, tensors: int) -> None:
+    """Refuse more layers and experts than there are weights: naming them all takes time and memory.
+
+    Args:
+        config: of the LLM.
+        tensors: how many weights are stored.
+
+    Raises:
+        ValueError: if they can't be those of the weights.
+    """
+    experts = config.num_experts or 1
+    if config.num_layers * experts > tensors:
+        shown = f"{config.num_layers} layers" + (f" of {experts} experts" if experts > 1 else "")
+        raise ValueError(f"{shown} are described, but only {tensors} weights are stored")
 
 
 def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -2,33 +2,33 @@
 """``.nemo`` archives: read with care, since they come from others, and written whole or not at all.
 
 A ``.nemo`` is a tar file. NeMo unpacks it before it looks at it; here all headers are checked first, and weights are
-tensors only (safetensors), never a pickle.
+tensors only (safetensors), never a pickle. Its last member holds the SHA-256 of each block of all others: a block is
+compared when it is read, before anything is made of it.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from nemo_mtbi.modules.tensor_file import ArchiveError, Spec, StoredTensors, file_size, write_tensors
+from nemo_mtbi.io.digests import CheckedFile, DamageError, HashingWriter
+from nemo_mtbi.modules.settings import TEXT_LIMIT, read_yaml
+from nemo_mtbi.modules.tensor_file import DIGEST_BLOCK, ArchiveError, Spec, StoredTensors, file_size, write_tensors
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.safetensors"
-TEXT_LIMIT = 2**18  # bytes of a configuration; those of ours have a few thousand
+DIGESTS = "digests.json"
 _HEADER_LIMIT = 2**20  # bytes of one header of a tar file, with its long names
 _MAX_MEMBERS = 10_000
-_MAX_DEPTH = 50  # of settings within settings
 
 
 # ------------------------------------------------------------------------------------------------------------ headers
@@ -137,8 +137,17 @@ class NemoFile:
         self.path = Path(path)
         self._open: dict[str, BinaryIO] = {}
         self._members: dict[str, Member] | None = None  # of a file; a directory is looked up by name
-        if self.path.is_dir():
-            return
+        self._digests: Mapping[str, Any] | None = None
+        if not self.path.is_dir():
+            self._open_file()
+        if DIGESTS in self:
+            try:
+                self._digests = self._read_digests()
+            except ValueError:
+                self.close()
+                raise
+
+    def _open_file(self) -> None:
         if not self.path.is_file():
             raise ArchiveError("it is no file" if self.path.exists() else "it does not exist")
         try:
@@ -169,13 +178,51 @@ class NemoFile:
             self._open[name] = open(path, "rb")
         return self._open[name], Member(0, os.fstat(self._open[name].fileno()).st_size)
 
+    def _read_digests(self) -> dict[str, Any]:
+        """The size and the SHA-256 of each block of all members.
+
+        Raises:
+            DamageError: if they can't be read.
+        """
+        file, member = self._find(DIGESTS)
+        described = sum(found.size for found in self._members.values()) if self._members else 2**40
+        if member.size > TEXT_LIMIT + 100 * (described // DIGEST_BLOCK):
+            raise ArchiveError(f"{DIGESTS} has {member.size} bytes, more than it can need")
+        file.seek(member.start)
+        try:
+            content = json.loads(file.read(member.size))
+            if content["block"] != DIGEST_BLOCK:
+                raise ValueError(f"block is {content['block']!r}")
+            return {name: (entry["size"], list(entry["sha256"])) for name, entry in content["members"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamageError(f"{DIGESTS} can't be read ({error})") from error
+
+    def _digests_of(self, name: str, size: int) -> Sequence[str] | None:
+        """SHA-256 of each block of a member; ``None`` in an archive of before, which has none.
+
+        Raises:
+            DamageError: if there are none of this member, or its size is another.
+        """
+        if self._digests is None:
+            return None
+        if name not in self._digests:
+            raise DamageError(f"{DIGESTS} has nothing of {name}")
+        wanted, digests = self._digests[name]
+        if wanted != size or not all(isinstance(digest, str) for digest in digests):
+            raise DamageError(f"{name} has {size} bytes, but {wanted} were written")
+        return digests
+
     def read(self, name: str, limit: int = TEXT_LIMIT) -> bytes:
-        """The content of a small file."""
+        """The content of a small file.
+
+        Raises:
+            DamageError: if it is not what was written.
+        """
         file, member = self._find(name)
         if member.size > limit:
             raise ArchiveError(f"{name} has {member.size} bytes, more than it can need")
-        file.seek(member.start)
-        return file.read(member.size)
+        digests = self._digests_of(name, member.size)
+        return CheckedFile(file, name, member.start, member.size, digests, DIGEST_BLOCK).read()
 
     def settings(self, name: str) -> dict[str, Any]:
         """The content of a YAML file with keys and values."""
@@ -184,7 +231,7 @@ class NemoFile:
     def tensors(self, name: str) -> StoredTensors:
         """The tensors of a safetensors file; they can be read until this archive is closed."""
         file, member = self._find(name)
-        return StoredTensors(file, name, member.start, member.size)
+        return StoredTensors(file, name, member.start, member.size, self._digests_of(name, member.size))
 
     def close(self) -> None:
         for file in self._open.values():
@@ -198,74 +245,44 @@ class NemoFile:
         self.close()
 
 
-def read_yaml(content: bytes, name: str) -> dict[str, Any]:
-    """Keys and values of a YAML text from an archive.
-
-    Raises:
-        ArchiveError: if there is anything else in it: references within the text, which can unfold to gigabytes, or
-            ``${...}``, which would read this machine's environment.
-    """
-    try:
-        text = content.decode()
-        _check_tokens(text, name)
-        if "${" in text:
-            raise ArchiveError(f"{name} refers to values outside of it")
-        values = OmegaConf.to_container(OmegaConf.create(text))
-    except ArchiveError:
-        raise
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ArchiveError(f"{name} is no YAML ({error})") from error
-    if not isinstance(values, dict):
-        raise ArchiveError(f"{name} holds no keys and values")
-    return values
-
-
-def _check_tokens(text: str, name: str) -> None:
-    """Refuses what takes a parser of YAML more time and memory than the text is long."""
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        opened = isinstance(
-            token,
-            (
-                yaml.FlowSequenceStartToken,
-                yaml.FlowMappingStartToken,
-                yaml.BlockSequenceStartToken,
-                yaml.BlockMappingStartToken,
-            ),
-        )
-        depth += opened
-        depth -= isinstance(token, (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken))
-        if depth > _MAX_DEPTH:
-            raise ArchiveError(f"{name} is nested too deep")
-        if isinstance(token, yaml.AliasToken):
-            raise ArchiveError(f"{name} refers to parts of itself")
-
-
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-@contextmanager
-def _member(file: BinaryIO, name: str, size: int) -> Iterator[None]:
-    """A member of a tar archive, whose content the body writes. Equal content gives equal archives."""
-    entry = tarfile.TarInfo(f"./{name}")
-    entry.size, entry.mode = size, 0o644
-    file.write(entry.tobuf(tarfile.GNU_FORMAT))
-    yield
-    file.write(bytes(-size % tarfile.BLOCKSIZE))
+class NemoWriter:
+    """Write the members of a ``.nemo`` one after the other, and behind them the digests of all.
 
+    Equal content gives equal archives.
 
-def add_file(file: BinaryIO, name: str, content: bytes) -> None:
-    """Appends a file to an archive."""
-    with _member(file, name, len(content)):
-        file.write(content)
+    Args:
+        file: open for writing.
+    """
 
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digests: dict[str, dict[str, Any]] = {}
 
-def add_tensors(file: BinaryIO, name: str, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Appends tensors to an archive as they come; see :func:`nemo_mtbi.modules.tensor_file.write_tensors`."""
-    with _member(file, name, file_size(specs)):
-        write_tensors(file, specs, tensors)
+    @contextmanager
+    def _member(self, name: str, size: int) -> Iterator[HashingWriter]:
+        """A member, whose content the body writes."""
+        entry = tarfile.TarInfo(f"./{name}")
+        entry.size, entry.mode = size, 0o644
+        self._file.write(entry.tobuf(tarfile.GNU_FORMAT))
+        hashed = HashingWriter(self._file, DIGEST_BLOCK)
+        yield hashed
+        self._file.write(bytes(-size % tarfile.BLOCKSIZE))
+        self._digests[name] = {"size": hashed.size, "sha256": hashed.digests()}
 
+    def add(self, name: str, content: bytes) -> None:
+        """Append a file."""
+        with self._member(name, len(content)) as file:
+            file.write(content)
 
-def end_archive(file: BinaryIO) -> None:
-    """Marks the end of an archive."""
-    file.write(bytes(2 * tarfile.BLOCKSIZE))
+    def add_tensors(self, name: str, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Append tensors as they come; see :func:`nemo_mtbi.modules.tensor_file.write_tensors`."""
+        with self._member(name, file_size(specs)) as file:
+            write_tensors(file, specs, tensors)
+
+    def end(self) -> None:
+        """Write the digests and mark the end of the archive."""
+        self.add(DIGESTS, json.dumps({"block": DIGEST_BLOCK, "members": self._digests}, indent=1).encode())
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE))

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 
-FRAMES = "frames"
+logger = logging.getLogger(__name__)
+FRAMES, _DIGEST = "frames", "sha256"
 
 
 class EncoderCache:
@@ -24,7 +27,7 @@ class EncoderCache:
 
     An utterance that is missing is encoded alone, without padding: what is kept depends on its samples only, and not
     on the utterances that happened to stand beside it. Augmented audio is other audio: it fills the cache and gains
-    nothing.
+    nothing. Entries carry a digest: what is damaged, or lies in the place of another, is made again.
 
     Args:
         folder: made if it is missing; about 4 bytes x frames x width for each utterance.
@@ -34,14 +37,15 @@ class EncoderCache:
 
     Attributes:
         hits, misses: utterances so far that were found, and that were encoded.
+        damaged: entries so far that were not what was written, and were made again.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, dtype: torch.dtype, memory_bytes: int = 2**30):
-        name = f"{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}"
+        name = f"{fingerprint.removeprefix('sha256:')}-{str(dtype).removeprefix('torch.')}"
         self.folder = Path(folder).expanduser() / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.memory_bytes = memory_bytes
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.damaged = 0
         self._held: dict[str, Tensor] = {}
         self._held_bytes = 0
 
@@ -80,21 +84,41 @@ class EncoderCache:
         if key in self._held:
             return self._held[key]
         path = self._path(key)
-        if not path.exists():
-            return None
         try:
-            frames = load_file(path)[FRAMES]
-        except (SafetensorError, OSError, KeyError) as error:
-            raise RuntimeError(f"{path} can't be read ({error}): remove it, and it is made again") from error
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RuntimeError(f"{path} can't be read ({error}): make it readable, or remove it") from error
+        frames = self._parse(key, content)
+        if frames is None:
+            self.damaged += 1
+            logger.warning(f"{path} is damaged: the utterance is encoded again")
+            return None
         self._hold(key, frames)
         return frames
+
+    def _parse(self, key: str, content: bytes) -> Tensor | None:
+        """The frames of an entry; ``None`` if it is not the one that was written for these samples."""
+        try:
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            digest, frames = header["__metadata__"][_DIGEST], load(content)[FRAMES]
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None
+        return frames if digest == self._digest(key, frames) else None
+
+    def _digest(self, key: str, frames: Tensor) -> str:
+        """SHA-256 of an entry: of the encoder, the samples and the frames."""
+        name = f"{self.folder.name} {key} {frames.dtype} {list(frames.shape)} "
+        data = frames.contiguous().view(-1).view(torch.uint8) if frames.numel() else frames.view(torch.uint8)
+        return hashlib.sha256(name.encode() + data.numpy().tobytes()).hexdigest()
 
     def _store(self, key: str, frames: Tensor) -> None:
         path = self._path(key)
         path.parent.mkdir(exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")  # other runs may write the same
         frames = frames.cpu()
-        save_file({FRAMES: frames}, scratch)
+        save_file({FRAMES: frames}, scratch, {_DIGEST: self._digest(key, frames)})
         scratch.replace(path)
         self._hold(key, frames)
 

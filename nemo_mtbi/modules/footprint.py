@@ -7,14 +7,10 @@ Modules are built from their configuration with tensors that have shapes but hol
 from __future__ import annotations
 
 import math
-import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
-from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,8 +18,9 @@ from nemo_mtbi.modules.connector import ConnectorConfig, build_connector
 from nemo_mtbi.modules.hearing import unfrozen
 from nemo_mtbi.modules.hf_encoder import empty_hf_encoder, is_hf_encoder
 from nemo_mtbi.modules.paired_encoder import paired_shape
-from nemo_mtbi.modules.pretrained import key_of_encoder, resolve
+from nemo_mtbi.modules.pretrained import key_of_encoder, refusing_asr, resolve
 from nemo_mtbi.modules.speech_encoder import EncoderShape, front_end_stages, subsampling_stages, windows_of
+from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.modules.windows import AT_ONCE, EncoderConfig
 from nemo_mtbi.parallel.memory import FLOAT32, SpeechParts, Term, total
 
@@ -112,19 +109,16 @@ def _trained(encoder: nn.Module, config: EncoderConfig | None) -> int:
 
 
 def _read_nemo(name: str, path: Path) -> tuple[EncoderFacts, nn.Module]:
-    from nemo.core.classes.common import Serialization
+    from nemo_mtbi.modules.asr_archive import AsrFile
 
-    try:
-        with tarfile.open(path) as archive:
-            (member,) = (item for item in archive if Path(item.name).name == "model_config.yaml")
-            config = OmegaConf.create(yaml.safe_load(archive.extractfile(member)))
-        front = Serialization.from_config_dict(config.preprocessor)
-        with FakeTensorMode():
-            encoder = Serialization.from_config_dict(config.encoder)
-        stages = (*front_end_stages(front), *subsampling_stages(encoder))
-        shape = EncoderShape(int(encoder.d_model), int(config.sample_rate), stages)
-    except (OSError, KeyError, AttributeError, tarfile.TarError, yaml.YAMLError, InstantiationException) as error:
-        raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+    with refusing_asr(name, path):
+        try:
+            probe = AsrFile(path).probe(weights=False)
+            front, encoder = probe.preprocessor, probe.encoder
+            stages = (*front_end_stages(front), *subsampling_stages(encoder))
+            shape = EncoderShape(int(encoder.d_model), int(probe.cfg.sample_rate), stages)
+        except AttributeError as error:
+            raise ArchiveError(str(error)) from error
     values = [*encoder.parameters(), *encoder.buffers()]
     kept = [*front.parameters(), *front.buffers(), *(value for value in values if not value.is_floating_point())]
     facts = EncoderFacts(

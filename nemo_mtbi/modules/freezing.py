@@ -4,10 +4,58 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
+import regex
 from nemo.utils import logging
+
+_SECONDS = 1.0  # for the patterns of a key and all names, together; honest ones take milliseconds
+_LONGEST = 1000  # characters of a pattern
+
+
+def check_pattern(pattern: Any) -> None:
+    """Refuse what is not a regular expression, or one so long that only a program can have written it.
+
+    Raises:
+        ValueError: says why.
+    """
+    try:
+        re.compile(pattern)
+        regex.compile(pattern)
+    except (TypeError, re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    if len(pattern) > _LONGEST:
+        raise ValueError(f"it has {len(pattern)} characters")
+
+
+def matching(patterns: Iterable[str], names: Iterable[str], key: str) -> dict[str, set[str]]:
+    """Return for each pattern the names in which it is found.
+
+    A pattern may come from a model file of others, and can be made to take years: the search has a limit of time.
+
+    Args:
+        patterns: regular expressions.
+        names: of weights or modules.
+        key: of the configuration, for the message.
+
+    Raises:
+        ValueError: if the search takes too long; names the pattern.
+    """
+    names, end, found = list(names), time.monotonic() + _SECONDS, {}
+    for pattern in patterns:
+        compiled = regex.compile(pattern)
+        try:
+            found[pattern] = {
+                name for name in names if compiled.search(name, timeout=max(end - time.monotonic(), 1e-3))
+            }
+        except TimeoutError:
+            raise ValueError(
+                f"{key} has {pattern!r}, which takes too long to be searched for: make it simpler, without a "
+                "repetition within a repetition"
+            ) from None
+    return found
 
 
 def check_freeze(freeze: Any, key: str) -> None:
@@ -25,8 +73,8 @@ def check_freeze(freeze: Any, key: str) -> None:
     reason = None if isinstance(freeze, (list, tuple)) else "it is no list"
     try:
         for pattern in () if reason else freeze:
-            re.compile(pattern)
-    except (TypeError, re.error) as error:
+            check_pattern(pattern)
+    except ValueError as error:
         reason = str(error)
     if reason:
         raise ValueError(f"{key}.freeze is {freeze!r}; it must be true, false or a list of patterns ({reason})")
@@ -47,8 +95,7 @@ def unfrozen(names: Iterable[str], freeze: Any, key: str, warn: bool = True) -> 
     if isinstance(freeze, bool):
         return set() if freeze else names
     frozen: set[str] = set()
-    for pattern in freeze:
-        found = {name for name in names if re.search(pattern, name)}
+    for pattern, found in matching(freeze, names, f"{key}.freeze").items():
         if warn and not found:
             logging.warning(f"{key}.freeze: {pattern!r} matches none of its weights")
         frozen |= found

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.io.text import read_json_object
 from nemo_mtbi.modules.hearing import Hearing
+from nemo_mtbi.modules.hf_files import build_empty, load_weights, read_extractor
 from nemo_mtbi.modules.speech_encoder import EncoderShape
 from nemo_mtbi.modules.windows import EncoderConfig, Windows
 
@@ -36,12 +37,9 @@ def read_hf_config(path: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: if it can't be read, or is of another kind.
     """
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / CONFIG} can't be read: {error}") from error
-    if kind not in KINDS:
+    config = read_json_object(path / CONFIG)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path}: model_type is {kind!r}; encoders are read of {', '.join(KINDS)}")
     return config
 
@@ -193,46 +191,30 @@ KINDS: dict[str, type[HFSpeechEncoder]] = {
 
 
 def load_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
-    """Front end and encoder in a Hugging Face directory.
+    """Load front end and encoder from a Hugging Face directory.
 
     Args:
-        path: directory with ``config.json``, ``preprocessor_config.json`` and weights.
+        path: directory with ``config.json``, ``preprocessor_config.json`` and weights as safetensors.
         config: how it is used.
 
     Raises:
-        ValueError: if something is missing, damaged or of another kind.
+        ValueError: if something is missing, damaged, of another kind, or larger than the weights are.
     """
-    from transformers import AutoModel
-
-    def build() -> nn.Module:
-        model, report = AutoModel.from_pretrained(str(path), output_loading_info=True, **_LOCAL)
-        # transformers draws what is missing; only the decoder of Whisper and masks of training may be
-        missing = [name for name in report["missing_keys"] if not name.startswith(("decoder.", "masked_spec_embed"))]
-        if missing:
-            raise ValueError(f"the weights lack {', '.join(sorted(missing)[:5])}")
-        return model
-
-    return _assemble(path, config, build)
+    return _assemble(path, config, load_weights)
 
 
 def empty_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
     """The same with the weights that it is built with."""
-    from transformers import AutoConfig, AutoModel
-
-    return _assemble(path, config, lambda: AutoModel.from_config(AutoConfig.from_pretrained(str(path), **_LOCAL)))
+    return _assemble(path, config, build_empty)
 
 
-# Never from the hub, and no code that the folder holds.
-_LOCAL: dict[str, bool] = {"local_files_only": True, "trust_remote_code": False}
-
-
-def _assemble(path: Path, config: EncoderConfig | None, build: Callable[[], nn.Module]) -> HFSpeechEncoder:
-    from transformers import AutoFeatureExtractor
-
-    kind = read_hf_config(path)["model_type"]
+def _assemble(
+    path: Path, config: EncoderConfig | None, build: Callable[[Path, Mapping[str, Any]], nn.Module]
+) -> HFSpeechEncoder:
+    found = read_hf_config(path)
     try:
-        model, extractor = build(), AutoFeatureExtractor.from_pretrained(str(path), **_LOCAL)
+        model, extractor = build(path, found), read_extractor(path, found["model_type"])
     except Exception as error:  # damaged files raise what the libraries below happen to raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the encoder in {path} can't be read: {reason}") from error
-    return KINDS[kind](model.encoder if kind == "whisper" else model, extractor, config or EncoderConfig())
+    return KINDS[found["model_type"]](model, extractor, config or EncoderConfig())

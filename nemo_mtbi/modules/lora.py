@@ -9,7 +9,6 @@ as its columns are and B is whole. What crosses processes has ``rank`` channels,
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.modules.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.modules.decoder import GPTDecoder
+from nemo_mtbi.modules.freezing import check_pattern, matching
 from nemo_mtbi.modules.weights import named_modules, sharing_of
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.groups import ParallelConfig
@@ -63,8 +63,8 @@ class LoraConfig:
             raise ValueError("model.lora.target_modules is empty: name linear layers, or leave model.lora out")
         for pattern in self.target_modules:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                check_pattern(pattern)
+            except ValueError as error:
                 raise ValueError(
                     f"model.lora.target_modules has {pattern!r}, no regular expression: {error}"
                 ) from None
@@ -98,13 +98,15 @@ def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
         ValueError: if a pattern matches nothing.
     """
     known = [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in LINEAR]
-    for pattern in config.target_modules:
-        if not any(re.search(pattern, name) for name in known):
+    found = matching(config.target_modules, known, "model.lora.target_modules")
+    for pattern, names in found.items():
+        if not names:
             raise ValueError(
                 f"model.lora.target_modules has {pattern!r}, which matches no layer: names are like {known[0]}, and "
                 f"the last parts are {', '.join(LINEAR)}"
             )
-    return [name for name in known if any(re.search(pattern, name) for pattern in config.target_modules)]
+    chosen = set().union(*found.values())
+    return [name for name in known if name in chosen]
 
 
 def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str | None) -> None:

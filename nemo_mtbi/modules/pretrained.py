@@ -7,7 +7,8 @@ Text LLMs are directories (:mod:`nemo_mtbi.modules.text_llm`), speech encoders a
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from nemo_mtbi.modules.lora import LoraConfig
 from nemo_mtbi.modules.paired_encoder import PairedEncoder
 from nemo_mtbi.modules.speech_encoder import SpeechEncoder
 from nemo_mtbi.modules.speech_llm import SpeechLLM
+from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.modules.text_llm import (
     SENTENCEPIECE,
     SETTINGS,
@@ -36,10 +38,11 @@ from nemo_mtbi.modules.text_llm import (
     open_text_llm,
     settings_yaml,
 )
-from nemo_mtbi.modules.weights import canonical_name, load_weights
+from nemo_mtbi.modules.weights import canonical_name, check_weights, load_weights
 from nemo_mtbi.modules.windows import EncoderConfig, SecondEncoder
 from nemo_mtbi.parallel import groups
 
+ASR_KEY = "model.pretrained_asr"
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
 
 
@@ -134,24 +137,46 @@ def load_text_llm(
         ValueError: if the directory is incomplete or its parts do not fit.
     """
     found = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
-    form = found.chat(chat)
+    form, source = found.chat(chat), found.weights() if weights else None
+    if source is not None:
+        check_weights(found.architecture, source)
     chunks = build_decoder(found.architecture, dtype, transformer_engine, **overrides)
-    if weights:
-        load_weights(chunks, found.weights())
+    if source is not None:
+        load_weights(chunks, source)
     return TextLLM(chunks, form, found.fingerprint, found.texts(form))
 
 
-def load_asr_model(name: str | Path):
-    """Restores a NeMo ASR model on the CPU; our own safetensors archives too."""
+def load_asr_model(name: str | Path) -> Any:
+    """Restore a CTC model of NeMo on the CPU, or the CTC part of a hybrid one; our own safetensors archives too.
+
+    Raises:
+        ValueError: if there is none, or the archive holds what no such model has.
+    """
     from nemo.collections.asr.models import ASRModel
 
     from nemo_mtbi.modules.asr_archive import TensorArchive
 
-    path = resolve(name, "model.pretrained_asr", "encoder.nemo")
-    try:
+    path = resolve(name, ASR_KEY, "encoder.nemo")
+    with refusing_asr(name, path):
         return ASRModel.restore_from(str(path), map_location="cpu", save_restore_connector=TensorArchive())
-    except (OSError, KeyError, tarfile.TarError) as error:
-        raise ValueError(f"model.pretrained_asr={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+
+
+@contextmanager
+def refusing_asr(name: str | Path, path: Path, key: str = ASR_KEY) -> Iterator[None]:
+    """Say of errors in the body that a file is not a NeMo ASR checkpoint.
+
+    Args:
+        name: as it was given.
+        path: of the file.
+        key: of the configuration that names it.
+
+    Raises:
+        ValueError: names file and reason.
+    """
+    try:
+        yield
+    except (ArchiveError, OSError, KeyError, tarfile.TarError) as error:
+        raise ValueError(f"{key}={name}: {path} is no NeMo ASR checkpoint ({error})") from error
 
 
 def load_speech_encoder(
@@ -171,7 +196,11 @@ def load_speech_encoder(
     if is_hf_encoder(path):
         encoder = load_hf_encoder(path, config)
     else:
-        encoder = SpeechEncoder(load_asr_model(name), config)
+        from nemo_mtbi.modules.asr_archive import AsrFile
+
+        with refusing_asr(name, path, key_of_encoder(config)):
+            parts = AsrFile(path).encoder()
+        encoder = SpeechEncoder(parts, config)
     encoder.settle(dtype, config)
     second = getattr(config, "beside", None)
     return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
@@ -179,7 +208,7 @@ def load_speech_encoder(
 
 def key_of_encoder(config: EncoderConfig | None) -> str:
     """The configuration's key for the path of an encoder."""
-    return "model.encoder.beside.path" if isinstance(config, SecondEncoder) else "model.pretrained_asr"
+    return "model.encoder.beside.path" if isinstance(config, SecondEncoder) else ASR_KEY
 
 
 def load_speech_llm(

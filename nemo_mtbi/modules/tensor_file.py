@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
+
+from nemo_mtbi.io.digests import CheckedFile, DamageError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,7 +31,14 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DIGEST_BLOCK = 2**20  # bytes with a digest of their own; of 140 GB the digests have 9 MB
 _MAX_HEADER = 2**23  # the names of a hundred layers have 100 kB
+
+
+class SupportsWrite(Protocol):
+    """A file, or what stands in front of one."""
+
+    def write(self, data: Any) -> Any: ...
 
 
 class ArchiveError(ValueError, tarfile.TarError):
@@ -66,27 +75,28 @@ class StoredTensors:
         name: for messages.
         start: where the tensors' file begins, in bytes.
         size: its length in bytes.
+        digests: SHA-256 of each of its blocks, which are compared when they are read; ``None``: it has none.
 
     Raises:
         ArchiveError: if the header does not describe exactly what follows it.
+        DamageError: if the header is not as it was written; of what follows, when it is read.
     """
 
-    def __init__(self, file: BinaryIO, name: str, start: int, size: int):
-        self._file, self._name = file, name
-        file.seek(start)
-        length = int.from_bytes(file.read(8), "little")
+    def __init__(self, file: BinaryIO, name: str, start: int, size: int, digests: Sequence[str] | None = None):
+        self._file, self._name = CheckedFile(file, name, start, size, digests, DIGEST_BLOCK), name
+        length = int.from_bytes(self._file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise ArchiveError(f"{name} is damaged: it is shorter than its header")
-        self._entries = dict(self._parse(file.read(length)))
-        position = start + 8 + length
+        self._entries = dict(self._parse(self._file.read(length)))
+        position = 8 + length
         self._starts: dict[str, int] = {}
         for tensor, (spec, (first, last)) in sorted(self._entries.items(), key=lambda entry: entry[1][1]):
-            if start + 8 + length + first != position or last - first != spec.bytes:
+            if 8 + length + first != position or last - first != spec.bytes:
                 raise ArchiveError(f"{name} is damaged: {tensor} does not lie where its shape says")
             self._starts[tensor] = position
             position += spec.bytes
-        if position != start + size:
-            raise ArchiveError(f"{name} is damaged: {position - start} bytes are described, but it has {size}")
+        if position != size:
+            raise ArchiveError(f"{name} is damaged: {position} bytes are described, but it has {size}")
 
     def _parse(self, text: bytes) -> Iterator[tuple[str, tuple[Spec, tuple[int, int]]]]:
         try:
@@ -136,8 +146,10 @@ class StoredTensors:
         if not count:
             return data
         self._file.seek(self._starts[name] + first * dtype.itemsize)
-        if self._file.readinto(_as_bytes(data)) != count * dtype.itemsize:
-            raise ArchiveError(f"{self._name} is damaged: it ends in the midst of {name}")
+        try:
+            self._file.readinto(_as_bytes(data))
+        except DamageError as error:
+            raise DamageError(f"{error}, where {name} lies") from error
         return data
 
 
@@ -199,7 +211,7 @@ def file_size(specs: Mapping[str, Spec]) -> int:
     return len(file_header(specs)) + sum(spec.bytes for spec in specs.values())
 
 
-def write_tensors(file: BinaryIO, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_tensors(file: SupportsWrite, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes tensors as they come, so that one of them is in memory at a time.
 
     Args:

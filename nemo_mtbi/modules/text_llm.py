@@ -19,22 +19,34 @@ from typing import Any
 
 import yaml
 
-from nemo_mtbi.convert.hf import CONFIG, HFWeights, architecture_of, read_config, weight_files
+from nemo_mtbi.convert.hf import (
+    CONFIG,
+    SINGLE,
+    HFWeights,
+    architecture_of,
+    read_config,
+    read_end_tokens,
+    weight_files,
+)
 from nemo_mtbi.convert.megatron import MegatronWeights
 from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.data.chat_template import ChatConfig, chat_format
+from nemo_mtbi.data.chat_template import ChatConfig, chat_format, end_of_text
 from nemo_mtbi.data.hf_tokenizer import FILES as HF_TOKENIZER
-from nemo_mtbi.data.hf_tokenizer import HFTokenizer
-from nemo_mtbi.modules.architecture import DecoderConfig
+from nemo_mtbi.data.hf_tokenizer import HFTokenizer, has_vocabulary
+from nemo_mtbi.modules.architecture import DecoderConfig, check_sizes
+from nemo_mtbi.modules.settings import read_yaml
 from nemo_mtbi.modules.weights import SafetensorsWeights, WeightSource
 
 SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
 MEGATRON = "weights"  # folder of a distributed checkpoint, in the place of WEIGHTS
 FORMAT_VERSION = 1  # of llm.yaml
+# What else belongs to an LLM of Hugging Face.
+COMPANIONS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md")
 # All that may lie beside the settings and say how texts become tokens; the class of a tokenizer follows from CONFIG.
 TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
 HASHED_BYTES = 2**30  # of larger files only samples are hashed: reading 140 GB takes minutes
 _BLOCK, _SAMPLES = 2**18, 256
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 
 
 class TextLLMDirectory(ABC):
@@ -88,10 +100,31 @@ class TextLLMDirectory(ABC):
         """Hash of settings, weights and tokenizer."""
         return files_digest(self._files())
 
+    def sampled_files(self) -> list[Path]:
+        """Those of which the fingerprint covers samples only."""
+        return sampled(self._files())
+
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
         """Settings and tokenizer, by names with which they and weights are a directory of ours."""
-        settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more).encode()
+        settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more, chat.ends).encode()
         return {SETTINGS: settings, **{path.name: path.read_bytes() for path in self._tokenizer_files()}}
+
+    def companions(self) -> list[Path]:
+        """Return the other files of an LLM, beside weights, settings and :data:`TOKENIZER_FILES`: generation, licence.
+
+        Small texts, relative to the directory; a copy of the LLM takes them along.
+        """
+        found = {path.relative_to(self.path) for pattern in COMPANIONS for path in self.path.glob(pattern)}
+        found = {name for name in found if str(name) not in (*TOKENIZER_FILES, SETTINGS)}
+        found = {name for name in found if not name.name.endswith(".index.json")}
+        return sorted(name for name in found if (self.path / name).is_file())
+
+    def _ends(self) -> tuple[int, ...]:
+        """Ids at which the LLM ends an answer, by the files that came with it."""
+        return tuple(value for value in read_end_tokens(self.path) if value < self.architecture.vocab_size)
+
+    def _has_vocabulary(self) -> bool:
+        return has_vocabulary([path.name for path in self._tokenizer_files()])
 
     def _tokenizer_files(self) -> list[Path]:
         return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
@@ -114,6 +147,13 @@ class TextLLMDirectory(ABC):
     def _read_tokenizer(self) -> Any:
         return HFTokenizer(self.path)
 
+    def _checked(self, architecture: DecoderConfig) -> DecoderConfig:
+        try:
+            check_sizes(architecture)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return architecture
+
 
 def file_digest(path: Path) -> str:
     """Hash of a file that may be larger than memory."""
@@ -124,15 +164,20 @@ def files_digest(paths: Iterable[Path]) -> str:
     """Hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(_hash(path, sampled=path.stat().st_size > HASHED_BYTES).digest())
+        digest.update(_hash(path, in_part=path.stat().st_size > HASHED_BYTES).digest())
     return f"sha256:{digest.hexdigest()}"
 
 
-def _hash(path: Path, sampled: bool = False) -> Any:
+def sampled(paths: Iterable[Path]) -> list[Path]:
+    """Those files of which :func:`files_digest` hashes samples only."""
+    return [path for path in paths if path.stat().st_size > HASHED_BYTES]
+
+
+def _hash(path: Path, in_part: bool = False) -> Any:
     """SHA-256 of a file, or of its size and of blocks spread evenly over it: another training changes them all."""
     size, digest = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if sampled else _BLOCK)
-    if sampled:
+    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if in_part else _BLOCK)
+    if in_part:
         digest.update(str(size).encode())
     with open(path, "rb") as file:
         for start in starts:
@@ -141,18 +186,31 @@ def _hash(path: Path, sampled: bool = False) -> Any:
     return digest
 
 
-def settings_yaml(architecture: DecoderConfig, turn: tuple[str, ...], end: str, more: tuple[str, ...] = ()) -> str:
+def settings_yaml(
+    architecture: DecoderConfig,
+    turn: tuple[str, ...],
+    end: str,
+    more: tuple[str, ...] = (),
+    ends: tuple[int, ...] = (),
+) -> str:
     """The content of ``llm.yaml``."""
+    optional = {name: list(value) for name, value in (("more", more), ("ends", ends)) if value}
     settings = {
         "format_version": FORMAT_VERSION,
         "architecture": dataclasses.asdict(architecture),
-        "chat": {"turn": list(turn), "end": end, **({"more": list(more)} if more else {})},
+        "chat": {"turn": list(turn), "end": end, **optional},
     }
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 class OwnDirectory(TextLLMDirectory):
-    """A directory of ours."""
+    """A directory of ours.
+
+    Attributes:
+        written_with: what was asked for when its chat format was written, where that is known.
+    """
+
+    written_with: ChatConfig | None = None
 
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
         texts = super().texts(chat)
@@ -164,16 +222,20 @@ class OwnDirectory(TextLLMDirectory):
         names = [name for name in (SETTINGS, WEIGHTS) if not (self.path / name).is_file()]
         if (self.path / MEGATRON).is_dir():
             names = [name for name in names if name != WEIGHTS]
-        return names if self._tokenizer_files() else [*names, SENTENCEPIECE]
+        if self._has_vocabulary():
+            return names
+        theirs = any((self.path / name).is_file() for name in HF_TOKENIZER)
+        return [*names, HF_TOKENIZER[0] if theirs else SENTENCEPIECE]
 
     @cached_property
     def _settings(self) -> Mapping[str, Any]:
         file = self.path / SETTINGS
         try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            content = file.read_bytes()
+            settings = read_yaml(content, SETTINGS) if content.strip() else {}
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file} can't be read: {error}") from error
-        version = settings.get("format_version") if isinstance(settings, dict) else None
+        version = settings.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"{file} has format_version {version}; this version reads {FORMAT_VERSION}")
         return settings
@@ -181,22 +243,39 @@ class OwnDirectory(TextLLMDirectory):
     @cached_property
     def architecture(self) -> DecoderConfig:
         try:
-            return DecoderConfig(**self._settings["architecture"])
+            found = DecoderConfig(**self._settings["architecture"])
         except (KeyError, TypeError) as error:
             raise self._refusal(error) from error
+        return self._checked(found)
 
     def _refusal(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
         if config is not None:
-            return chat_format(self.tokenizer, config)
+            return chat_format(self.tokenizer, config, self._ends())
         try:
             own = self._settings["chat"]
             turn, end, more = tuple(own["turn"]), own["end"], tuple(own.get("more", ()))
+            # before they were written down: what the files say
+            ends = own["ends"] if "ends" in own else (*self._ends(), *end_of_text(self.tokenizer))
         except (KeyError, TypeError) as error:
             raise self._refusal(error) from error
-        return ChatFormat(turn, end, self.tokenizer, more)
+        size = self.architecture.vocab_size
+        if not isinstance(ends, (list, tuple)) or not all(type(i) is int and 0 <= i < size for i in ends):
+            raise ValueError(f"{self.path / SETTINGS}: chat.ends is {ends!r}; it must be a list of ids below {size}")
+        return self._with_known_turns(ChatFormat(turn, end, self.tokenizer, more, tuple(ends)))
+
+    def _with_known_turns(self, form: ChatFormat) -> ChatFormat:
+        """A chat format without the further turns that its template does not split into; older settings have them."""
+        if not form.more or not isinstance(self.tokenizer, HFTokenizer):
+            return form
+        try:
+            fresh = chat_format(self.tokenizer, self.written_with or ChatConfig(), form.ends)
+        except ValueError:  # the format was not made from this template
+            return form
+        same = (fresh.turn, fresh.end) == (form.turn, form.end)
+        return dataclasses.replace(form, more=(), single=fresh.single) if same and fresh.single else form
 
     def _read_tokenizer(self) -> Any:
         if any((self.path / name).is_file() for name in HF_TOKENIZER if name != SENTENCEPIECE):
@@ -216,6 +295,11 @@ class OwnDirectory(TextLLMDirectory):
             weights = sorted((self.path / MEGATRON).glob("*.distcp"))
         return [self.path / SETTINGS, *weights, *self._tokenizer_files()]
 
+    def sampled_files(self) -> list[Path]:
+        """Also what says where the tensors of Megatron's checkpoint lie, which the fingerprint leaves out."""
+        metadata = self.path / MEGATRON / ".metadata"
+        return super().sampled_files() + ([] if (self.path / WEIGHTS).is_file() else [metadata])
+
 
 class HFDirectory(TextLLMDirectory):
     """A directory that Hugging Face's ``save_pretrained`` has written, or that was downloaded from the hub."""
@@ -223,16 +307,20 @@ class HFDirectory(TextLLMDirectory):
     def missing(self) -> list[str]:
         files = [self.path / CONFIG, *weight_files(self.path)]
         names = [path.name for path in files if not path.is_file()]
-        has_tokenizer = any((self.path / name).is_file() for name in HF_TOKENIZER)
-        return names if has_tokenizer else [*names, HF_TOKENIZER[0]]
+        other = sorted(path.name for pattern in _OTHER_WEIGHTS for path in self.path.glob(pattern))
+        if other and names == [SINGLE]:
+            names = [
+                f"{SINGLE} (there is {other[0]}, which is not read: convert it, by save_pretrained of transformers)"
+            ]
+        return names if self._has_vocabulary() else [*names, HF_TOKENIZER[0]]
 
     @cached_property
     def architecture(self) -> DecoderConfig:
-        return architecture_of(read_config(self.path))
+        return self._checked(architecture_of(read_config(self.path)))
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
         try:
-            return chat_format(self.tokenizer, config or ChatConfig())
+            return chat_format(self.tokenizer, config or ChatConfig(), self._ends())
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 

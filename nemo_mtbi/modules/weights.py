@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemo_mtbi.modules.architecture import weight_shapes
+from nemo_mtbi.modules.architecture import DecoderConfig, check_layers, weight_shapes
 from nemo_mtbi.modules.decoder import GPTDecoder
 from nemo_mtbi.parallel import groups
 
@@ -143,15 +143,28 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
     Raises:
         ValueError: if names or shapes differ; nothing is copied then.
     """
-    own = [item for chunk in chunks for item in named_weights(chunk)]
-    shapes = weight_shapes(chunks[0].architecture)
-    wrong = sorted(shapes.keys() ^ set(source.names()))
-    wrong = wrong or sorted(name for name, _ in own if source.shape(name) != shapes[name])
+    check_weights(chunks[0].architecture, source)
+    load_shares((item for chunk in chunks for item in named_weights(chunk)), source)
+
+
+def check_weights(architecture: DecoderConfig, source: WeightSource) -> None:
+    """Compare stored weights with those of an architecture, before memory is taken for it.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    names = set(source.names())
+    try:
+        check_layers(architecture, len(names))
+    except ValueError as error:
+        raise ValueError(f"the LLM's weights do not fit its llm.yaml; {error}") from error
+    shapes = weight_shapes(architecture)
+    wrong = sorted(shapes.keys() ^ names)
+    wrong = wrong or sorted(name for name, shape in shapes.items() if source.shape(name) != shape)
     if wrong:
         raise ValueError(
             f"the LLM's weights do not fit its llm.yaml; missing, unknown or misshapen: {', '.join(wrong[:5])}"
         )
-    load_shares(own, source)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nemo_mtbi.parallel import peers
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,15 @@ _PATIENCE = timedelta(days=2)  # for work that one process does while the others
 _control: dict[str, dist.ProcessGroup] = {}  # gloo groups for Python objects, apart from NCCL's
 
 
-def initialize(layout: ParallelConfig | None = None, timeout: float | None = None) -> ParallelConfig:
+def initialize(
+    layout: ParallelConfig | None = None, timeout: float | None = None, check: Callable[[], None] | None = None
+) -> ParallelConfig:
     """Starts ``torch.distributed`` (from torchrun's environment, or alone) and Megatron's groups. Safe to call again.
 
     Args:
         layout: of the model; ``None`` takes the one that is in force, or a single process for each replica.
         timeout: seconds after which a collective that another process does not join is an error; torch's default.
+        check: called when the processes have found each other, before anything depends on their layout.
 
     Returns:
         The layout in force.
@@ -126,11 +131,18 @@ def initialize(layout: ParallelConfig | None = None, timeout: float | None = Non
                 f"Megatron's groups were started as {_layout}, now {layout} is wanted: one process serves one layout, "
                 "start another process"
             )
+        if check is not None:
+            check()
         return _layout
     layout = layout or ParallelConfig()
     limit = None if timeout is None else timedelta(seconds=timeout)
     if not dist.is_initialized():
         _start(limit)
+    if "world" not in _control:
+        _control["world"] = dist.new_group(backend="gloo", timeout=limit)
+        peers.remember(gather_objects(peers.Peer.here()))
+    if check is not None:
+        check()
     layout.replicas(dist.get_world_size())  # raises if they do not divide
     with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
         parallel_state.initialize_model_parallel(
@@ -157,17 +169,18 @@ def _seed_tracker() -> None:
         model_parallel_cuda_manual_seed(torch.initial_seed() % 2**31)
 
 
-def start_one_replica(tensor: int, pipeline: int) -> None:
+def start_one_replica(tensor: int, pipeline: int, check: Callable[[], None] | None = None) -> None:
     """Starts the groups for work that one model replica does alone.
 
     Args:
         tensor: tensor-parallel size.
         pipeline: pipeline-parallel size.
+        check: see :func:`initialize`.
 
     Raises:
         ValueError: if more processes were started than one replica has, or the groups exist with another layout.
     """
-    initialize(ParallelConfig(tensor, pipeline))
+    initialize(ParallelConfig(tensor, pipeline), check=check)
     if data_parallel_size() > 1:
         raise ValueError(
             f"{dist.get_world_size()} processes were started, but one replica of the model does this, with "
@@ -200,7 +213,6 @@ def _start_control(limit: timedelta | None) -> None:
                 made[tuple(group)] = dist.new_group(group, backend="gloo", timeout=limit)
         return made[tuple(ranks)]
 
-    _control["world"] = dist.new_group(backend="gloo", timeout=limit)
     _control["patient"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     replica = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
     _control["replica"], _control["patient_replica"] = mine(replica), mine(replica, _PATIENCE)
@@ -217,6 +229,7 @@ def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _control.clear()
+    peers.remember([])
     _layout = None
     if "nemo.utils" in sys.modules:  # what the strategy has told NeMo, which would not save models that are whole now
         from nemo.utils import AppState

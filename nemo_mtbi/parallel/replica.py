@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class ReplicaLoader:
 
     Attributes:
         stop_requested: some process was asked to stop when the last step was read; equal on all processes.
+        began_at: step with which the pass in hand began: 0, unless a run goes on within a pass.
 
     Raises:
         ValueError: on every process, if one that reads has no loader, or one that does not read has one.
@@ -84,7 +86,7 @@ class ReplicaLoader:
         self._workers = max(workers for *_, workers, _ in everyone)
         self._may_stop = any(stops for *_, stops in everyone)
         self.stop_requested = False
-        self._epoch = self._handed = self._trained = 0
+        self._epoch = self._handed = self._trained = self.began_at = 0
         self._next = (0, 0)  # pass, and the first of its steps, with which the next iteration begins
 
     @classmethod
@@ -129,7 +131,7 @@ class ReplicaLoader:
     def __iter__(self) -> Iterator[StepBatch]:
         epoch, skip = self._next
         self._next = (epoch, 0)
-        self._epoch, self._handed, self._trained = epoch, skip, skip
+        self._epoch, self._handed, self._trained, self.began_at = epoch, skip, skip, skip
         source = None if self._loader is None else self._read(epoch, skip)
         while self._handed < self._limit and (batch := self._step(source)) is not None:
             self._handed += 1
@@ -141,7 +143,7 @@ class ReplicaLoader:
         position = passes(self._loader)
         position.set_epoch(epoch)
         position.resume(skip)
-        with _garbage_stays_here():
+        with _garbage_stays_here(), _signals_stay_here():
             steps = iter(self._loader)  # workers are forked here
         yield from steps
 
@@ -300,6 +302,20 @@ def _garbage_stays_here() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def _signals_stay_here() -> Iterator[None]:
+    """Processes that are forked in the body never get the signals that stop a run after its step.
+
+    A terminal sends Ctrl-C to all processes, and Slurm its warning. A worker would end, and with it the run, which is
+    to save first. Workers end when this process does.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _length(loader: Any) -> int | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,21 @@ class MTBIStrategy(DDPStrategy):
         layout: of one model replica over processes.
         timeout: seconds after which a collective that another process does not join is an error; ``None``: torch's
             default.
+        check: called when the processes have found each other; see :func:`nemo_mtbi.parallel.groups.initialize`.
         **kwargs: of ``DDPStrategy``, such as ``checkpoint_io``.
     """
 
-    def __init__(self, layout: ParallelConfig | None = None, timeout: float | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        layout: ParallelConfig | None = None,
+        timeout: float | None = None,
+        check: Callable[[], None] | None = None,
+        **kwargs: Any,
+    ):
         limit = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
         super().__init__(**limit, **kwargs)
         self.layout = layout or ParallelConfig()
-        self._seconds = timeout
+        self._seconds, self._check = timeout, check
         self._started = False
 
     def start(self, trainer: Trainer) -> None:
@@ -54,7 +62,7 @@ class MTBIStrategy(DDPStrategy):
         if self.num_nodes * self.num_processes == 1:
             groups.initialize(self.layout, self._seconds)  # before Lightning, which would open a port
         super().setup_environment()
-        groups.initialize(self.layout, self._seconds)
+        groups.initialize(self.layout, self._seconds, self._check)
         fill_app_state(self.layout, self.local_rank)
         self._started = True
 

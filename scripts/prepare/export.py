@@ -16,6 +16,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from nemo_mtbi.io.display import printable
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,6 +28,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--on-bad-audio", choices=("raise", "skip"), default="raise", help="cuts that can't be read (%(default)s)"
     )
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="cuts in a shard (%(default)s)")
+    parser.add_argument("--allow-remote", action="store_true", help="cuts may be read from http(s), s3 and the like")
+    parser.add_argument("--allow-commands", action="store_true", help="cuts may run shell commands, as their source")
     return parser.parse_args(argv)
 
 
@@ -37,16 +41,23 @@ def main(argv: list[str] | None = None) -> int:
 
     from nemo_mtbi.data.export import export
     from nemo_mtbi.data.prepare import open_cuts
+    from nemo_mtbi.io.paths import refuse_overwriting
+    from nemo_mtbi.io.sources import SourcePolicy
 
     try:
-        cuts, total = open_cuts(arguments.cuts)
+        refuse_overwriting({"--cuts": [arguments.cuts]}, {"--out": [arguments.out]})
+        policy = SourcePolicy(arguments.allow_remote, arguments.allow_commands)
+        cuts, total = open_cuts(arguments.cuts, policy, arguments.on_bad_audio == "skip")
         shown = track(cuts, "writing", total=total, console=Console(stderr=True))
         counts: Counter = Counter()
-        entry = export(shown, arguments.out, arguments.format, arguments.shard_size, arguments.on_bad_audio, counts)
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+        form, size, on_bad = arguments.format, arguments.shard_size, arguments.on_bad_audio
+        entry = export(shown, arguments.out, form, size, on_bad, counts, policy)
+    except (ValueError, RuntimeError, OSError) as err:
+        print(f"error: {printable(str(err))}", file=sys.stderr)
         return 1
     print(f"# {counts['cuts']} cuts; left out because their audio can't be read: {counts['bad_audio']}")
+    if cuts.left_out:
+        print("# left out because their values can't be used: " + str(dict(cuts.left_out)))
     print(yaml.safe_dump({"input_cfg": [{**entry, "weight": 1.0}]}, sort_keys=False), end="")
     return 0
 

@@ -5,7 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from lhotse import CutSet
+import soundfile
+from lhotse import CutSet, MultiCut, Recording
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.alignment import corpus as module
@@ -132,6 +133,18 @@ def test_times_are_those_of_the_recording(aligner, spoken, tmp_path):
     for cut in (alone, of_cut):
         assert word_times(cut)[0].start_s == pytest.approx(plain[0], abs=0.02)
     assert len(word_times(of_whole)) == len(of_whole.supervisions[0].text.split()) + len(plain)
+
+
+def test_stereo_is_aligned_as_its_average(aligner, spoken, tmp_path):
+    mono = spoken[4]
+    samples = mono.load_audio()[0]
+    soundfile.write(tmp_path / "stereo.wav", np.stack([1.5 * samples, 0.5 * samples], 1), 16000, subtype="FLOAT")
+    both = Recording.from_file(tmp_path / "stereo.wav").to_cut()
+    both = fastcopy(both, supervisions=[fastcopy(mono.supervisions[0], channel=[0, 1], alignment=None)])
+    assert isinstance(both, MultiCut)
+    (one, other), said = aligner.shard([mono, both])
+    assert said["counts"]["aligned"] == 2
+    assert one.supervisions[0].alignment["word"] == other.supervisions[0].alignment["word"]
 
 
 def test_bad_audio_stops_or_is_counted(aligner, ctc, spoken, tmp_path):

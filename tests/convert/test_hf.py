@@ -249,6 +249,34 @@ def test_wrong_tensors_are_listed(folder, tmp_path):
         HFWeights(tmp_path)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_head_must_be_the_embedding(family, tmp_path):
+    """Written out it may be there; another one would be left out without a word."""
+    values = EXPERTS if family == "qwen3_moe" else {}
+    hf_model(family, **{**COMMON, **values, "num_hidden_layers": 1, "tie_word_embeddings": True}).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    other = embedding.clone()
+    other[-1, -1] += 1
+    for head, refused in ((embedding.clone(), False), (other, True), (embedding[:-1].clone(), True)):
+        save_file({**tensors, "lm_head.weight": head}, file, metadata={"format": "pt"})
+        if refused:
+            with pytest.raises(ValueError, match="lm_head.weight that is not model.embed_tokens.weight, .*tie_word"):
+                HFWeights(tmp_path)
+        else:
+            assert "output_layer.weight" not in HFWeights(tmp_path).names()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    save_file({**tensors, "lm_head.weight": other}, file, metadata={"format": "pt"})
+    assert torch.equal(HFWeights(tmp_path).rows("output_layer.weight", 0, 0, len(other)), other)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        HFWeights(tmp_path)
+
+
 def test_the_table_has_every_family():
     for name, (family, own) in MODELS.items():
         config = {"model_type": family, "hidden_act": "silu", **COMMON, **own}

@@ -64,6 +64,11 @@ def test_a_cut_without_behaviors_is_an_error(corpus):
         ({"task": "a", "response": "r"}, "cut c: a behavior has no key 'prompt'"),
         ({"task": "a", "prompt": 3, "response": "r"}, "'prompt' of a behavior must be str, got 3"),
         ("text", "cut c: a behavior must be a mapping"),
+        (
+            {"task": "a", "prompt": "p", "response": "r", "ids": [1, "2"]},
+            "'ids' of a behavior must be a list",
+        ),
+        ({"task": "a", "prompt": "p", "response": "r", "ids": "12"}, "'ids' of a behavior must be a list"),
     ],
 )
 def test_a_malformed_behavior_is_an_error(entry, message):
@@ -74,6 +79,28 @@ def test_a_malformed_behavior_is_an_error(entry, message):
 def test_truncated_defaults_to_false_and_other_keys_are_left_alone():
     behavior = Behavior.from_dict({"task": "a", "prompt": "p", "response": "r", "score": 1}, "c")
     assert behavior.to_dict() == {"task": "a", "prompt": "p", "response": "r", "truncated": False}
+
+
+def test_the_tokens_of_the_llm_are_kept_and_learned(chat):
+    """An answer that begins with a space is stored without it, and would be encoded without it."""
+    stored = {"task": "a", "prompt": "p", "response": "ok", "truncated": False, "ids": [32, ord("o"), ord("k")]}
+    behavior = Behavior.from_dict(stored, "c")
+    assert behavior.to_dict() == stored
+    assert behavior.row(chat, [-1]).response == [32, ord("o"), ord("k"), chat.end_id]
+    edited = Behavior.from_dict({**stored, "response": "no"}, "c")
+    assert edited.row(chat, [-1]).response == [ord("n"), ord("o"), chat.end_id]
+
+
+def test_a_refusal_says_in_what_the_chat_formats_differ(corpus, chat):
+    cut, mine = corpus.cut(1), chat.description()
+    expected = {**EXPECTED, "chat": "sha256:x", "chat_format": mine}
+    with pytest.raises(ValueError, match="another chat: .* puts a prompt as '<user>{audio}.{prompt}'.* Regenerate"):
+        check_provenance(cut, expected)
+    cut.custom["behaviors_from"] = {**cut.custom["behaviors_from"], "chat_format": {**mine, "end": "<stop>"}}
+    with pytest.raises(ValueError, match="Their answers end at '<stop>', and those of this model at '<end>'"):
+        check_provenance(cut, expected)
+    assert check_provenance(cut, {**expected, "chat": "sha256:chat"}) is True
+    assert check_provenance(cut, expected, allow_foreign=True) is False
 
 
 def test_a_truncated_row_predicts_no_end(chat):

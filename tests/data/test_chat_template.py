@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a chat format give the ids that the LLM's own template, and NeMo's formatter, give."""
 
+import hashlib
+import json
+
 import pytest
-from hf_models import DATED, SENTENCES, STYLES, hf_tokenizer
+from hf_models import DATED, SCHEMES, SENTENCES, STYLES, hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_mtbi.data.chat import Turn
+from nemo_mtbi.data.chat import Turn, chat_difference
 from nemo_mtbi.data.chat_template import ChatConfig, chat_format
 from nemo_mtbi.data.hf_tokenizer import HFTokenizer
 from nemo_mtbi.data.layout import IGNORE
@@ -42,14 +45,40 @@ def test_text_twins_have_the_ids_of_the_template(tokenizers, prompt, words, syst
         assert found == by_template(tokenizers[style], f"{' '.join(prompt)}\n{' '.join(words)}", system), style
 
 
-@given(prompt=WORDS, words=LETTERS)
-@settings(max_examples=60, deadline=None)
-def test_speech_before_the_instruction(tokenizers, prompt, words):
-    """A mark at the end of the speech would melt with the separator: as text only, so there it is left out."""
-    for style in ("chatml", "headers"):
-        chat = chat_format(tokenizers[style], ChatConfig(audio="before"))
-        found = chat.prompt(" ".join(prompt), flat(chat.encode_words(words)))
-        assert found == by_template(tokenizers[style], f"{' '.join(words)}\n{' '.join(prompt)}"), style
+TOKENIZERS = [(style, None) for style in STYLES] + [("brackets", scheme) for scheme in SCHEMES]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS, ids=lambda found: "-".join(filter(None, found)))
+def tokenizer(request, tmp_path_factory):
+    """Byte pairs, and each way in which SentencePiece marks the beginning of a text."""
+    style, scheme = request.param
+    return HFTokenizer(hf_tokenizer(tmp_path_factory.mktemp(style), style, scheme=scheme))
+
+
+@pytest.mark.parametrize("audio", ["after", "before"])
+@given(prompt=WORDS, words=WORDS)
+@settings(max_examples=25, deadline=None)
+def test_text_in_the_place_of_speech_joins_the_prompt_as_in_the_template(tokenizer, audio, prompt, words):
+    """No further space of SentencePiece, and no mark that melts with the separator only in the template."""
+    chat = chat_format(tokenizer, ChatConfig(audio=audio))
+    asked, said = " ".join(prompt), " ".join(words)
+    wanted = by_template(tokenizer, f"{asked}\n{said}" if audio == "after" else f"{said}\n{asked}")
+    assert chat.prompt(asked, said) == wanted
+    assert chat.prompt(asked, flat(chat.pieces(words))) == wanted  # a row whose words are all written
+    assert chat.prompt(asked, chat.encode(said)) == wanted
+
+
+@pytest.mark.parametrize("audio", ["after", "before"])
+def test_written_words_beside_speech_join_the_prompt(tokenizer, audio):
+    chat = chat_format(tokenizer, ChatConfig(audio=audio))
+    (first,), (second,), (third,) = chat.pieces(["the", "quick", "fox."])
+    layout = chat.prompt("What?", [first, second, -1, third])
+    rendered, place = "".join(chat.turn).replace("{prompt}", "What?"), layout.index(-1)
+    before, behind = rendered.split("{audio}")
+    assert layout[:place] == tokenizer.rendered_to_ids(f"{before}the quick")
+    behind = min((behind.split(name)[0] for name in tokenizer.control_tokens), key=len)
+    wanted = chat.encode_after(f" fox.{behind}")
+    assert layout[place + 1 :][: len(wanted)] == wanted
 
 
 @given(prompt=WORDS)
@@ -98,6 +127,97 @@ def test_conversations_have_the_ids_of_the_template(tokenizers, asked, system):
         assert ids[: len(layout) + 1] == [*layout, chat.end_id], style
         said = [label for label in labels if label != IGNORE]
         assert said == flat(chat.response(answer) for _, answer in turns), style
+
+
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    "{{ m.content }}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+REMINDER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if loop.last and m.role == 'user' %}\n"
+    "Be brief.{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM_LAST = (
+    "{% set own = messages[0].content if messages[0].role == 'system' else none %}{{ bos_token }}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] {% if loop.last and own %}"
+    "{{ own }}\n\n{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+THIRD = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index == 5 %}Once more: {% endif %}{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "style, template, config",
+    [
+        ("chatml", THINKING, ChatConfig(options={"enable_thinking": False})),
+        ("chatml", REMINDER, ChatConfig()),
+        ("chatml", THIRD, ChatConfig()),
+        ("brackets", SYSTEM_LAST, ChatConfig(system="Be brief.")),
+    ],
+    ids=["thinking", "reminder", "third", "system"],
+)
+def test_templates_that_do_not_split_into_turns_answer_single_turns_only(tmp_path, style, template, config):
+    tokenizer = HFTokenizer(hf_tokenizer(tmp_path, style, template=template))
+    chat = chat_format(tokenizer, config)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    messages.append({"role": "user", "content": "What?\nthe fox"})
+    wanted = tokenizer.rendered_to_ids(tokenizer.render(messages, True, config.options))
+    assert chat.prompt("What?", "the fox") == chat.question([], ("What?", "the fox")) == wanted
+    for ask in (chat.question, lambda turns, contents: chat.conversation([*turns, Turn(contents, "12")])):
+        with pytest.raises(ValueError, match="has one: .*its template can't be split into turns: '"):
+            ask([Turn(("What?",), "12 birds")], ("And now?",))
+
+
+def test_thinking_left_open_splits_into_turns(tmp_path):
+    tokenizer = HFTokenizer(hf_tokenizer(tmp_path, "chatml", template=THINKING))
+    chat = chat_format(tokenizer, ChatConfig())
+    turns = [("What?", "12 birds"), ("And now?", "the fox."), ("Count!", None)]
+    messages = [
+        {"role": role, "content": said}
+        for pair in turns
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+        if said
+    ]
+    found = chat.question([Turn((asked,), answer) for asked, answer in turns[:-1]], ("Count!",))
+    assert found == tokenizer.rendered_to_ids(tokenizer.render(messages, True, {}))
+
+
+def test_control_tokens_that_swallow_white_space(tmp_path):
+    """The template's line feed behind such a token is not in its ids."""
+    hf_tokenizer(tmp_path, "chatml")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = HFTokenizer(tmp_path)
+    assert tokenizer.swallows("<|im_end|>") == (False, True)
+    chat = chat_format(tokenizer, ChatConfig())
+    assert chat.prompt("What?", "the fox") == by_template(tokenizer, "What?\nthe fox")
+    assert chat.more[0] == "<|im_start|>" and chat.turn.count("\n") == 1  # between prompt and speech
+
+
+def test_the_fingerprint_changes_only_where_prompts_or_ends_do(tokenizers):
+    """Targets of before carry the hash of parts and end: it stays where nothing is asked or answered otherwise."""
+
+    def before(chat):
+        return hashlib.sha256(json.dumps([*chat.turn, chat.end]).encode()).hexdigest()
+
+    same = chat_format(tokenizers["chatml"], ChatConfig())
+    joined = chat_format(tokenizers["brackets"], ChatConfig())  # SentencePiece's further space was asked before
+    further = chat_format(tokenizers["chatml"], ChatConfig(), [0])
+    assert same.fingerprint() == before(same) == before(further)
+    assert chat_format(tokenizers["chatml"], ChatConfig(), [same.end_id]) == same
+    assert further.end_ids == (same.end_id, 0) and further.fingerprint() != before(further)
+    assert joined.fingerprint() != before(joined)
+    for chat, said in (
+        (joined, "encoded the transcript apart"),
+        (further, "ends them at '<|im_end|>' and the tokens 0"),
+    ):
+        assert said in chat_difference(None, chat.description(), before(chat))
 
 
 SINGLE = (

@@ -138,6 +138,17 @@ def test_rows_outside_the_bounds_are_counted_and_left_out(corpus, chat, frames):
     assert sum(d.cost for d in kept) == sum(length for length in lengths if length <= bound)
 
 
+def test_the_tokens_of_another_llm_are_not_learned(corpus, chat, frames):
+    cut = corpus.cut(1)
+    for row in cut.custom["behaviors"]:
+        row["ids"] = [32, *map(ord, row["response"])]
+    own = cut.custom["behaviors_from"]
+    for expected, kept in ((own, True), ({**own, "llm": "sha256:x"}, False), ({**own, "chat": "sha256:x"}, False)):
+        expected = {key: expected[key] for key in ("llm", "chat")}
+        (drawn,) = DrawRows([cut], chat, frames, DrawConfig(expected=expected, allow_foreign=True))
+        assert {behavior.ids is not None for behavior in DrawnRows.of(drawn).behaviors} == {kept}
+
+
 def test_foreign_behaviors_are_refused(corpus, chat, frames):
     cuts = corpus.cuts(1)
     with pytest.raises(ValueError, match="another llm"):

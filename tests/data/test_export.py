@@ -6,12 +6,15 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+from lhotse import MonoCut, MultiCut
 from lhotse.array import Array
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.data.export import export
+from nemo_mtbi.data.layout import IGNORE
 from nemo_mtbi.data.loader import build_dataloader
 
 sources = runpy.run_path(str(Path(__file__).with_name("loader_sources.py")))
@@ -44,6 +47,20 @@ def test_word_times_and_behaviors_travel(corpus, dataset, form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["shar", "tarred"])
+def test_the_tokens_of_answers_travel(corpus, dataset, form, tmp_path):
+    cuts = corpus.cuts(3)
+    for cut in cuts:
+        for row in cut.custom["behaviors"]:
+            row["ids"] = [32, *map(ord, row["response"])]
+    entry = export(cuts, tmp_path / "out", form, 2)
+    (batch,) = build_dataloader({"input_cfg": [entry], "batch_size": 3}, dataset, train=False)
+    (plain,) = build_dataloader({"cuts_path": corpus.jsonl(cuts), "batch_size": 3}, dataset, train=False)
+    assert batch.num_targets == plain.num_targets
+    labels = [label for part in batch.microbatches for row in part.labels.tolist() for label in row if label != IGNORE]
+    assert labels.count(32) >= 30  # the space that each answer begins with
+
+
+@pytest.mark.parametrize("form", ["shar", "tarred"])
 def test_a_part_of_a_recording_keeps_its_word_times(corpus, dataset, tmp_path, form):
     cut = corpus.cut(0, seconds=2.0, text="a b c d")
     part = cut.truncate(offset=1.0, duration=1.0, preserve_id=True)
@@ -53,6 +70,24 @@ def test_a_part_of_a_recording_keeps_its_word_times(corpus, dataset, tmp_path, f
     loader = build_dataloader({"input_cfg": [entry], "batch_size": 1}, dataset, train=False)
     ((read,),) = loader.sampler if hasattr(loader.sampler, "source") else [loader.dataset.source.sampler(0)]
     assert [word.start_s for word in DrawnRows.of(read).words] == pytest.approx([0.0, 0.5])
+
+
+@pytest.mark.parametrize("form", ["shar", "tarred"])
+def test_channels_are_averaged_and_all_else_travels(corpus, dataset, form, tmp_path):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (32000, 2)).astype(np.float32)
+    cut = corpus.cut(0, samples=samples, text="a b c d").truncate(offset=1.0, duration=1.0, preserve_id=True)
+    segment = fastcopy(cut.supervisions[0], start=0.0, duration=1.0, text="c d", speaker="s", language="de")
+    segment.alignment["word"] = segment.alignment["word"][2:]
+    cut = fastcopy(cut, supervisions=[segment], custom={**cut.custom, "note": "n"})
+    assert isinstance(cut, MultiCut)
+    entry = export([cut], tmp_path / "out", form, 5)
+    loader = build_dataloader({"input_cfg": [entry], "batch_size": 1}, dataset, train=False)
+    ((read,),) = loader.sampler if hasattr(loader.sampler, "source") else [loader.dataset.source.sampler(0)]
+    assert isinstance(read, MonoCut) and read.num_channels == 1 and read.custom["note"] == "n"
+    assert read.supervisions[0].language == "de"
+    assert (read.custom if form == "tarred" else vars(read.supervisions[0]))["speaker"] == "s"
+    assert [word.start_s for word in DrawnRows.of(read).words] == pytest.approx([0.0, 0.5])
+    assert np.abs(read.load_audio()[0] - samples[16000:].mean(axis=1)).max() < 1e-4  # 16 bits
 
 
 def test_what_is_left_out_is_counted(corpus, dataset, tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import pickle
+import shutil
 
 import pytest
 from hf_models import SENTENCES, STYLES, hf_config, hf_tokenizer
@@ -56,3 +57,42 @@ def test_code_in_the_folder_is_not_run(tmp_path):
         HFTokenizer(tmp_path)  # some versions fall back to a class of their own
     except ValueError as error:
         assert "can't be read" in str(error)
+
+
+@pytest.mark.parametrize("family, style", [("qwen2", "chatml"), ("qwen3", "chatml"), ("llama", "headers")])
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path, family, style):
+    """The classes of some families would begin with an empty one."""
+    hf_config(hf_tokenizer(tmp_path, style), family)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "vocabulary.json")
+    with pytest.raises(ValueError, match="lacks tokenizer.json .or tokenizer.model, or vocab.json and merges.txt"):
+        HFTokenizer(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match="lacks tokenizer.json"):
+        HFTokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ValueError, match="has no vocabulary|can't be read"):
+        HFTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["eos_token", "bos_token", "pad_token"])
+def test_a_control_token_that_the_vocabulary_lacks_is_refused(tmp_path, key):
+    """It would be appended, with the id of an embedding that was never trained."""
+    path = hf_tokenizer(tmp_path, "chatml") / "tokenizer_config.json"
+    size = HFTokenizer(tmp_path).vocab_size
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "<|new|>"}))
+    with pytest.raises(ValueError, match="names '<.new.>' in tokenizer_config.json .* has no such token"):
+        HFTokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|new|>": size}))  # as those have it that were resized
+    assert HFTokenizer(tmp_path).token_to_id("<|new|>") == size
+
+
+def test_a_control_token_that_a_sentencepiece_model_lacks_is_refused(tmp_path):
+    from nemo_mtbi.modules.pretrained import DEMO
+
+    shutil.copy(DEMO / "llm" / "tokenizer.model", tmp_path)
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert HFTokenizer(tmp_path).end_id == 2
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|im_end|>"}))
+    with pytest.raises(ValueError, match="names '<.im_end.>' in .*, but tokenizer.model has no such token"):
+        HFTokenizer(tmp_path)

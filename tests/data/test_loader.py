@@ -219,8 +219,10 @@ def test_speed_and_padding_are_in_the_cost(corpus, chat, frames):
 def test_more_buckets_than_cuts_are_no_error(corpus, dataset):
     config = {"batch_tokens": 400, "use_bucketing": True, "num_buckets": 30}
     for count in (1, 2, 5):
-        loader = build_dataloader({**config, "cuts_path": corpus.jsonl(corpus.cuts(count))}, dataset)
-        assert sum(len(batch.cut_ids) for batch in loader) == count
+        for shuffle in (False, True):
+            given = {**config, "shuffle": shuffle, "cuts_path": corpus.jsonl(corpus.cuts(count))}
+            loader = build_dataloader(given, dataset)
+            assert sum(len(batch.cut_ids) for batch in loader) == count
 
 
 def test_buckets_share_the_cost():

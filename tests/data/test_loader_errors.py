@@ -86,18 +86,26 @@ def test_a_missing_noise_file_is_named(corpus, dataset):
         build_dataloader({**PLAIN, "cuts_path": corpus.jsonl(corpus.cuts(1)), "noise_path": "nowhere"}, dataset)
 
 
-@pytest.mark.parametrize("text", ["not json\n", "", '{"text": "no audio"}\n', "\x00\x01\x02"])
-def test_a_manifest_that_is_none_is_one_clear_error(corpus, dataset, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("not json\n", "is not JSON"),
+        ("", "holds no entries: it is empty"),
+        ('{"text": "no audio"}\n', "must have the key audio_filepath"),
+        ("\x00\x01\x02", "is not JSON"),
+    ],
+)
+def test_a_manifest_that_is_none_is_one_clear_error(corpus, dataset, text, message):
     path = corpus.folder / "manifest.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="cannot be read at its first entry|the source is empty"):
+    with pytest.raises(ValueError, match=f"manifest_filepath={path} ?.*{message}"):
         build_dataloader({**PLAIN, "manifest_filepath": str(path)}, dataset)
 
 
 def test_a_missing_file_in_a_manifest_says_how_to_skip_it(corpus, dataset):
     path = corpus.manifest(corpus.cuts(2))
     (corpus.folder / "cut-000.wav").unlink()
-    with pytest.raises(ValueError, match="give its entries a sampling_rate.*on_bad_audio"):
+    with pytest.raises(ValueError, match="line 1 of .*cut-000.wav.*set on_bad_audio: skip"):
         build_dataloader({**PLAIN, "manifest_filepath": path}, dataset)
 
 

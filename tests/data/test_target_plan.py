@@ -63,6 +63,14 @@ def test_some_tasks_are_always_asked():
         TargetPlan(tasks_per_cut=1, always_tasks=("say", "keys"))
 
 
+@given(tasks_per_cut=st.none() | st.integers(1, 4), prompts_per_task=st.integers(1, 4))
+def test_the_number_of_questions_is_known_before(tasks_per_cut, prompts_per_task):
+    plan = TargetPlan(tasks_per_cut=tasks_per_cut, prompts_per_task=prompts_per_task, split="all")
+    counts = [len(plan.draws(f"cut{n}", plan.tasks(POOL))) for n in range(40)]
+    assert max(counts) <= plan.most_rows(POOL) <= sum(len(task.prompts) for task in POOL.tasks)
+    assert prompts_per_task > 1 or set(counts) == {plan.most_rows(POOL)}
+
+
 def test_splits_of_tasks_and_wordings():
     assert [task.name for task in TargetPlan().tasks(POOL)] == ["say", "keys", "first"]
     assert [task.name for task in TargetPlan(split="heldout").tasks(POOL)] == ["last"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
+import json
 import runpy
 from collections import Counter
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
 from nemo_mtbi.data.behaviors import check_provenance, draw_behaviors, read_behaviors, transcript
+from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.target_shards import with_behaviors
 from nemo_mtbi.data.targets import read_targets, speed_text
 
@@ -37,7 +39,8 @@ def test_every_response_stands_where_it_was_asked(tmp_path):
             limit = task.max_new_tokens or PLAN.max_new_tokens
             text, truncated = CHAT.decode(ids[:limit]), truncated or len(ids) > limit
             if text or not truncated:
-                expected.append({"task": task.name, "prompt": prompt, "response": text, "truncated": truncated})
+                row = {"task": task.name, "prompt": prompt, "response": text, "truncated": truncated}
+                expected.append({**row, "ids": ids[:limit]} if ids[:limit] else row)
             else:
                 dropped += 1
         assert cut.custom["behaviors"] == expected
@@ -59,6 +62,7 @@ def test_provenance_in_each_cut(tmp_path):
             "llm": "abc",
             "precision": "bf16",
             "chat": CHAT.fingerprint(),
+            "chat_format": {"turn": ["<user>", "{audio}", "|", "{prompt}"], "end": "<end>"},
             "pool": POOL.fingerprint(),
             "decoding": {"method": "greedy", "max_new_tokens": 12},
             "plan": {
@@ -73,6 +77,45 @@ def test_provenance_in_each_cut(tmp_path):
     for wrong in ({}, {"llm": ""}, {"llm": "abc", "chat": "mine"}, {"llm": "abc", "x": object()}):
         with pytest.raises(ValueError, match="provenance must hold"):
             generate(tmp_path, provenance=wrong)
+
+
+def of_before(value):
+    """Targets as they were written before the tokens of answers, the chat format and digests were kept."""
+    if isinstance(value, list):
+        return [of_before(item) for item in value]
+    if isinstance(value, dict):
+        return {key: of_before(item) for key, item in value.items() if key not in ("ids", "chat_format", "sha256")}
+    return value
+
+
+def test_targets_of_before_are_read_and_gone_on_with(tmp_path, undisturbed):
+    """Finished shards and partial files alike; the answers in them are not asked again."""
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path, FakeLLM(fatal=8))
+    shards, (partial,) = sorted(tmp_path.glob("cuts-*.gz")), tmp_path.glob("*.partial.jsonl")
+    for path in shards:
+        with gzip.open(path, "rt") as file:
+            cuts = [of_before(json.loads(line)) for line in file]
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps(cut) + "\n" for cut in cuts)
+    header, *batches = map(json.loads, partial.read_text().splitlines())
+    assert shards and batches and header["behaviors_from"]["chat_format"]
+    batches = [{**batch, "answers": [answer[:2] for answer in batch["answers"]]} for batch in batches]
+    partial.write_text("".join(json.dumps(of_before(item)) + "\n" for item in (header, *batches)))
+    counts, llm = Counter(), FakeLLM()
+    generate(tmp_path, llm, counts=counts)
+    assert len(llm.batches) == undisturbed[1] - 8 and counts["reused_shards"] == len(shards)
+    again = generate(tmp_path / "again")
+    for path, whole in zip(sorted(tmp_path.glob("cuts-*.gz")), again, strict=True):
+        with gzip.open(path, "rt") as file, gzip.open(whole, "rt") as other:
+            assert [of_before(json.loads(line)) for line in file] == [of_before(json.loads(line)) for line in other]
+    assert len(list(read_targets(tmp_path))) == 10
+
+
+def test_another_chat_format_is_refused_by_what_differs(tmp_path):
+    generate(tmp_path)
+    with pytest.raises(RuntimeError, match="made with other chat .They were asked with '<user>{audio}.{prompt}', and"):
+        generate(tmp_path, chat=ChatFormat(("<user>", "{prompt}", "|", "{audio}"), "<end>", CHAT.tokenizer))
 
 
 def test_what_training_reads(tmp_path):

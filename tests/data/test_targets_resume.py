@@ -176,3 +176,62 @@ def test_newer_cuts_with_the_same_text_keep_their_answers(tmp_path):
     generate(tmp_path / "a", llm, cuts=moved)
     generate(tmp_path / "b", cuts=moved)
     assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------ two runs at once
+
+
+def during(folder, shard, action):
+    """An LLM that does something once, while it answers the first batch of a shard."""
+    llm, done = FakeLLM(), []
+
+    def respond(batch):
+        if not done and (folder / f"cuts-{shard:05d}.partial.jsonl").exists():
+            done.append(True)
+            action()
+        return llm(batch)
+
+    return respond, done
+
+
+@pytest.mark.parametrize(
+    "shard, changes, held",
+    [
+        (0, {}, ""),
+        (2, {}, ""),
+        (1, {"overwrite": True, "shard_size": 20}, ""),
+        (1, {"rank": 1, "world_size": 2}, "cuts-00001.jsonl.gz"),
+    ],
+)
+def test_a_second_run_on_the_same_shards_is_refused(tmp_path, undisturbed, shard, changes, held):
+    joined = tmp_path / "cuts.jsonl.gz"
+    joined.write_bytes(b"of the first run")
+
+    def begin_another():
+        message = f"output_dir={tmp_path / held} is being written by another run"
+        with pytest.raises(RuntimeError, match=message):
+            generate(tmp_path, FakeLLM(), outdated=[joined], **changes)
+
+    respond, done = during(tmp_path, shard, begin_another)
+    generate(tmp_path, respond)
+    assert done and joined.read_bytes() == b"of the first run"
+    joined.unlink()
+    found, expected = (dict(files) for files in (content(tmp_path), undisturbed[0]))
+    assert b'"cuts.jsonl.gz"' in found.pop("targets.json") and expected.pop("targets.json")  # with its digest
+    assert found == expected
+
+
+def test_processes_that_share_the_shards_work_at_once(tmp_path, undisturbed):
+    respond, done = during(tmp_path, 0, lambda: generate(tmp_path, rank=1, world_size=2))
+    generate(tmp_path, respond, rank=0, world_size=2)
+    assert done and content(tmp_path) == undisturbed[0]
+
+
+def test_overwrite_removes_what_was_made_from_the_shards_first(tmp_path):
+    joined = tmp_path / "cuts.jsonl.gz"
+    generate(tmp_path)
+    joined.touch()
+    generate(tmp_path, outdated=[joined])
+    assert joined.exists()
+    generate(tmp_path, outdated=[joined], overwrite=True)
+    assert not joined.exists()

@@ -115,6 +115,66 @@ def test_texts_of_each_kind(tmp_path):
         read_texts([path])
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_texts_of_every_editor(tmp_path, character):
+    text, path = f"one{character}two", tmp_path / "texts"
+    for line in (json.dumps({"id": "a", "text": text}, ensure_ascii=False), f"a {text}"):
+        path.write_bytes(MARK + f"{line}\r\n\r\nb Stop.\r\n".encode())
+        assert read_texts([path]) == {"a": text, "b": "Stop."}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"id": 3, "text": "a"}', '{"id": "a", "text": 5}', '{"text": "a"}', '{"audio_filepath": 1, "text": "a"}', "{"],
+)
+def test_texts_of_a_wrong_type(tmp_path, line):
+    (tmp_path / "texts").write_text(f"u1 one\n{line}\n")
+    with pytest.raises(ValueError, match="texts, line 2"):
+        read_texts([tmp_path / "texts"])
+
+
+def test_files_without_a_word_are_no_transcripts_and_no_times(tmp_path):
+    (tmp_path / "empty").write_bytes(MARK + b"\r\n")
+    with pytest.raises(ValueError, match="empty without a single text"):
+        read_texts([tmp_path / "empty"])
+    with pytest.raises(ValueError, match="empty holds no word times"):
+        read_times(tmp_path / "empty")
+    assert read_texts([]) == {}
+
+
+def test_times_of_every_editor(tmp_path):
+    ctm = tmp_path / "words.ctm"
+    ctm.write_bytes(MARK + "a 1 0.1 0.3 10\u00a0000\r\na\t1 0.5 0.3  one\u2028two 0.5\r\n".encode())
+    assert [(item.symbol, item.score) for item in read_times(ctm)["a"]] == [
+        ("10\u00a0000", None),
+        ("one\u2028two", 0.5),
+    ]
+    ctm.write_bytes("a 1 0.1 0.3 où\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="words.ctm is not UTF-8"):
+        read_times(ctm)
+    said = tmp_path / "84-121.alignment.txt"
+    said.write_bytes(MARK + b'84-121-0000 ",GO," "0.3,0.5,0.6"\r\n\r\n')
+    assert list(read_times(tmp_path)) == ["84-121-0000"]
+    said.write_text('84-121-0000 ",GO,"\n')
+    with pytest.raises(ValueError, match="line 1 is not a line of LibriSpeech-Alignments"):
+        read_times(tmp_path)
+
+
+def test_textgrids_of_every_editor(tmp_path):
+    path = tmp_path / "u.TextGrid"
+    textgrid(path)
+    for content in (MARK + path.read_bytes(), path.read_text().replace("\n", "\r\n").encode("utf-16")):
+        path.write_bytes(content)
+        assert [item.symbol for item in read_times(tmp_path)["u"]] == ["go", "on"]
+    for content in (b"", b"no grid\n", "où".encode("latin-1")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="u.TextGrid can't be read as a TextGrid"):
+            read_times(tmp_path)
+
+
 # Cuts ------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers on disk: what was written comes back, and nothing else does."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,29 @@ def test_malformed_predictions_are_refused(saved, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_answers(saved, UNIT)
     assert "delete it" in str(caught.value)
+
+
+def test_an_answer_that_has_changed_is_refused(saved):
+    path = unit_path(saved, UNIT)
+    content = path.read_bytes()
+    for position in range(0, len(content), 2):
+        damaged = bytearray(content)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        try:
+            found = load_answers(saved, UNIT)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert found == REPLIES
+
+
+def test_answers_of_before_have_no_digest_and_are_read(saved):
+    path = unit_path(saved, UNIT)
+    header, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    header = {key: value for key, value in json.loads(header).items() if key != "sha256"}
+    path.write_text(json.dumps(header) + "\n" + rest, encoding="utf-8")
+    assert load_answers(saved, UNIT) == REPLIES
 
 
 def test_half_a_character_is_written_as_a_mark(tmp_path):

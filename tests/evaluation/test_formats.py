@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nemo_mtbi.evaluation.figures import right, score
-from nemo_mtbi.evaluation.formats import llaso_eval, speech_ifeval, voicebench
+from nemo_mtbi.evaluation.formats import llaso_eval, read_records, speech_ifeval, voicebench
 
 
 def write(path, records, as_list=False):
@@ -160,3 +160,18 @@ def test_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "bbh.jsonl").write_text("[1]")
     with pytest.raises(ValueError, match="item 0 of .* is no object"):
         voicebench("v", tmp_path / "bbh.jsonl")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("character", ["\u2028", "\x85"])
+def test_files_of_every_editor(tmp_path, as_list, character):
+    records = [{"text": f"one{character}two"}, {"text": "où"}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    text = "[" + ",\r\n".join(lines) + "]" if as_list else "\r\n".join(lines) + "\r\n\r\n"
+    (tmp_path / "r.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [record for _, record in read_records(tmp_path / "r.json")] == records
+    (tmp_path / "r.json").write_bytes(text.encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match="r.json is not UTF-8"):
+        list(read_records(tmp_path / "r.json"))
+    with pytest.raises(ValueError, match="is a folder"):
+        list(read_records(tmp_path))

@@ -43,7 +43,7 @@ def test_every_scoring_kind_has_a_metric_of_its_own():
         found = task_metric(kind)
         assert found.higher_is_better and found.per_item and found.scale == 1.0
     assert task_metric("wer").name == "word_accuracy"
-    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, exact"):
+    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, cer, exact"):
         task_metric("bleu")
     with pytest.raises(ValueError, match="unknown metric 'rouge': use one of wer, "):
         metric("rouge")
@@ -195,7 +195,7 @@ def test_malformed_items_are_one_clear_error(name):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["wer", "exact", "label", "f1", "upper"]), TEXTS, TEXTS), min_size=1))
+@given(st.lists(st.tuples(st.sampled_from(["wer", "cer", "exact", "label", "f1", "upper"]), TEXTS, TEXTS), min_size=1))
 def test_task_scores_are_those_of_each_kind(rows):
     kinds, references, answers = zip(*rows, strict=True)
     tally = task_scores(kinds, references, answers)

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_mtbi.evaluation.normalizers import NORMALIZERS, normalize, normalizer, squad_normalize
+from nemo_mtbi.evaluation.normalizers import (
+    NORMALIZERS,
+    normalize,
+    normalizer,
+    squad_normalize,
+    without_idle_spaces,
+    words,
+)
 
 TEXTS = st.text(max_size=40)
 
@@ -16,6 +23,7 @@ TEXTS = st.text(max_size=40)
         ("  Hello,   World! ", "hello world"),
         ("Don’t stop — 'now'", "don't stop now"),
         ("twenty-one", "twenty one"),
+        ("0'_", "0"),
         ("$5 + 3 %", "5 3"),
         ("ÉCOLE", "école"),
         ("e\u0301cole", "école"),
@@ -60,3 +68,20 @@ def test_squad_normalize_leaves_no_article_and_no_punctuation(text):
 def test_unknown_normalizer_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown normalizer 'upper': use one of " + ", ".join(NORMALIZERS)):
         normalizer("upper")
+
+
+@given(TEXTS)
+def test_words_and_idle_spaces_change_no_character(text):
+    assert "".join(words(text)) == "".join(text.split())
+    assert without_idle_spaces(text).replace(" ", "") == "".join(text.split())
+
+
+@given(st.text("abc é'ё한", max_size=20))
+def test_languages_with_spaces_keep_their_words_and_spaces(text):
+    assert words(text) == text.split() and without_idle_spaces(text) == " ".join(text.split())
+
+
+@given(st.text("今天カな, ー", max_size=20))
+def test_languages_without_spaces_are_counted_by_character(text):
+    cleaned = normalize(text)
+    assert words(cleaned) == list(cleaned.replace(" ", "")) and " " not in without_idle_spaces(cleaned)

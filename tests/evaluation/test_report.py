@@ -114,6 +114,15 @@ def test_transcription_wer_takes_seen_transcriptions_only():
     assert summarize(rows[1:])["transcription"] == {"wer": None, "n": 0}
 
 
+def test_transcription_scored_by_characters_is_reported_so():
+    said = dict.fromkeys(("transcript", "reference", "text"), "今天很好")
+    rows = [answer("say", scoring="cer", speech="今天真好", **said)]
+    summary = summarize(rows)
+    assert summary["transcription"] == {"wer": 0.25, "cer": 0.25, "n": 1}
+    assert summary["tasks"]["say"]["speech_score"] == 0.75
+    assert "CER 25.0%, WER 25.0%, 1 utterances" in printed(summary, rows)
+
+
 def test_agreement_folds_whitespace_and_nothing_else():
     assert answer(text="a b", speech=" a  b\n").agrees
     assert not answer(text="a b", speech="A b").agrees
@@ -139,7 +148,7 @@ ROWS = st.lists(
             f"{group == 'heldout_tasks'} {scoring}", group, scoring, reference, text, speech
         ),
         st.sampled_from(GROUPS),
-        st.sampled_from(["wer", "exact", "label", "f1", "upper"]),
+        st.sampled_from(["wer", "cer", "exact", "label", "f1", "upper"]),
         st.none() | PLAIN,
         PLAIN,
         PLAIN,
@@ -279,6 +288,13 @@ def test_picked_examples_fill_up(differing, equal):
     picked = pick_examples(rows, 4)
     assert len(picked) == len({a.cut_id for a in picked}) == min(4, differing + equal)
     assert sum(not a.agrees for a in picked) == min(differing, max(2, 4 - equal))
+
+
+@pytest.mark.parametrize("field", ["transcript", "prompt", "text", "speech", "task"])
+def test_no_text_commands_the_terminal_or_the_board(field):
+    rows = [answer(**{field: "x\x1b]0;title\x07\x9b2J\x1f\u202ey"})]
+    for shown in (printed(summarize(rows), rows), examples_markdown(rows)):
+        assert not {"\x1b", "\x07", "\x9b", "\x1f", "\u202e"} & set(shown) and ("x" in shown and "y" in shown)
 
 
 def test_markdown_keeps_its_table_whatever_the_answers():

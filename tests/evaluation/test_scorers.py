@@ -25,7 +25,7 @@ def test_every_scoring_kind_has_a_scorer():
 
 
 def test_unknown_kind_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, exact"):
+    with pytest.raises(ValueError, match="unknown scoring kind 'bleu': use one of bullets, cer, exact"):
         score("bleu", "a", "a")
 
 
@@ -35,6 +35,17 @@ def test_unknown_kind_names_the_known_ones():
         ("wer", "a b c d", "a b c", 0.75),
         ("wer", "a", "x y z", 0.0),
         ("wer", "A b", "a b.", 1.0),
+        ("wer", "今天天气很好", "今天天气真好", 5 / 6),  # no spaces: each character is a word
+        ("wer", "今天天气很好", "好", 1 / 6),
+        ("wer", "我用Python写", "我用 Python 写。", 1.0),
+        ("wer", "สวัสดี", "สวัสดู", 3 / 4),  # a mark belongs to its consonant
+        ("wer", "안녕 하세요", "안녕 하세오", 0.5),  # Korean has spaces
+        ("cer", "今天天气很好", "今天天气真好", 5 / 6),
+        ("cer", "今天，天气很好。", "今天 天气 很好", 1.0),  # spaces say nothing there
+        ("cer", "ab cd", "abcd", 0.8),
+        ("cer", "a", "x y z", 0.0),
+        ("cer", "A b", "a b.", 1.0),
+        ("f1", "今天天气很好", "今天天气真好", 5 / 6),
         ("exact", "a  b", " a b\n", 1.0),
         ("exact", "a b", "A b", 0.0),
         ("exact", "a b", "a b.", 0.0),

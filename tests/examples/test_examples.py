@@ -363,6 +363,14 @@ def test_transcribe_a_manifest(nemo_file, model, recordings, tmp_path):
     assert second == {**lines[1], "prompt": "", "pred_text": answers[1]}
 
 
+def test_transcribe_spares_the_encoder_that_its_model_refers_to(nemo_file, model, recordings):
+    encoder = Path(model.config.pretrained_asr)
+    before, keys = encoder.read_bytes(), {"model_path": str(nemo_file), "audio_dir": str(recordings), "prompt": ""}
+    with pytest.raises(ValueError, match="output_filename would replace .*an input .pretrained_asr of .*tiny.nemo"):
+        call("mtbi_transcribe", **keys, output_filename=str(encoder), cuda=-1)
+    assert encoder.read_bytes() == before
+
+
 def test_transcribe_needs_one_source_and_a_model(nemo_file, recordings, tmp_path):
     with pytest.raises(ValueError, match="exactly one of audio, audio_dir, dataset_manifest; set are: none"):
         call("mtbi_transcribe", model_path=str(nemo_file), prompt="say it")

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.data.corpus import write_cuts
 from nemo_mtbi.evaluation.settings import parse_eval_config, read_sets
+from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.testing import tiny_cuts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +240,15 @@ def test_answers_of_another_model_are_not_taken_for_its_own(whole, keys, models)
     swapped = {"mtbi": {"nemo": models[::-1]}, "text": {"kind": "text", "of": "mtbi"}}
     with pytest.raises(ValueError, match="answers of another model"):
         evaluate(keys(whole, systems=swapped))
+
+
+def test_a_second_run_in_one_folder_is_refused(keys, tmp_path):
+    with (
+        exclusive(tmp_path / "answers"),
+        pytest.raises(RuntimeError, match="output_dir=.*is being written by another"),
+    ):
+        evaluate(keys(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_audio_is_an_error_or_a_counted_abstention(keys, corpus, tmp_path):

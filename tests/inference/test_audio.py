@@ -35,6 +35,8 @@ def close(found, expected, tolerance=1e-6):
         lambda x: x[None],
         lambda x: np.stack([x, x]),
         lambda x: np.stack([1.5 * x, 0.5 * x, x]),
+        lambda x: np.stack([1.5 * x, 0.5 * x], axis=1),  # as soundfile gives it
+        lambda x: torch.from_numpy(x)[:, None],
         lambda x: np.repeat(x, 2)[::2],  # with a stride
         lambda x: x.tolist(),
     ],
@@ -130,7 +132,7 @@ def test_files_without_speech_are_refused_too(tmp_path, kind, reasons):
 
 @pytest.mark.parametrize("samples", [np.float32(3), np.zeros((1, 2, 3), np.float32)])
 def test_other_shapes_are_refused(samples):
-    with pytest.raises(ValueError, match=r"must be \[n\] or \[channels, n\], got shape"):
+    with pytest.raises(ValueError, match=r"must be \[n\], \[channels, n\] or \[n, channels\], got shape"):
         load_audio(samples, FRAMES)
 
 
@@ -138,3 +140,14 @@ def test_other_shapes_are_refused(samples):
 def test_a_rate_must_be_positive(speech, rate):
     with pytest.raises(ValueError, match="sample_rate"):
         load_audio(speech, FRAMES, rate)
+
+
+def test_a_file_that_is_too_long_is_refused_by_its_header(tmp_path, speech, monkeypatch):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.tile(speech, 30), RATE)
+    longest = FRAMES(30 * RATE)
+    assert len(load_audio(path, FRAMES, longest=longest)) == 30 * RATE
+    monkeypatch.setattr("nemo_mtbi.inference.audio.load_samples", None)  # nothing is read
+    with pytest.raises(BadAudioError, match=f"{path} has 30 s, but the LLM takes .* s at most: use shorter") as error:
+        load_audio(path, FRAMES, longest=longest - 1)
+    assert error.value.reason == "too_long"

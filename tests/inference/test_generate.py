@@ -71,6 +71,17 @@ def test_other_prompts(speech_llm, frames, end_id, seed):
     assert generate(speech_llm, layouts, frames, end_id, GenerationConfig(NEW)) == expected
 
 
+def test_an_answer_ends_at_the_first_of_several_tokens(speech_llm, frames, end_id):
+    """Each row at its own, without that token, and none of them is marked as cut."""
+    layouts = prompts()
+    free = [greedy(speech_llm, layout, frames, None, NEW).ids for layout in layouts]
+    ends = {end_id, *(ids[6] for ids in free)}
+    found = generate(speech_llm, layouts, frames, ends, GenerationConfig(NEW))
+    for ids, answer in zip(free, found, strict=True):
+        stop = min(place for place, token in enumerate(ids) if token in ends)
+        assert answer == Generated(ids[:stop], truncated=False)
+
+
 def test_an_end_at_the_first_and_at_the_last_step(speech_llm, frames):
     layout = prompts()[2]
     ids = greedy(speech_llm, layout, frames, None, 4).ids

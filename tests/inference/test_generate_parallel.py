@@ -129,6 +129,7 @@ def make_cases(model, chat):
         {**case, "layouts": texts, "frames": False},
         {**case, "new": 1},
         {**case, "layouts": layouts[:1], "end_id": free[0][0]},  # ends at the first step
+        {**case, "end_id": [case["end_id"], *(answer[4] for answer in free)]},  # each row at its own
         {**case, "layouts": []},
         {"kind": "divergences", "batch_tokens": 70},
         speech,

@@ -119,8 +119,8 @@ def test_manifest_lines(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{no json\n", "line 2 of .* is no JSON"),
-        ("[]\n", "line 2 of .* has no audio_filepath"),
+        ("{no json\n", "line 2 of .* is not JSON"),
+        ("[]\n", "line 2 of .* is not a JSON object"),
         ({"text": "x"}, "line 2 of .* has no audio_filepath"),
         ({"audio_filepath": "a.wav"}, "line 2 of .* has no prompt, and neither prompt nor prompts_file is set"),
         ({"audio_filepath": "a.wav", "prompt": 3}, "line 2 of .*: prompt must be a string"),
@@ -144,9 +144,9 @@ def test_the_name_of_the_output(tmp_path, monkeypatch):
     assert output_path(config(audio_dir="x/my.recordings/")) == tmp_path / "x/my.recordings_m.jsonl"
     assert output_path(config(dataset_manifest="x/test.json")) == tmp_path / "x/test_m.jsonl"
     assert output_path(config(audio=["a.wav"], output_filename="o.json")) == Path("o.json")
-    for bad in (dict(output_filename="x/test.json"), dict(output_filename=str(tmp_path))):
-        with pytest.raises(ValueError, match="is an input or a folder"):
-            output_path(config(dataset_manifest="x/test.json", **bad))
+    for bad, message in (("x/test.json", "is an input"), (str(tmp_path), "is a folder")):
+        with pytest.raises(ValueError, match=f"output_filename.*{message}"):
+            output_path(config(dataset_manifest="x/test.json", output_filename=bad))
 
 
 def test_devices(monkeypatch):

@@ -31,3 +31,21 @@ def test_a_second_run_is_refused_until_the_first_ends_however_it_ends(tmp_path):
         assert os.listdir(output.parent) == [".out.jsonl.lock"]
     with exclusive(output):  # free again within one process too
         pass
+    assert os.listdir(output.parent) == []
+
+
+def test_a_lock_elsewhere_names_the_output(tmp_path):
+    with exclusive(tmp_path / "out", "output_dir", tmp_path / "out" / "part"):
+        assert os.listdir(tmp_path / "out") == [".part.lock"]
+        with pytest.raises(RuntimeError, match=f"output_dir={tmp_path / 'out'} is being written by another run"):
+            with exclusive(tmp_path / "out", "output_dir", tmp_path / "out" / "part"):
+                pass
+        with exclusive(tmp_path / "out", "output_dir", tmp_path / "out" / "other"):
+            pass
+    (tmp_path / "file").touch()
+    for place in ("file/out", "file/deep/out"):
+        with (
+            pytest.raises(ValueError, match=f"output_dir=.*{place}: .* is not a folder"),
+            exclusive(tmp_path / place, "output_dir"),
+        ):
+            pass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_mtbi.io.text import is_writable_text, read_json_lines, read_lines, read_text
+from nemo_mtbi.io.text import is_writable_text, read_json_lines, read_json_object, read_lines, read_text
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -47,3 +47,24 @@ def test_lines_that_are_not_objects_are_named(tmp_path, line):
 
 def test_half_a_surrogate_pair_cannot_be_written():
     assert is_writable_text("häß\u2028") and not is_writable_text("\ud83d") and not is_writable_text("caf\udce9")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"a": ' + "[" * 200_000, "it is nested too deep"),
+        ("{", "it is not JSON"),
+        ("[1]", "it is not a JSON object"),
+        (" " * 2000, "it has 2000 bytes, more than it can need"),
+        ("\ufeff{", "it is not JSON"),
+    ],
+)
+def test_json_of_others_is_read_or_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"key=.*config.json can't be read: {message}"):
+        read_json_object(path, "key", limit=1000 if content.isspace() else 2**24)
+    path.write_text('\ufeff{"a": [1]}')
+    assert read_json_object(path) == {"a": [1]}
+    with pytest.raises(ValueError, match="nowhere can't be read: No such file"):
+        read_json_object(tmp_path / "nowhere")

@@ -2,6 +2,7 @@
 """The ``.nemo`` of an MTBI model in one process: what it holds, where it can be restored, what is refused."""
 
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
 PROMPTS = ["say it", "count it"]
-FORMAT1 = Path(__file__).parent / "data" / "format1.nemo"
-SMALL = {"model_config.yaml", "model_weights.safetensors", "llm/llm.yaml", "llm/tokenizer.model"}
+PAST = Path(__file__).parent / "data"
+SMALL = {"model_config.yaml", "model_weights.safetensors", "llm/llm.yaml", "llm/tokenizer.model", "digests.json"}
 FULL = SMALL | {"llm/model.safetensors", "encoder/encoder.yaml", "encoder/encoder.safetensors"}
 
 
@@ -216,26 +217,76 @@ def test_the_shipped_demo_is_found_by_its_name(section, tmp_path, monkeypatch):
     assert same(weights(MTBIModel.restore_from("demo.nemo")), weights(model))
 
 
-def test_a_file_of_format_1_is_read(section, tmp_path):
-    """Written by the version before format 2, for a tiny encoder and LLM like those of this test."""
-    fingerprints = archives.NemoFile(FORMAT1).settings("model_config.yaml")["fingerprints"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_a_past_format_is_read(section, tmp_path, version):
+    """Written by the last version of each format, for a tiny encoder and LLM like those of this test."""
+    path = PAST / f"format{version}.nemo"
+    fingerprints = archives.NemoFile(path).settings("model_config.yaml")["fingerprints"]
     prints = build(section).frozen.fingerprints
 
     def refer(files):  # another torch may draw other weights for them
         config = files["model_config.yaml"].decode()
-        assert "format_version: 1\n" in config
+        assert f"format_version: {version}\n" in config and "digests.json" not in files
         for part in ("asr", "llm"):
             config = config.replace(fingerprints[part], prints[part])
         config = config.replace("pretrained_asr: asr.nemo", f"pretrained_asr: {section.pretrained_asr}")
-        files["model_config.yaml"] = config.replace(": llm", f": {section.pretrained_llm}").encode()
+        files["model_config.yaml"] = config.replace(": llm\n", f": {section.pretrained_llm}\n").encode()
 
-    model = MTBIModel.restore_from(repacked(FORMAT1, tmp_path / "old.nemo", refer))
-    with tarfile.open(FORMAT1) as tar:
+    model = MTBIModel.restore_from(repacked(path, tmp_path / "old.nemo", refer))
+    with tarfile.open(path) as tar:
         stored = load_tensors(tar.extractfile("./model_weights.safetensors").read())
     assert same(dict(model.state_dict()), stored)
     model.save_to(tmp_path / "new.nemo")
-    assert archives.NemoFile(tmp_path / "new.nemo").settings("model_config.yaml")["format_version"] == 2
+    assert archives.NemoFile(tmp_path / "new.nemo").settings("model_config.yaml")["format_version"] == 3
     assert same(weights(MTBIModel.restore_from(tmp_path / "new.nemo")), weights(model))
+
+
+def test_a_full_file_of_format_2_is_read(saved, model, tmp_path):
+    def older(files):
+        del files["digests.json"]
+        files["model_config.yaml"] = files["model_config.yaml"].replace(b"format_version: 3", b"format_version: 2")
+
+    restored = MTBIModel.restore_from(repacked(saved / "full.nemo", tmp_path / "old.nemo", older))
+    assert same(weights(restored), weights(model))
+
+
+# Damage ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+@pytest.mark.parametrize("kind, members", [("small", SMALL - {"llm/tokenizer.model"}), ("full", FULL)])
+def test_a_flipped_bit_is_not_loaded(saved, kind, members, unpacked, tmp_path):
+    """The tokenizer in a small file is there for who unpacks it: the LLM has its own."""
+    for name in sorted(members):
+        with tarfile.open(saved / f"{kind}.nemo") as tar:
+            member = tar.getmember(f"./{name}")
+        content = bytearray((saved / f"{kind}.nemo").read_bytes())
+        content[member.offset_data + member.size * 3 // 4] ^= 4
+        path = tmp_path / f"{name.replace('/', '_')}.nemo"
+        path.write_bytes(content)
+        if unpacked:
+            with tarfile.open(path) as tar:
+                tar.extractall(path := path.with_suffix(""), filter="data")
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(str(path))} is damaged and was not loaded: ({name}|digests)"
+        ):
+            MTBIModel.restore_from(path)
+
+
+def test_a_file_whose_digests_were_taken_away_is_refused(saved, tmp_path):
+    path = repacked(saved / "full.nemo", tmp_path / "bare.nemo", lambda files: files.pop("digests.json"))
+    with pytest.raises(ValueError, match="it lacks digests.json"):
+        MTBIModel.restore_from(path)
+
+
+def test_files_that_have_changed_their_places_are_refused(saved, tmp_path):
+    def swap(files):
+        one, other = "encoder/encoder.safetensors", "llm/model.safetensors"
+        files[one], files[other] = files[other], files[one]
+
+    path = repacked(saved / "full.nemo", tmp_path / "swapped.nemo", swap, digests=False)
+    with pytest.raises(ValueError, match="swapped.nemo is damaged and was not loaded: .* bytes, but .* were written"):
+        MTBIModel.restore_from(path)
 
 
 def test_weights_go_where_they_are_sent(saved):

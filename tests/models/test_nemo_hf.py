@@ -6,9 +6,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from hf_models import hf_llm
 from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
+from tar_tricks import repacked
 
 from nemo_mtbi.data import chat_template
 from nemo_mtbi.models.mtbi_model import MTBIModel
@@ -100,3 +102,48 @@ def test_prompts_that_changed_by_themselves_are_refused(saved, monkeypatch):
     with pytest.raises(ValueError, match="trained with .*: the chat template of the LLM, or the transformers"):
         MTBIModel.restore_from(saved / "small.nemo")
     MTBIModel.restore_from(saved / "full.nemo")  # holds the prompts themselves
+
+
+# ------------------------------------------------------------------------------------------------- archives of before
+
+
+def rewritten(path, out, change):
+    """A copy of an archive with another ``llm/llm.yaml``."""
+
+    def edit(files):
+        settings = yaml.safe_load(files["llm/llm.yaml"])
+        change(settings["chat"])
+        files["llm/llm.yaml"] = yaml.safe_dump(settings, sort_keys=False).encode()
+
+    return repacked(path, out, edit)
+
+
+@pytest.mark.parametrize("kind", ["small", "full"])
+def test_an_archive_that_names_one_end_token_is_restored(section, tmp_path, kind):
+    """The others come from the files of the LLM."""
+    llm = hf_llm(tmp_path / "llm", eos_token_id=[2, 9])
+    model = build(OmegaConf.merge(section, {"pretrained_llm": str(llm)}))
+    assert model.chat.ends == (9,)
+    model.save_to(tmp_path / "new.nemo", full=kind == "full")
+    rewritten(tmp_path / "new.nemo", tmp_path / "old.nemo", lambda chat: chat.pop("ends"))
+    for path in ("new.nemo", "old.nemo"):
+        restored = MTBIModel.restore_from(tmp_path / path, map_location="cpu")
+        assert restored.chat.end_ids == (2, 9) and answers(restored) == answers(model)
+        assert restored.expected_targets == model.expected_targets
+
+
+@pytest.mark.parametrize("kind", ["small", "full"])
+def test_an_archive_with_turns_that_the_template_does_not_have_is_restored(section, tmp_path, kind):
+    """Single turns are answered as before; further ones are refused."""
+    changes = {"chat": {"options": {"enable_thinking": False}}}
+    model = build(OmegaConf.merge(section, changes))
+    assert model.chat.turn[-1].endswith("</think>\n\n") and model.chat.single
+    model.save_to(tmp_path / "new.nemo", full=kind == "full")
+    user, answer = ["\n", "<|im_start|>", "user\n"], ["<|im_end|>", "\n", "<|im_start|>", "assistant\n"]
+    more = [*user, "{audio}", "\n", "{prompt}", *answer]
+    old = rewritten(tmp_path / "new.nemo", tmp_path / "old.nemo", lambda chat: chat.update(more=more))
+    restored = MTBIModel.restore_from(old, map_location="cpu")
+    assert answers(restored) == answers(model)
+    several = [{"role": role, "content": "Say it."} for role in ("user", "assistant", "user")]
+    with pytest.raises(ValueError, match="its template can't be split into turns"):
+        restored.converse([several])

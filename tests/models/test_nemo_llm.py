@@ -155,17 +155,19 @@ def test_what_contradicts_it_is_refused(changes, message):
 
 
 class SaveOnce(Callback):
-    """Saves behind the second step."""
+    """Saves behind the second batch."""
 
     def __init__(self, path):
         self.path = path
+        self.weights = None
 
-    def on_train_batch_end(self, trainer, *unused):
-        if trainer.global_step == 2 and self.path:
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch_idx == 1 and self.weights is None and self.path:
             trainer.save_checkpoint(self.path)
+            self.weights = weights(module)
 
 
-def fit(model, steps=4, save=None, resume=None):
+def fit(model, steps=4, save=None, resume=None, callback=None):
     from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO
 
     checkpoints = ShardedCheckpointIO(
@@ -177,7 +179,7 @@ def fit(model, steps=4, save=None, resume=None):
         accelerator="cpu",
         devices=1,
         gradient_clip_val=1.0,
-        callbacks=[SaveOnce(save)],
+        callbacks=[callback or SaveOnce(save)],
         strategy=MTBIStrategy(model.config.layout, checkpoint_io=checkpoints),
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
         use_distributed_sampler=False,
@@ -213,15 +215,14 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(section, tmp_path, dtype):
 @pytest.mark.parametrize("why", ["not finite", "no targets"])
 def test_steps_that_are_left_out_change_nothing(section, tmp_path, monkeypatch, why):
     """And a run goes on from a checkpoint that was saved before the LLM has learned anything."""
-    model = build(section, on_nonfinite="skip")
-    before = weights(model)
-    with monkeypatch.context() as patch:
-        if why == "not finite":
-            patch.setattr(model.speech_llm, "train_step", lambda batch, count: torch.tensor(float("nan")))
-        else:
-            patch.setattr(groups, "data_parallel_sum", torch.zeros_like)
-        found = fit(model, save=tmp_path / "2.ckpt")
-    assert all(torch.equal(value, before[name]) for name, value in found.items())
+    model, save = build(section, on_nonfinite="skip"), SaveOnce(tmp_path / "2.ckpt")
+    before, place = weights(model), model.speech_llm if why == "not finite" else groups
+    name = "train_step" if why == "not finite" else "data_parallel_sum"
+    real, bad = getattr(place, name), {"train_step": lambda *_: torch.tensor(float("nan"))}.get(name, torch.zeros_like)
+    monkeypatch.setattr(place, name, lambda *args: (bad if save.weights is None else real)(*args))
+    after = fit(model, callback=save)
+    assert all(torch.equal(value, before[name]) for name, value in save.weights.items())
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
     assert torch.load(tmp_path / "2" / "common.pt")["checkpoint"]["llm_optimizer"] == {"steps": 0}
     later = fit(build(section), resume=tmp_path / "2.ckpt")
     assert any(not torch.equal(value, before[name]) for name, value in later.items())

@@ -326,6 +326,36 @@ def misfit(folder, out):
         assert {"encoder": "weights do not fit its settings", "asr": "asr.nemo is no NeMo ASR"}[name] in message
 
 
+def damaged(folder, out):
+    """Worker: what only one process reads is damaged."""
+    from nemo_mtbi.models.mtbi_model import MTBIModel
+    from nemo_mtbi.parallel import groups
+
+    groups.initialize(ParallelConfig(1, 2), 60)
+    for name in ("connector", "last layer"):
+        message = fails(ValueError, lambda name=name: MTBIModel.restore_from(f"{out}/{name}.nemo"))
+        assert f"{name}.nemo is damaged and was not loaded" in message, message
+
+
+def test_damage_that_one_stage_reads_is_told_to_all(folder, tmp_path, processes):
+    import tarfile
+
+    from nemo_mtbi.modules.archive import NemoFile
+
+    content = (folder / "full.nemo").read_bytes()
+    with NemoFile(folder / "full.nemo") as file:
+        layers = file.tensors("llm/model.safetensors")
+        last = [name for name in layers.names() if name.startswith("decoder.layers.")][-1]
+        layer = file._members["llm/model.safetensors"].start + layers._starts[last]
+    with tarfile.open(folder / "full.nemo") as tar:
+        connector = tar.getmember("./model_weights.safetensors").offset_data + 5000
+    for name, position in {"connector": connector, "last layer": layer}.items():
+        damage = bytearray(content)
+        damage[position] ^= 1
+        (tmp_path / f"{name}.nemo").write_bytes(damage)
+    processes(damaged, folder, tmp_path, count=2, timeout=100)
+
+
 def test_what_one_stage_finds_wrong_is_told_to_all(folder, tmp_path, processes):
     import hashlib
 

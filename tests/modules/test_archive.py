@@ -15,17 +15,19 @@ from tar_tricks import GIANT, TRICKS, member, planted, repacked
 from torch import nn
 
 from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.modules import archive as archives
+from nemo_mtbi.modules import tensor_file
 from nemo_mtbi.modules.archive import (
+    DIGESTS,
     WEIGHTS,
     NemoFile,
-    add_file,
-    end_archive,
+    NemoWriter,
     read_members,
     read_yaml,
 )
 from nemo_mtbi.modules.asr_archive import TensorArchive
-from nemo_mtbi.modules.tensor_file import ArchiveError
+from nemo_mtbi.modules.tensor_file import ArchiveError, Spec
 
 
 def save(model, path, dtype=None):
@@ -258,9 +260,10 @@ def test_yaml_of_values_is_read():
 def small(tmp_path):
     """An archive and the directory it was unpacked to."""
     with replacing(tmp_path / "small.nemo") as file:
-        add_file(file, "a/text", b"hello")
-        add_file(file, "empty", b"")
-        end_archive(file)
+        archive = NemoWriter(file)
+        archive.add("a/text", b"hello")
+        archive.add("empty", b"")
+        archive.end()
     with tarfile.open(tmp_path / "small.nemo") as tar:
         tar.extractall(tmp_path / "folder", filter="data")
     return tmp_path
@@ -275,7 +278,7 @@ def test_an_archive_and_its_directory_are_read_alike(small, name):
             file.read("other")
         with pytest.raises(ArchiveError, match="^a/text has 5 bytes, more than it can need$"):
             file.read("a/text", limit=4)
-    assert file.unknown(["a/text"]) == (["empty"] if name == "small.nemo" else [])
+    assert file.unknown(["a/text", DIGESTS]) == (["empty"] if name == "small.nemo" else [])
 
 
 def test_a_directory_may_not_lead_outside(small):
@@ -296,3 +299,81 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArchiveError, match="it is no file"):
         NemoFile(tmp_path / "pipe")
+
+
+# Digests ------------------------------------------------------------
+
+
+@pytest.fixture
+def tensors(tmp_path, monkeypatch):
+    """An archive of tensors whose blocks have 64 bytes, and the tensors."""
+    monkeypatch.setattr(archives, "DIGEST_BLOCK", 64)
+    monkeypatch.setattr(tensor_file, "DIGEST_BLOCK", 64)
+    values = {"a": torch.arange(60.0).view(12, 5), "b": torch.arange(7.0), "c": torch.arange(9).half()}
+    specs = {name: Spec(value.dtype, tuple(value.shape)) for name, value in values.items()}
+    with replacing(tmp_path / "tensors.nemo") as file:
+        archive = NemoWriter(file)
+        archive.add("text", b"words")
+        archive.add_tensors(WEIGHTS, specs, values.items())
+        archive.end()
+    return tmp_path / "tensors.nemo", values
+
+
+def read_all(path):
+    with NemoFile(path) as file:
+        stored = file.tensors(WEIGHTS)
+        return file.read("text"), {name: stored.tensor(name) for name in stored.names()}
+
+
+def test_no_flipped_byte_is_read(tensors, tmp_path):
+    path, values = tensors
+    content = path.read_bytes()
+    harmless = 0
+    for position in range(0, len(content) - 1024, 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 16
+        (tmp_path / "damaged.nemo").write_bytes(damaged)
+        try:
+            text, found = read_all(tmp_path / "damaged.nemo")
+        except (ArchiveError, DamageError):
+            continue
+        assert text == b"words" and all(torch.equal(found[name], values[name]) for name in values)
+        harmless += 1
+    assert harmless < len(content) / 3 / 2  # what fills blocks of the tar, and white space of the digests
+
+
+def test_a_process_reads_and_checks_its_share_alone(tensors, tmp_path):
+    path, values = tensors
+    with NemoFile(path) as file:
+        start = file._members[WEIGHTS].start
+        stored = file.tensors(WEIGHTS)
+        first = start + stored._starts["a"]  # of 240 bytes, 20 for a row
+    content = bytearray(path.read_bytes())
+    content[first + 11 * 20] ^= 1  # the last row
+    (tmp_path / "damaged.nemo").write_bytes(content)
+    with NemoFile(tmp_path / "damaged.nemo") as file:
+        stored = file.tensors(WEIGHTS)
+        assert torch.equal(stored.rows("a", 0, 2, 6), values["a"][2:6])
+        with pytest.raises(DamageError, match=f"{WEIGHTS} is not as it was written: .*, where a lies"):
+            stored.rows("a", 0, 6, 12)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"{", "digests.json can't be read"),
+        (b"[]", "digests.json can't be read"),
+        (b'{"block": 7, "members": {}}', "block is 7"),
+        (b'{"block": 1048576, "members": {"text": {"size": 5, "sha256": 3}}}', "digests.json can't be read"),
+        (b'{"block": 1048576, "members": {}}', "digests.json has nothing of text"),
+        (b'{"block": 1048576, "members": {"text": {"size": 5, "sha256": []}}}', "digests of 0 blocks"),
+        (b'{"block": 1048576, "members": {"text": {"size": 6, "sha256": ["a"]}}}', "5 bytes, but 6 were written"),
+        (b'{"block": 1048576, "members": {"text": {"size": 5, "sha256": ["A"]}}}', "text is not as it was written"),
+    ],
+)
+def test_digests_that_are_none(tmp_path, content, message):
+    path = tmp_path / "crafted.nemo"
+    path.write_bytes(member("./text", b"words") + member("./digests.json", content) + bytes(1024))
+    with pytest.raises(DamageError, match=message):
+        with NemoFile(path) as file:
+            file.read("text")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.modules.encoder_cache import EncoderCache
@@ -64,9 +67,55 @@ def test_memory_is_bounded(encoder, batch, tmp_path):
     assert len(counting.asked) == 3 and not cache._held and cache._held_bytes == 0
 
 
-def test_a_broken_file_is_named(encoder, batch, tmp_path):
+def damage(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda paths: damage(paths[0], -20),  # a number
+        lambda paths: damage(paths[0], 30),  # of the header
+        lambda paths: paths[0].write_bytes(paths[0].read_bytes()[:20]),
+        lambda paths: paths[0].write_bytes(paths[0].read_bytes() + b"x"),
+        lambda paths: paths[0].write_bytes(b""),
+        lambda paths: shutil.copy(paths[1], paths[0]),  # another utterance
+        lambda paths: save_file(load_file(paths[0]), paths[0]),  # without a digest
+    ],
+)
+def test_a_damaged_entry_is_made_again(encoder, batch, tmp_path, harm, caplog):
+    expected, _ = EncoderCache(tmp_path, "f" * 64, torch.float32).encode(encoder, *batch)
+    paths = sorted(tmp_path.rglob("*.safetensors"))
+    kept = paths[0].read_bytes()
+    harm(paths)
+    cache = EncoderCache(tmp_path, "f" * 64, torch.float32)
+    with caplog.at_level("WARNING"):
+        found, _ = cache.encode(encoder, *batch)
+    assert torch.equal(found, expected)
+    assert (cache.hits, cache.misses, cache.damaged) == (2, 1, 1)
+    assert f"{paths[0]} is damaged: the utterance is encoded again" in caplog.text
+    assert paths[0].read_bytes() == kept
+
+
+def test_a_file_that_may_not_be_read_is_named(encoder, batch, tmp_path):
     EncoderCache(tmp_path, "f" * 64, torch.float32).encode(encoder, *batch)
     for path in tmp_path.rglob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(RuntimeError, match="safetensors can't be read .*: remove it"):
+        path.unlink()
+        path.mkdir()
+    with pytest.raises(RuntimeError, match="safetensors can't be read .*: make it readable, or remove it"):
         EncoderCache(tmp_path, "f" * 64, torch.float32).encode(encoder, *batch)
+
+
+def test_encoders_whose_fingerprints_begin_alike_share_nothing(encoder, batch, tmp_path):
+    names = {"sha256:" + 63 * "a" + end for end in "bc"}
+    assert len({EncoderCache(tmp_path, name, torch.float32).folder for name in names}) == 2
+    one, other = (EncoderCache(tmp_path, name, torch.float32) for name in sorted(names))
+    one.encode(encoder, *batch)
+    for path in one.folder.rglob("*.safetensors"):  # an entry of another encoder is none
+        target = other.folder / path.relative_to(one.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    other.encode(encoder, *batch)
+    assert (other.hits, other.misses, other.damaged) == (0, 3, 3)

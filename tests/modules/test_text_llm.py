@@ -89,6 +89,82 @@ def test_settings_and_tokenizer_are_a_directory_of_ours(folder, family, tmp_path
     assert ours.texts(chat) == theirs.texts
 
 
+# ------------------------------------------------------------------------------------------------- end tokens
+
+
+def set_ends(path, **ends):
+    """Writes ``eos_token_id`` of the files that are named."""
+    for name, value in ends.items():
+        file = path / f"{name}.json"
+        content = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**content, "eos_token_id": value}))
+
+
+def test_answers_end_where_hugging_face_ends_them(copy):
+    """At each token of a list, and not as one that was cut off."""
+    from transformers import AutoModelForCausalLM
+
+    from nemo_mtbi.inference.generate import GenerationConfig
+    from nemo_mtbi.inference.respond import Responder
+    from nemo_mtbi.modules.speech_llm import LayoutDecoder
+
+    def theirs(ids):
+        model = AutoModelForCausalLM.from_pretrained(copy).eval()
+        given = torch.tensor([ids])
+        return model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+        )[0, len(ids) :].tolist()
+
+    layout = open_text_llm(copy).chat().prompt("say it", "the quick brown fox")
+    first = open_text_llm(copy).chat().end_id
+    ends = [first, theirs(layout)[5]]
+    set_ends(copy, generation_config=ends)
+    wanted, found = theirs(layout), load_text_llm(copy)
+    assert wanted[-1] == ends[1] and len(wanted) < NEW
+    (answer,) = Responder(LayoutDecoder(found.chunks), found.chat, GenerationConfig(NEW)).layouts([layout])
+    assert (answer.ids, answer.truncated) == (wanted[:-1], False)
+    assert found.chat.response("the fox")[-1] == first  # what the template puts behind an answer is learned
+
+
+def test_all_end_tokens_of_all_files_count(copy):
+    set_ends(copy, config=7, generation_config=[2, 9, 7, -1, 10**6])
+    chat = open_text_llm(copy).chat()
+    assert chat.end_ids == (chat.end_id, *sorted({7, 9, 2} - {chat.end_id}))
+    hf_tokenizer(copy, "chatml")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
+    chat = open_text_llm(copy).chat()
+    assert chat.end == "<|im_end|>" and chat.tokenizer.token_to_id("<|endoftext|>") in chat.ends
+    (copy / "generation_config.json").unlink()
+    assert 7 in open_text_llm(copy).chat().ends
+
+
+@pytest.mark.parametrize("wrong", ["2", [2, "x"], 1.5, True])
+def test_malformed_end_tokens_name_their_file(copy, wrong):
+    set_ends(copy, generation_config=wrong)
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is .* id of a token, or a list of ids"):
+        open_text_llm(copy).chat()
+
+
+def test_end_tokens_are_written_down_and_older_settings_read(copy, tmp_path):
+    """Settings of before do not say them: the files beside them do."""
+    set_ends(copy, config=[7, 9])
+    chat = open_text_llm(copy).chat()
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for name, content in open_text_llm(copy).texts(chat).items():
+        (ours / name).write_bytes(content)
+    settings = (ours / "llm.yaml").read_text()
+    assert OwnDirectory(ours).chat().end_ids == chat.end_ids
+    assert OwnDirectory(ours).chat().fingerprint() == chat.fingerprint()
+    assert "  ends:\n  - 7\n  - 9\n" in settings
+    (ours / "llm.yaml").write_text(settings.replace("  ends:\n  - 7\n  - 9\n", ""))
+    assert OwnDirectory(ours).chat().end_ids == chat.end_ids
+    (ours / "llm.yaml").write_text(settings.replace("  - 9\n", "  - 9999\n"))
+    with pytest.raises(ValueError, match="llm.yaml: chat.ends is .*a list of ids below 512"):
+        OwnDirectory(ours).chat()
+
+
 def test_another_chat_is_written_down(folder):
     found = load_text_llm(folder / "qwen2", weights=False, chat=ChatConfig(system="Be brief."))
     assert b"Be brief." in found.texts["llm.yaml"]
@@ -162,6 +238,25 @@ def test_missing_shards_and_tokenizers_are_named(copy):
     (copy / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match="index.json can't be read .*copy it again"):
         find_text_llm(copy)
+
+
+def test_weights_of_another_format_are_named(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lacks model.safetensors .there is pytorch_model.bin, .*convert it"):
+        find_text_llm(copy)
+
+
+@pytest.mark.parametrize("family", LLMS)
+def test_settings_of_a_tokenizer_are_not_a_tokenizer(folder, family, tmp_path):
+    """Neither in a directory of theirs nor in one of ours."""
+    theirs, ours = shutil.copytree(folder / family, tmp_path / "theirs"), tmp_path / "ours"
+    shutil.copytree(theirs, ours)
+    for name, content in load_text_llm(theirs, weights=False).texts.items():
+        (ours / name).write_bytes(content)
+    for path in (theirs, ours):
+        (path / "tokenizer.json").unlink()
+        with pytest.raises(ValueError, match="lacks tokenizer.json"):
+            find_text_llm(path)
 
 
 def test_a_tokenizer_of_another_llm_is_refused(copy):

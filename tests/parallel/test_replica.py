@@ -2,7 +2,10 @@
 """One reader for each replica: what all its processes get and agree on."""
 
 import gc
+import multiprocessing
+import os
 import runpy
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -233,3 +236,14 @@ def test_a_single_process_raises_what_its_reader_raises(alone):
         list(alone(fail_at=1))
     with pytest.raises(ValueError, match="^no data$"):
         ReplicaLoader.build(refuse)
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(alone):
+    """A terminal sends Ctrl-C to them too, and Slurm its warning."""
+    steps = iter(ReplicaLoader.build(lambda: plain(0, 40, workers=1)))
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    assert len(list(steps)) == 39
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # they reach this process

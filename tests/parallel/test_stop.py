@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel import groups, stop
 from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.parallel.stop import SIGNALS, StopOnSignal, explained
+from nemo_mtbi.parallel.stop import SIGNALS, Remedies, StopOnSignal, explained
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -57,7 +58,7 @@ def test_a_signal_outside_of_training_ends_the_process_with_a_reason(number, cap
     assert caught.value.code == 128 + number
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(f"{signal.Signals(number).name} has ended process 1 of 2 outside of training.")
-    assert "its own last lines say why" in last and "resume_if_exists=true" in last
+    assert ("its own last lines say why" in last) == (number != signal.SIGINT) and "resume_if_exists=true" in last
     assert signal.getsignal(number) == before
 
 
@@ -79,6 +80,47 @@ def test_a_signal_while_training_is_told_once(capfd):
     assert capfd.readouterr().err.count("SIGTERM: process 0 of 1 saves and stops after this step") == 1
 
 
+def interrupted(seconds):
+    """Worker that is forked: Ctrl-C twice while training, as torchrun passes it on or as a person presses it."""
+    callback = StopOnSignal(lambda: False)
+    callback.on_train_start(None, None)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(callback.requested == "SIGINT")
+
+
+@pytest.mark.parametrize("launched, seconds, ends", [(False, 0, True), (True, 0, False), (True, 0.2, True)])
+def test_a_second_interrupt_ends_at_once(launched, seconds, ends, monkeypatch):
+    """torchrun passes on the first one, which a terminal has sent to all processes already."""
+    monkeypatch.setattr(stop, "FORWARDED_SECONDS", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x") if launched else monkeypatch.delenv("TORCHELASTIC_RUN_ID", False)
+    child = os.fork()
+    if child == 0:
+        interrupted(seconds)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == (-signal.SIGINT if ends else 1)
+
+
+def test_a_time_limit_gives_the_signals_back():
+    """NeMo's ends a fit without any other hook."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    callback = StopOnSignal(lambda: False)
+    callback.on_train_start(None, None)
+    callback.teardown(None, None, "fit")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_what_is_advised_may_be_learned_later(capfd):
+    with pytest.raises(SystemExit), explained() as remedies:
+        remedies.go_on = "Type this"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "SIGINT has ended process 0 of 1 outside of training. Type this\n"
+    with pytest.raises(RuntimeError, match=r"or use another folder \(output_dir\)\. Type that$"):
+        with explained(Remedies("Type that", "output_dir")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x/events")
+
+
 def test_a_full_disk_is_told_with_a_remedy():
     with pytest.raises(
         RuntimeError, match=r"^process 0 of 1 could not go on: no space left.*\(/x/events\): free"
@@ -88,6 +130,30 @@ def test_a_full_disk_is_told_with_a_remedy():
     assert "resume_if_exists=true" in str(e.value) and isinstance(e.value.__cause__, OSError)
     with pytest.raises(FileNotFoundError), explained():
         open("/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("/home/me/.cache/nemo_mtbi/x/y.flac", " (data.cache_dir)"),
+        ("/home/me/.cache", " (data.cache_dir)"),  # it has to be made first
+        ("/exp/tiny/events", " (exp_manager.exp_dir)"),
+        ("/tmp/elsewhere", ""),
+        (None, " (exp_manager.exp_dir)"),
+    ],
+)
+def test_a_file_that_cant_be_written_is_told_with_the_key_of_its_folder(name, key):
+    places = {"/home/me/.cache/nemo_mtbi": "data.cache_dir", "/exp/tiny": "exp_manager.exp_dir"}
+    where = rf" \({name}\)" if name else ""
+    remedy = re.escape(f", or use another folder{key}. Start again")
+    with pytest.raises(
+        RuntimeError, match=f"the file system is read-only{where}: have it mounted for writing{remedy}"
+    ):
+        with explained(Remedies(places=places)):
+            try:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)  # as Path.mkdir does
+            except FileNotFoundError:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)  # noqa: B904
 
 
 def test_a_process_that_never_came_is_a_lost_one(monkeypatch):

@@ -47,7 +47,59 @@ def test_there_and_back_is_bitwise_equal(folder, family, style, capsys):
     assert before.keys() == after.keys() and len(list(again.glob("*.safetensors"))) > 1
     for name, value in before.items():
         assert value.dtype == after[name].dtype and torch.equal(value, after[name]), name
-    assert json.loads((again / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+    assert contents(again) == contents(hf)
+
+
+def contents(path):
+    """Everything but the weights."""
+    found = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if ".safetensors" not in name.name}
+
+
+def test_what_came_with_an_llm_comes_back(tmp_path):
+    """How it generates, its templates and its licence; no code and no weights of another form."""
+    hf = hf_llm(tmp_path / "hf")
+    ends = {"eos_token_id": [2, 0], "temperature": 0.6}
+    (hf / "generation_config.json").write_text(json.dumps(ends))
+    (hf / "additional_chat_templates").mkdir()
+    for name in ("additional_chat_templates/tools.jinja", "LICENSE", "README.md", "chat_template.json"):
+        (hf / name).write_text(name if not name.endswith("json") else "{}")
+    expected = contents(hf)
+    (hf / "modeling.py").write_text("raise SystemExit('this code was run')")
+    (hf / "pytorch_model.bin").write_bytes(b"x")
+    for command, source, out in (("to-megatron", "hf", "ours"), ("to-hf", "ours", "again")):
+        assert convert_hf.main([command, str(tmp_path / source), str(tmp_path / out)]) == 0
+    assert contents(tmp_path / "again") == expected
+    chats = [find_text_llm(tmp_path / name).chat() for name in ("hf", "ours", "again")]
+    assert [chat.end_ids for chat in chats] == [(2, 0)] * 3
+    assert len({chat.fingerprint() for chat in chats}) == 1
+
+
+@torch.no_grad()
+def test_an_llm_that_was_made_here_goes_to_hugging_face(tmp_path):
+    """It has no config.json, and leaves the channels of a head to be computed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nemo_mtbi.modules.pretrained import DEMO
+
+    groups.initialize()
+    assert convert_hf.main(["to-hf", str(DEMO / "llm"), str(tmp_path / "hf")]) == 0
+    ours, ids = load_text_llm("demo"), [1, 50, 60, 5, 70, 6]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()(torch.tensor([ids])).logits[0]
+    hidden = ours.decoder.hidden(ours.decoder.embed_tokens(torch.tensor([ids])).transpose(0, 1))
+    found = ours.decoder.logits(hidden, torch.arange(len(ids)))
+    assert torch.allclose(found, theirs, atol=1e-3)
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "hf"), "translate into spanish"
+    assert tokenizer.encode(text, add_special_tokens=False) == ours.chat.encode(text)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["head_dim"], config["eos_token_id"]) == (32, ours.chat.end_id)
+    assert (
+        convert_hf.main(
+            ["to-hf", str(DEMO / "llm"), str(tmp_path / "same"), "--config", str(tmp_path / "hf" / "config.json")]
+        )
+        == 0
+    )
+    assert contents(tmp_path / "same") == contents(tmp_path / "hf")
 
 
 @torch.no_grad()

@@ -107,6 +107,44 @@ def test_errors_name_the_place_and_write_nothing(tmp_path, capsys, bad, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_byte_order_marks_and_separators_of_unicode(tmp_path):
+    text = json.dumps(line("c0", response="one\u2028two\x85three"), ensure_ascii=False)
+    assert run(tmp_path, ["\ufeff" + text + "\r", line("c1"), "\r", line("c2")]) == 0
+    first, *_ = read_targets(tmp_path / "out")
+    assert first.behaviors[0]["response"] == "one\u2028two\x85three"
+
+
+def test_cuts_that_are_none_are_named(tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text(json.dumps(line()) + "\n")
+    (tmp_path / "latin.jsonl").write_bytes("où\n".encode("latin-1"))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "file").write_text("")
+    cuts = make_cuts(tmp_path / "in.jsonl.gz", ["c0"])
+    for given, out, message in (
+        (tmp_path, "out", "is a folder"),
+        (tmp_path / "none.jsonl", "out", "does not exist"),
+        (tmp_path / "latin.jsonl", "out", "is not UTF-8"),
+        (tmp_path / "empty.jsonl", "out", "holds no cuts"),
+        (cuts, "file", "is not a folder: give another path"),
+    ):
+        arguments = ["--cuts", given, "--targets", tmp_path / "t.jsonl", "--llm", "x", "--out", tmp_path / out]
+        assert import_targets.main([str(argument) for argument in arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_tokens_of_answers_are_kept(tmp_path):
+    lines = [line("c0", ids=[5, 6]), line("c1", response="", ids=[]), line("c2")]
+    assert run(tmp_path, lines) == 0
+    found = [cut.custom["behaviors"][0].get("ids") for cut in read_targets(tmp_path / "out")]
+    assert found == [[5, 6], [], None]
+
+
+@pytest.mark.parametrize("ids", ["5 6", [5, "6"], [-1], [True]])
+def test_malformed_tokens_are_refused(tmp_path, capsys, ids):
+    assert run(tmp_path, [*complete()[:2], line("c2", ids=ids)]) == 1
+    assert "line 3: 'ids' must be a list of token ids" in capsys.readouterr().err
+
+
 def test_not_utf8_and_damaged_gzip(tmp_path, capsys):
     path, counts = tmp_path / "t.jsonl", import_targets.Counter()
     path.write_bytes(b'{"cut_id": "\xff"}\n')
@@ -143,11 +181,11 @@ def test_bad_manifests_of_cuts(tmp_path, capsys):
     assert run(tmp_path, complete(), ids=("c0", "c1", "c2", "c1")) == 1
     assert "two cuts have the id c1" in capsys.readouterr().err
     assert run(tmp_path, complete(), "--cuts", str(tmp_path / "none.jsonl")) == 1
-    assert "none.jsonl is not a file" in capsys.readouterr().err
+    assert "none.jsonl does not exist" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(SupervisionSegment("s", "r", 0.0, 1.0).to_dict()) + "\n")
     assert run(tmp_path, complete(), "--cuts", str(other)) == 1
-    assert "holds SupervisionSegments, not cuts" in capsys.readouterr().err
+    assert "holds a SupervisionSet, not cuts" in capsys.readouterr().err
 
 
 def test_overwrite(tmp_path, capsys):

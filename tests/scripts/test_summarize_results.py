@@ -29,6 +29,13 @@ def test_mean_and_spread_are_those_of_the_runs():
     assert "| held-out tasks: agreement | 90.00% | 80.00% | 85.00% ± 7.07% |" in lines
 
 
+def test_character_error_rate_is_shown_where_it_was_measured():
+    measured = run(0, 0.5, 0.9)
+    measured["transcription"]["cer"] = 0.04
+    assert "| transcription CER | 4.00% |" in summarize.table([measured], ["x"])
+    assert "CER" not in summarize.table([run(0, 0.5, 0.9)], ["x"])
+
+
 def test_one_run_has_no_spread():
     assert "2.00% ± –" in summarize.table([run(0, 0.02, 0.9)], ["x"])
 

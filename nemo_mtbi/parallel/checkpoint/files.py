@@ -12,7 +12,6 @@ after a kill they may stand beside a whole checkpoint, which NeMo would then del
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -23,11 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_mtbi.io.digests import HashingWriter
+from nemo_mtbi.parallel.checkpoint.digests import BLOCK, FileMark, check_signed, mark_of, signed
+from nemo_mtbi.parallel.checkpoint.digests import measure as measure
+
 logger = logging.getLogger(__name__)
 
 MARKER = "checkpoint.json"
-FORMAT_VERSION = 1
-HASHED_BYTES = 64 * 2**20  # larger files are checked by size: reading them twice would delay every start
+FORMAT_VERSION = 2  # 1 had no digests of files above HASHED_BYTES, nor of the marker itself
+HASHED_BYTES = 64 * 2**20  # larger files are compared when they are loaded: reading them twice would delay every start
 _SAVING, _BROKEN = ".saving", ".broken"  # folders beside checkpoints; NeMo takes neither for one
 _REPLACED, _REMOVED = ".replaced", ".removed"  # what becomes of a checkpoint, in `.saving`
 _CONTENT = (MARKER, "metadata.json", ".metadata", "common.pt")
@@ -43,19 +46,6 @@ CAUSES = {  # error number: cause and remedy
     errno.ENOTDIR: ("a part of the path is a file", "correct the path"),
     errno.EIO: ("the device reports an input/output error", "check the disk or the network file system"),
 }
-
-
-@dataclass(frozen=True)
-class FileMark:
-    """What a file must be.
-
-    Attributes:
-        size: in bytes.
-        sha256: of the content; ``None`` for a large file.
-    """
-
-    size: int
-    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,18 +110,13 @@ def explain(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------------------------------ marker
 
 
-def measure(path: Path) -> FileMark:
-    """Size and, unless it is large, hash of a file."""
-    size = path.stat().st_size
-    return FileMark(size, hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED_BYTES else None)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until the device has it."""
+def write_durably(path: Path, content: bytes) -> FileMark:
+    """Writes a file, waits until the device has it, and returns its mark."""
     with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        hashed = HashingWriter(file, BLOCK)
+        hashed.write(content)
+        os.fsync(hashed.fileno())
+    return mark_of(hashed)
 
 
 def sync_folder(folder: Path) -> None:
@@ -148,7 +133,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_marker(folder: Path, marker: Marker) -> None:
     """Declares the checkpoint whole; the last thing that is written."""
-    content = json.dumps({"format": FORMAT_VERSION, **asdict(marker)}, indent=1).encode()
+    values = {"format": FORMAT_VERSION, **asdict(marker)}
+    content = json.dumps(signed(values), indent=1).encode()
     write_durably(folder / f"{MARKER}.part", content)
     os.replace(folder / f"{MARKER}.part", folder / MARKER)
     sync_folder(folder)
@@ -167,19 +153,27 @@ def read_marker(folder: Path) -> Marker:
                 f"{folder} has checkpoint format {content['format']}, this version reads up to {FORMAT_VERSION}: "
                 "update nemo_mtbi"
             )
-        del content["format"]
-        files = {name: FileMark(**mark) for name, mark in content.pop("files").items()}
-        return Marker(**content, files=files)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{folder} is no whole checkpoint: it has no {MARKER}, so its save was not finished"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no whole checkpoint: its {MARKER} is damaged ({error})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged_marker(folder, error) from error
+    try:
+        check_signed(content)
+        del content["format"]
+        files = {name: FileMark(**mark) for name, mark in content.pop("files").items()}
+        return Marker(**content, files=files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged_marker(folder, error) from error
+
+
+def _damaged_marker(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"{folder} is no whole checkpoint: its {MARKER} is damaged ({error})")
 
 
 def check(folder: Path) -> Marker:
-    """Compares the files of a checkpoint with its marker.
+    """Compares the files of a checkpoint with its marker: large ones by size, since they are compared when loaded.
 
     Raises:
         ValueError: if it is not whole; names the folder, the file and what is wrong.
@@ -192,7 +186,7 @@ def check(folder: Path) -> Marker:
         size = path.stat().st_size
         if size != expected.size:
             raise ValueError(f"{folder} is no whole checkpoint: {name} has {size} of {expected.size} bytes")
-        if expected.sha256 is not None and measure(path).sha256 != expected.sha256:
+        if size <= HASHED_BYTES and expected.sha256 is not None and not expected.fits(path):
             raise ValueError(f"{folder} is no whole checkpoint: the content of {name} has changed since it was saved")
     return marker
 
@@ -300,10 +294,12 @@ class Survey:
     broken: Mapping[Path, str]
 
 
-def survey(folder: Path) -> Survey:
-    """Looks for the newest whole checkpoint. Nothing is changed."""
+def survey(folder: Path, without: Path | None = None) -> Survey:
+    """Looks for the newest whole checkpoint, ``without`` one that is not looked at. Nothing is changed."""
     marked, broken = [], {}
     for path in candidates(folder):
+        if path == without:
+            continue
         try:
             marked.append((read_marker(path).serial, path))
         except ValueError as error:

@@ -7,11 +7,12 @@ their own, and tell each other how it went.
 
 from __future__ import annotations
 
+import io
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.optim import Optimizer
 
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.parallel import random_states
 from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import files, optimizer_state, tensors
 from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, OPTIMIZER_GROUPS, RANDOM_STATES
+from nemo_mtbi.parallel.checkpoint.digests import CheckedFiles, open_checked
 from nemo_mtbi.parallel.checkpoint.metadata import read_metadata
 from nemo_mtbi.parallel.checkpoint.tensors import Place
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
+Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +61,7 @@ def load(
     what = f"the checkpoint {folder} could not be loaded"
     together(what, lambda: _check(folder) if dist.get_rank() == 0 else None, files.explain)
     loading = _Loading(folder, weights, Place.here())
-    stored = together(what, lambda: loading.read(optimizers, seed, llm), files.explain)[0]
+    stored = together(what, lambda: _named(folder, lambda: loading.read(optimizers, seed, llm)), files.explain)[0]
     wanted = together(what, lambda: list(weights))
     unknown = sorted(stored - {name for names in wanted for name in names})
     if unknown:
@@ -73,12 +77,27 @@ def _check(folder: Path) -> None:
         raise ValueError(
             "there is no such folder: give one that training has written (a .nemo is for init_from_nemo_model)"
         )
+    _named(folder, lambda: files.check(folder))
+
+
+def _named(folder: Path, read: Callable[[], Value]) -> Value:
+    """Read of a checkpoint; if it is damaged, the error says which one to resume from.
+
+    Raises:
+        ValueError: names the folder and what is wrong.
+    """
     try:
-        files.check(folder)
+        return read()
     except ValueError as error:
-        other = files.survey(folder.parent).last
+        if isinstance(error, DamageError):
+            message = f"{folder} is damaged: {error}; move it away"
+        elif "is no whole checkpoint" in str(error):
+            message = str(error)
+        else:
+            raise
+        other = files.survey(folder.parent, without=folder).last
         hint = f"{other} is whole: resume from that" if other else "there is no whole one beside it"
-        raise ValueError(f"{error}; {hint}") from error
+        raise ValueError(f"{message}; {hint}") from error
 
 
 class _Loading:
@@ -92,7 +111,8 @@ class _Loading:
 
     def read(self, optimizers: Sequence[Optimizer], seed: int, llm: LlmOptimizer | None) -> set[str]:
         """Fills ``result``; returns the names of all weights that are stored."""
-        self._metadata = read_metadata(self.folder, files.read_marker(self.folder).files)
+        self._marks = files.read_marker(self.folder).files
+        self._metadata = read_metadata(self.folder, self._marks, self._content(".metadata"))
         self._stored = self._metadata.state_dict_metadata
         common, saved = self._read_common()
         options, moments = common.pop(OPTIMIZER_GROUPS, None), common.pop(LLM_OPTIMIZER, None)
@@ -115,9 +135,15 @@ class _Loading:
             self.result[RANDOM_STATES][name] = value.reshape(-1)
         return tensors.stored_weights(self._metadata)
 
+    def _content(self, name: str) -> bytes:
+        """A file that every process reads whole."""
+        with open_checked(self.folder, name, self._marks) as file:
+            return file.read()
+
     def _read_common(self) -> tuple[dict[str, Any], Place]:
+        content = self._content("common.pt")
         try:
-            stored = torch.load(self.folder / "common.pt", map_location="cpu", weights_only=True)
+            stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             return stored["checkpoint"], Place(**stored["place"])
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
@@ -211,6 +237,7 @@ class _Loading:
         from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
 
         reader, planner = FileSystemReader(self.folder), MCoreLoadPlanner()
+        reader.fs = CheckedFiles(self.folder, self._marks)
         reader.set_up_storage_reader(self._metadata, True)
         planner.set_up_planner(mcore_to_pyt_state_dict(self._sharded, True), self._metadata, True)
         plan = reader.prepare_local_plan(planner.create_local_plan())

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,32 +54,38 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint has")
 
 
-def unpickle_metadata(folder: Path) -> Metadata:
+def unpickle_metadata(folder: Path, content: bytes | None = None) -> Metadata:
     """What stands in ``.metadata``, if it is nothing but a description of tensors and objects.
+
+    Args:
+        folder: of the checkpoint.
+        content: of the file, where that was read already.
 
     Raises:
         ValueError: if it is more than that, or damaged.
     """
+    if content is None:
+        content = (folder / ".metadata").read_bytes()
     try:
-        with open(folder / ".metadata", "rb") as file:
-            return _MetadataUnpickler(file).load()
+        return _MetadataUnpickler(io.BytesIO(content)).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"{folder / '.metadata'} is not loaded: {error}") from error
 
 
-def read_metadata(folder: Path, files: Mapping[str, Any]) -> Metadata:
+def read_metadata(folder: Path, files: Collection[str], content: bytes | None = None) -> Metadata:
     """Which tensors a checkpoint holds.
 
     Args:
         folder: the checkpoint.
         files: the files that its marker names.
+        content: of ``.metadata``, where that was read already.
 
     Raises:
         ValueError: if it holds anything but tensors, or refers to other files.
     """
-    metadata = unpickle_metadata(folder)
+    metadata = unpickle_metadata(folder, content)
     try:
-        foreign = {info.relative_path for info in metadata.storage_data.values()} - files.keys()
+        foreign = {info.relative_path for info in metadata.storage_data.values()} - set(files)
         others = [
             key for key, value in metadata.state_dict_metadata.items() if not isinstance(value, TensorStorageMetadata)
         ]

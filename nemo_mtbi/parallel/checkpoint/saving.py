@@ -29,6 +29,7 @@ from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import content, files
 from nemo_mtbi.parallel.checkpoint.content import OPTIMIZER_GROUPS
+from nemo_mtbi.parallel.checkpoint.digests import HashedFiles
 from nemo_mtbi.parallel.checkpoint.tensors import Place
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 
@@ -101,6 +102,8 @@ class Save:
         self.folder, self.step, self.epoch = folder, checkpoint["global_step"], checkpoint["epoch"]
         self._staging, self._place, self._copy = files.staging_of(folder), Place.here(), copy
         self._writer = FileSystemWriter(self._staging)
+        self._writer.fs = self._files = HashedFiles()
+        self._marks: dict[str, files.FileMark] = {}  # of what this process writes
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         with self._abandoned_on_failure():
             summaries = self._together(lambda: self._collect(checkpoint, weights, optimizers, llm))
@@ -156,7 +159,7 @@ class Save:
                     self._common[key] = held[0]
             buffer = io.BytesIO()
             torch.save({"checkpoint": self._common, "place": asdict(self._place)}, buffer)
-            files.write_durably(self._staging / _COMMON, buffer.getvalue())
+            self._marks[_COMMON] = files.write_durably(self._staging / _COMMON, buffer.getvalue())
         mine: dict[str, list] = {}
         for tensor in self._tensors:
             if is_main_replica(tensor.replica_id):
@@ -170,8 +173,7 @@ class Save:
     def _write(self, plan: Any) -> tuple[list, dict[str, files.FileMark]]:
         """Runs in the thread."""
         results = self._writer.write_data(plan, self._planner).wait()
-        names = {result.storage_data.relative_path for result in results}
-        return results, {name: files.measure(self._staging / name) for name in names}
+        return results, self._files.marks
 
     def written(self, blocking: bool) -> bool:
         """Whether all processes have written their share.
@@ -210,7 +212,7 @@ class Save:
     def _complete(self, outcomes: Sequence[tuple[list, Mapping[str, files.FileMark]]]) -> None:
         from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
-        marks: dict[str, files.FileMark] = {}
+        marks = self._marks
         for rank, (_, written) in enumerate(outcomes):
             for name, mark in written.items():
                 path = self._staging / name
@@ -221,8 +223,9 @@ class Save:
                     )
                 marks[name] = mark
         self._writer.finish(self._metadata, [results for results, _ in outcomes])
-        files.write_durably(self._staging / _CONFIG, json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode())
-        marks.update({name: files.measure(self._staging / name) for name in (_COMMON, _CONFIG, _METADATA)})
+        config = json.dumps(asdict(CheckpointingConfig("torch_dist"))).encode()
+        marks[_CONFIG] = files.write_durably(self._staging / _CONFIG, config)
+        marks[_METADATA] = self._files.marks[_METADATA]
         layout = {**asdict(groups.layout()), "data_parallel_size": self._place.data_size}
         serial = files.next_serial(self.folder.parent)
         files.write_marker(self._staging, files.Marker(self.step, self.epoch, serial, layout, marks))

@@ -9,9 +9,11 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from nemo_mtbi.parallel.checkpoint import files
-from nemo_mtbi.parallel.checkpoint.files import FileMark, Marker
+from nemo_mtbi.io.digests import DamageError
+from nemo_mtbi.parallel.checkpoint import digests, files
+from nemo_mtbi.parallel.checkpoint.files import Marker
 
 
 def write(folder, step, serial=None, place=None):
@@ -35,14 +37,68 @@ def test_a_whole_checkpoint_is_described_by_its_marker(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["__0_0.distcp", files.MARKER, "common.pt"]
 
 
-def test_a_large_file_is_checked_by_size_only(tmp_path, monkeypatch):
+def test_a_large_file_is_compared_when_it_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "HASHED_BYTES", 20)
+    monkeypatch.setattr(digests, "BLOCK", 8)
     folder = write(tmp_path / "a", 3)
-    assert files.read_marker(folder).files["__0_0.distcp"] == FileMark(21, None)
-    (folder / "__0_0.distcp").write_bytes(b"x" * 21)
-    files.check(folder)
+    marks = files.read_marker(folder).files
+    assert len(marks["__0_0.distcp"].sha256) == 3 and marks["__0_0.distcp"].size == 21
+    with digests.open_checked(folder, "__0_0.distcp", marks) as file:
+        assert file.read() == b"tensors" * 3
+    content = bytearray(b"tensors" * 3)
+    content[9] ^= 1
+    (folder / "__0_0.distcp").write_bytes(content)
+    files.check(folder)  # it would be read twice
+    with digests.open_checked(folder, "__0_0.distcp", marks) as file:
+        assert file.read(5) == b"tenso"  # its block is whole
+        with pytest.raises(DamageError, match="__0_0.distcp is not as it was written: .* bytes 8 to 16"):
+            file.read(5)
     (folder / "common.pt").write_bytes(b"x" * 18)
     with pytest.raises(ValueError, match="common.pt has changed"):
+        files.check(folder)
+
+
+def test_what_torch_writes_is_hashed_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "BLOCK", 1000)
+    written = digests.HashedFiles()
+    with written.create_stream(tmp_path / "a.tmp", "wb") as file:
+        torch.save(torch.arange(300.0), file)
+        assert file.tell() == file.size
+    written.rename(tmp_path / "a.tmp", tmp_path / "a")
+    marks = written.marks
+    assert marks == {"a": files.measure(tmp_path / "a")} and len(marks["a"].digests) > 1
+    with digests.CheckedFiles(tmp_path, marks).create_stream(tmp_path / "a", "rb") as file:
+        assert torch.equal(torch.load(file, weights_only=True), torch.arange(300.0))
+
+
+def test_no_flipped_bit_of_a_marker_is_read(tmp_path):
+    folder = write(tmp_path / "a", 3)
+    content, expected = (folder / files.MARKER).read_bytes(), files.read_marker(folder)
+    for bit in range(0, 8 * len(content), 3):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (folder / files.MARKER).write_bytes(damaged)
+        try:
+            found = files.read_marker(folder)
+        except ValueError as error:
+            assert str(folder) in str(error)
+        else:  # white space
+            assert found == expected
+
+
+def test_a_checkpoint_of_format_1_is_still_read(tmp_path):
+    folder = write(tmp_path / "a", 3)
+    marker = json.loads((folder / files.MARKER).read_text())
+    del marker["sha256"]
+    marker["format"] = 1
+    marker["files"]["__0_0.distcp"]["sha256"] = None  # above 64 MiB
+    (folder / files.MARKER).write_text(json.dumps(marker))
+    assert files.check(folder).step == 3
+    with digests.open_checked(folder, "__0_0.distcp", files.read_marker(folder).files) as file:
+        assert file.read() == b"tensors" * 3
+    marker["format"] = 2
+    (folder / files.MARKER).write_text(json.dumps(digests.signed(marker)))
+    with pytest.raises(ValueError, match="'__0_0.distcp' without a digest"):
         files.check(folder)
 
 
@@ -74,7 +130,9 @@ BREAKS = {
     "half a marker": (lambda f: os.truncate(f / files.MARKER, 30), "checkpoint.json is damaged"),
     "marker of another kind": (lambda f: (f / files.MARKER).write_text("[1]"), "checkpoint.json is damaged"),
     "unknown field": (edit_marker(colour=1), "checkpoint.json is damaged"),
-    "newer format": (edit_marker(format=2), "format 2, this version reads up to 1: update nemo_mtbi"),
+    "newer format": (edit_marker(format=3), "format 3, this version reads up to 2: update nemo_mtbi"),
+    "older format": (edit_marker(format=1), "checkpoint.json is damaged"),
+    "another serial number": (edit_marker(serial=9), "checkpoint.json is damaged .*its SHA-256 is another"),
 }
 
 

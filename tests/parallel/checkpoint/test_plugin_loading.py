@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,14 +22,24 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+def flip(path):
+    """Change one bit of a weight, or of what else lies there."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def remark(folder):
     """Makes the marker fit the files again, as who has crafted them would."""
+    from nemo_mtbi.parallel.checkpoint import digests
+
     files = checkpoint_files()
     marker = json.loads((folder / files.MARKER).read_text())
     for name in marker["files"]:
         mark = files.measure(folder / name)
         marker["files"][name] = {"size": mark.size, "sha256": mark.sha256}
-    (folder / files.MARKER).write_text(json.dumps(marker))
+    marker.pop("sha256")
+    (folder / files.MARKER).write_text(json.dumps(digests.signed(marker)))
 
 
 def refused_job(folder):
@@ -67,6 +78,14 @@ def refused_job(folder):
         metadata = pickle.load(file)
     next(iter(metadata.storage_data.values())).relative_path = "../a/__0_0.distcp"
     refused(lambda: os.truncate(shard, 10), f"{shard.name} has 10 of .*; {folder / 'a'} is whole: resume from that")
+    with mock.patch.object(
+        checkpoint_files(), "HASHED_BYTES", 0
+    ):  # of large files blocks are compared when they are read
+        for name in (shard.name, "common.pt", ".metadata"):
+            refused(
+                lambda name=name: flip(path / name),
+                f"is damaged: {name} is not as it was written.*; move it away; {folder / 'a'} is whole",
+            )
     refused(lambda: (path / "checkpoint.json").unlink(), "it has no checkpoint.json")
     refused(lambda: None, "there is no such folder", path=folder / "c")
     refused(lambda: crafted("common.pt", pickle.dumps(Payload(executed))), "common.pt is not loaded")

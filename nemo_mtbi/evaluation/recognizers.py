@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recognizers, which write the transcripts of a cascade: CTC of NeMo, or Whisper's own decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.modules.hf_encoder import is_hf_encoder
+from nemo_mtbi.modules.pretrained import load_asr_model, resolve
+from nemo_mtbi.modules.speech_encoder import SpeechEncoder
+from nemo_mtbi.modules.whisper import WhisperTranscriber, missing_of_decoder
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """Speech to text.
+
+    Attributes:
+        frames: for its sample rate and the shortest audio that it takes.
+        transcribe: transcripts of utterances ``[n]`` at that rate.
+    """
+
+    frames: FrameCounter
+    transcribe: Callable[[Sequence[Tensor]], list[str]]
+
+
+def remedy(where: str) -> str:
+    """Return the remedy for a cascade that can't transcribe."""
+    return (
+        f"Set {where}.asr to a NeMo .nemo with CTC (hybrids have it too), or to a Hugging Face directory of Whisper "
+        f"with its decoder, or {where}.hypotheses to a JSONL of transcripts made elsewhere, or leave the system out: "
+        f"~{where}"
+    )
+
+
+def find_recognizer(where: str, asr: str | None, encoder: Path | None) -> Path:
+    """Return the path of what a cascade transcribes with; no weights are read.
+
+    Args:
+        where: the system in the configuration, for messages.
+        asr: its key ``asr``; None: what belongs to the encoder of its speech system.
+        encoder: that encoder; None if it lies inside the ``.nemo``, without the rest of its model.
+
+    Raises:
+        ValueError: if that can't transcribe; names the remedy.
+    """
+    if asr is None and encoder is None:
+        raise ValueError(
+            f"{where}: the .nemo of its speech system holds the encoder without what writes text. {remedy(where)}"
+        )
+    path = encoder if asr is None else resolve(asr, f"{where}.asr", "encoder.nemo")
+    if path.is_dir():
+        lacking = missing_of_decoder(path) if is_hf_encoder(path) else "it is not a directory of Hugging Face"
+    else:
+        lacking = _missing_of_nemo(path)
+    if lacking:
+        raise ValueError(f"{where} can't transcribe with {path}: {lacking}. {remedy(where)}")
+    return path
+
+
+def _missing_of_nemo(path: Path) -> str | None:
+    """Why a file can't transcribe; None if it is a NeMo model that can. Its configuration is read, and no weights."""
+    from nemo.collections.asr.models import ASRModel, EncDecCTCModel
+    from nemo.utils.model_utils import import_class_by_path
+
+    from nemo_mtbi.modules.asr_archive import TensorArchive
+
+    try:
+        config = ASRModel.restore_from(
+            str(path), return_config=True, map_location="cpu", save_restore_connector=TensorArchive()
+        )
+        if not str(config.get("target")).startswith("nemo.collections.asr."):  # nothing else is imported
+            return f"it holds a {config.get('target')} and not a NeMo ASR model"
+        found = import_class_by_path(config.target)
+    except Exception as error:  # a file that is something else raises what the libraries below happen to raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"it is not the .nemo of a NeMo ASR model ({reason})"
+    if not (isinstance(found, type) and issubclass(found, EncDecCTCModel)):
+        return f"{getattr(found, '__name__', found)} has no CTC head"
+    return None
+
+
+def load_recognizer(where: str, path: Path, device: torch.device, transcribe_ctc: Callable[..., Any]) -> Recognizer:
+    """Load what :func:`find_recognizer` has found.
+
+    Args:
+        where: the system in the configuration, for messages.
+        path: of it.
+        device: of the model.
+        transcribe_ctc: ``models.ctc.transcribe_ctc``.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if path.is_dir():
+        whisper = WhisperTranscriber(path, device)
+        return Recognizer(FrameCounter((LengthStage(1, 1),), whisper.sample_rate), whisper)
+    try:
+        model = load_asr_model(path).to(device)
+    except ValueError as error:
+        raise ValueError(f"{where} can't transcribe with {path}: {error}. {remedy(where)}") from error
+    shape = SpeechEncoder(model).shape
+    frames = FrameCounter(shape.stages, shape.sample_rate)
+
+    def transcribe(audio: Sequence[Tensor]) -> list[str]:
+        # resampled and mono already, whatever the file is
+        cuts = [SimpleNamespace(load_audio=lambda x=x: x[None].numpy()) for x in audio]
+        return transcribe_ctc(model, cuts, batch_size=max(1, len(cuts)))
+
+    return Recognizer(frames, transcribe)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comments of the configurations: what they cite exists, and what they list is what the code knows."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.data.interleave import FIRST, LEVELS, UNITS
+from nemo_mtbi.evaluation.settings import KINDS as SYSTEMS
+from nemo_mtbi.losses import DIVERGENCES
+from nemo_mtbi.modules.connector import KINDS
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(ROOT.glob("conf/**/*.yaml"))
+BASE = {"pretrained_asr": "demo", "pretrained_llm": "demo"}
+
+
+def comment(text: str, key: str) -> str:
+    """A key's line with the comment lines that follow it."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if re.match(rf" +{key}", line))
+    end = next(number for number in range(start + 1, len(lines)) if not lines[number].strip().startswith("#"))
+    return "\n".join(lines[start:end])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_and_sections_that_are_cited_exist(path):
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for section in re.findall(r'README[^"\n]*"([^"]+)"', text):
+        assert section in headings
+    for name in re.findall(r"(?:scripts|examples|nemo_mtbi|conf)/[\w./]+\.(?:py|sh|yaml)", text):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [("kind: conv", KINDS), ("unit:", UNITS), ("first:", FIRST), ("level:", LEVELS), ("divergence:", DIVERGENCES)],
+)
+def test_choices_are_all_named(key, known):
+    text = comment((ROOT / "conf" / "mtbi_demo.yaml").read_text(encoding="utf-8"), key)
+    assert [choice for choice in known if not re.search(rf"\b{choice}\b", text)] == []
+
+
+def test_kinds_of_systems_are_all_shown():
+    systems = yaml.safe_load((ROOT / "conf" / "mtbi_eval.yaml").read_text(encoding="utf-8"))["systems"]
+    assert {system["kind"] for system in systems.values()} == set(SYSTEMS)
+
+
+@pytest.mark.parametrize("name", ["mtbi_demo", "mtbi_large"])
+@pytest.mark.parametrize("key", ["encoder", "chat", "llm", "lora"])
+def test_sections_that_are_shown_in_comments_are_legal(name, key):
+    text = comment((ROOT / "conf" / f"{name}.yaml").read_text(encoding="utf-8"), f"{key}: null")
+    for shown in re.findall(r"\{(?:[^{}]|\{[^{}]*\})*\}", text):
+        parse_model_config({**BASE, key: yaml.safe_load(shown)})
