@@ -136,9 +136,9 @@ def test_sigkill_at_random_moments(tmp_path, undisturbed):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     for run in range(2):
         process = subprocess.Popen([sys.executable, str(FAKES), str(tmp_path)], env=env)
-        before, deadline = content(tmp_path), time.monotonic() + 120
-        while content_or_none(tmp_path) in (None, before) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)  # until it has written something new
+        before, deadline = answers_in(tmp_path), time.monotonic() + 120
+        while answers_in(tmp_path) in (None, before) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)  # until it has written new answers
         time.sleep(rng.uniform(0, 0.4))
         process.kill()
         assert process.wait() == -signal.SIGKILL, f"run {run} ended by itself"
@@ -148,12 +148,13 @@ def test_sigkill_at_random_moments(tmp_path, undisturbed):
     assert len(llm.batches) < undisturbed[1]
 
 
-def content_or_none(folder):
-    """Like `content`, while another process renames and removes files."""
+def answers_in(folder):
+    """Like `content`, without locks and headers, or None where another process renames or removes a file meanwhile."""
     try:
-        return content(folder)
+        found = content(folder)
     except FileNotFoundError:
         return None
+    return {name: data for name, data in found.items() if not name.endswith(".lock") and data.count(b"\n") > 1}
 
 
 def test_finished_work_is_not_done_again(tmp_path, undisturbed):
