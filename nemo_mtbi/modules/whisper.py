@@ -115,9 +115,9 @@ class WhisperTranscriber:
         asked: dict[str, Any] = {"return_timestamps": True} if timestamps else {}
         if timestamps and getattr(self._model.generation_config, "no_timestamps_token_id", None) is None:
             raise ValueError(
-                f"Whisper in {self._path} hears {self._extractor.chunk_length} s, and has no timestamps in its "
-                f"generation_config.json to go on by, but an utterance has {len(audio[0]) / self.sample_rate:.0f} s: "
-                "cut it, or transcribe it elsewhere"
+                f"Whisper in {self._path} takes {self._extractor.chunk_length} s at once, and has no timestamps in "
+                f"its generation_config.json to go on by, but an utterance has {len(audio[0]) / self.sample_rate:.0f} "
+                "s: cut it, or transcribe it elsewhere"
             )
         if getattr(self._model.generation_config, "lang_to_id", None):
             asked["task"] = "transcribe"

@@ -29,7 +29,7 @@ MARK = "CANARY"  # in every hostile command
 
 
 class Watch:
-    """What Python does meanwhile: processes started, addresses connected to, files written outside a folder."""
+    """Processes that Python starts meanwhile, addresses it connects to, and files it writes outside a folder."""
 
     def __init__(self):
         self.active, self.seen, self.folder = False, [], ""

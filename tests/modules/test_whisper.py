@@ -35,7 +35,7 @@ def test_a_transcript_does_not_depend_on_its_batch(whisper):
 def test_long_audio_needs_timestamps(whisper):
     hf.add_whisper_tokenizer(whisper)
     long = torch.randn(16000 * 31)
-    with pytest.raises(ValueError, match="hears 30 s, and has no timestamps .* but an utterance has 31 s"):
+    with pytest.raises(ValueError, match="takes 30 s at once, and has no timestamps .* but an utterance has 31 s"):
         WhisperTranscriber(whisper, CPU)([long])
     hf.add_whisper_tokenizer(whisper, timestamps=True)
     transcribe, asked = WhisperTranscriber(whisper, CPU), []
