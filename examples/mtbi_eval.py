@@ -10,7 +10,7 @@ with the same bytes. The last line names the report.
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 def schema():
@@ -26,11 +26,11 @@ def main(cfg):
     # All of the configuration is checked before a model is loaded.
     config = parse_eval_config(cfg)
 
-    from nemo_mtbi.evaluation.run import Backends, run
-    from nemo_mtbi.models.ctc import transcribe_ctc
-    from nemo_mtbi.models.inspection import inspect_nemo
+    from nemo_mtbi.commands.evaluate import Backends, run
+    from nemo_mtbi.encoders.ctc import transcribe_ctc
+    from nemo_mtbi.evaluation.inspection import inspect_nemo
+    from nemo_mtbi.llm.directory import file_digest
     from nemo_mtbi.models.mtbi_model import MTBIModel
-    from nemo_mtbi.modules.text_llm import file_digest
 
     report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
     if report is not None:

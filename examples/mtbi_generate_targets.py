@@ -10,11 +10,11 @@ Started again after a kill it goes on where it stopped. The last line says what 
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 def schema():
-    from nemo_mtbi.generate_targets import GenerateTargetsConfig
+    from nemo_mtbi.commands.targets import GenerateTargetsConfig
 
     return GenerateTargetsConfig
 
@@ -25,7 +25,7 @@ def schema():
 def main(cfg):
     from rich.console import Console
 
-    from nemo_mtbi.generate_targets import run
+    from nemo_mtbi.commands.targets import run
 
     report = run(cfg)
     if report is not None:

@@ -10,13 +10,13 @@ The last line names what the run wrote: `results: PATH/results.json`.
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 def schema():
     from nemo.utils.exp_manager import ExpManagerConfig
 
-    from nemo_mtbi.training import BenchmarkConfig, DataConfig, ModelConfig
+    from nemo_mtbi.commands.train import BenchmarkConfig, DataConfig, ModelConfig
 
     sections = {
         "data": DataConfig,
@@ -29,8 +29,8 @@ def schema():
 
 @hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
 def main(cfg):
+    from nemo_mtbi.commands.train import train
     from nemo_mtbi.parallel.groups import is_global_first
-    from nemo_mtbi.training import train
 
     results = train(cfg)
     if results is not None and is_global_first():

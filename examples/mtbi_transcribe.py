@@ -11,11 +11,11 @@ Started again after an interruption it goes on behind its last answer. The last 
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 def schema():
-    from nemo_mtbi.inference.questions import TranscribeConfig
+    from nemo_mtbi.commands.transcribe_questions import TranscribeConfig
 
     return TranscribeConfig
 
@@ -24,7 +24,7 @@ def schema():
 def main(cfg):
     from rich.console import Console
 
-    from nemo_mtbi.inference import transcribe as library
+    from nemo_mtbi.commands import transcribe as library
     from nemo_mtbi.io.display import printable
 
     # All of the configuration is checked before the model is loaded.

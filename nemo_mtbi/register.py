@@ -7,19 +7,16 @@ PREFIX = "nemo_mtbi."
 
 
 def register() -> None:
-    """Makes NeMo accept our classes as config targets and our data type; may be called again and again.
+    """Makes NeMo accept our classes as config targets; may be called again and again.
 
     NeMo 3 instantiates only targets with an allowed prefix, so that a ``.nemo`` file cannot run code of its choice.
     Ours is added and no other. NeMo 2 has no such list. Text files are opened as people have them.
     """
-    from nemo.collections.common.data.lhotse.cutset import data_type_parser
     from nemo.core.classes import common
 
-    from nemo_mtbi.data.loader import DATA_TYPE, read_drawn_rows
-    from nemo_mtbi.io import guarded
+    from nemo_mtbi.io import reading
 
     allowed = getattr(common, "ALLOWED_TARGET_PREFIXES", None)
     if allowed is not None and PREFIX not in allowed:
         allowed.append(PREFIX)
-    data_type_parser(DATA_TYPE)(read_drawn_rows)
-    guarded.install()
+    reading.install()

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.chat.format import ChatFormat
 
 if TYPE_CHECKING:
     from nemo.collections.asr.models import EncDecCTCModelBPE
 
-    from nemo_mtbi.modules.connector import ConnectorConfig
-    from nemo_mtbi.modules.speech_llm import SpeechLLM
+    from nemo_mtbi.config.connector import ConnectorConfig
+    from nemo_mtbi.speech_llm.model import SpeechLLM
 
 WORDS = ("red", "blue", "green", "cat", "dog", "bird", "runs", "sings")
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -139,15 +139,15 @@ def tiny_text_llm(folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
     Args:
         folder: made if it is missing.
         seed: of the weights.
-        **overrides: keys of :class:`nemo_mtbi.modules.architecture.DecoderConfig`.
+        **overrides: keys of :class:`nemo_mtbi.llm.architecture.DecoderConfig`.
 
     Returns:
         ``folder``, for ``model.pretrained_llm``.
     """
-    from nemo_mtbi.modules.architecture import DecoderConfig
-    from nemo_mtbi.modules.decoder import GPTDecoder
-    from nemo_mtbi.modules.pretrained import save_text_llm
+    from nemo_mtbi.llm.architecture import DecoderConfig
+    from nemo_mtbi.llm.decoder import GPTDecoder
     from nemo_mtbi.parallel import groups
+    from nemo_mtbi.speech_llm.pretrained import save_text_llm
 
     groups.initialize()
     tokenizer = tiny_tokenizer(folder)
@@ -162,7 +162,7 @@ def tiny_asr_config(tokenizer_dir: str | Path, **encoder: Any):
     """NeMo's configuration of a FastConformer-CTC that gives 12.5 frames of 16 numbers per second.
 
     Args:
-        tokenizer_dir: as :func:`nemo_mtbi.models.ctc.write_tokenizer` writes it.
+        tokenizer_dir: as :func:`nemo_mtbi.encoders.ctc.write_tokenizer` writes it.
         **encoder: overrides of the encoder's section.
     """
     from nemo_mtbi.demo.encoder import configuration
@@ -183,7 +183,7 @@ def tiny_asr_model(folder: str | Path, seed: int = 0, **encoder: Any) -> EncDecC
     """
     from nemo.collections.asr.models import EncDecCTCModelBPE
 
-    from nemo_mtbi.models.ctc import write_tokenizer
+    from nemo_mtbi.encoders.ctc import write_tokenizer
 
     tokenizer = write_tokenizer(folder, WORDS, 64)
     with _seeded(seed):
@@ -215,12 +215,12 @@ def tiny_speech_llm(
         seed: of all weights.
         dtype: of encoder, connector and LLM (the front end stays float32).
         connector: its shape; by default strided convolutions to 6.25 Hz.
-        **overrides: keys of :class:`nemo_mtbi.modules.architecture.DecoderConfig`.
+        **overrides: keys of :class:`nemo_mtbi.llm.architecture.DecoderConfig`.
     """
-    from nemo_mtbi.modules.connector import ConnectorConfig
-    from nemo_mtbi.modules.pretrained import load_text_llm
-    from nemo_mtbi.modules.speech_encoder import SpeechEncoder
-    from nemo_mtbi.modules.speech_llm import SpeechLLM
+    from nemo_mtbi.config.connector import ConnectorConfig
+    from nemo_mtbi.encoders.nemo import SpeechEncoder
+    from nemo_mtbi.speech_llm.model import SpeechLLM
+    from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     with tempfile.TemporaryDirectory() as folder, _seeded(seed):
         text = load_text_llm(tiny_text_llm(Path(folder) / "llm", seed, **overrides), dtype)
@@ -244,7 +244,7 @@ def tiny_behaviors(text: str) -> list[dict[str, Any]]:
 
 def tiny_provenance(llm: str | Path) -> dict[str, Any]:
     """What behaviors that an LLM directory would have generated carry in ``behaviors_from``."""
-    from nemo_mtbi.modules.text_llm import open_text_llm
+    from nemo_mtbi.llm.directory import open_text_llm
 
     chat = tiny_chat(Path(llm) / "tokenizer.model")
     return {"llm": open_text_llm(llm).fingerprint, "chat": chat.fingerprint(), "decoding": {"max_new_tokens": 32}}
@@ -266,7 +266,8 @@ def tiny_cuts(
         ``folder/cuts.jsonl.gz``, for ``lhotse.CutSet.from_file`` and for ``cuts_path``.
     """
     from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
-    from nemo_mtbi.data.corpus import CUTS_FILE, Utterance, to_cut, write_cuts, write_flac
+    from nemo_mtbi.data.cut_files import CUTS_FILE, write_cuts
+    from nemo_mtbi.demo.corpora.corpus import Utterance, to_cut, write_flac
 
     folder = Path(folder)
     origin = tiny_provenance(llm) if llm else {"llm": "sha256:tiny", "chat": "tiny", "decoding": {}}

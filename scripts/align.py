@@ -53,14 +53,14 @@ def align(arguments: argparse.Namespace) -> dict:
     import torch
     from rich.console import Console
 
-    from nemo_mtbi.alignment.corpus import REPORT_FILE, SETTINGS_FILE, SOUNDS_FILE, AlignConfig, align_corpus
-    from nemo_mtbi.alignment.ctc import CTCModel
-    from nemo_mtbi.data.prepare import open_cuts
-    from nemo_mtbi.data.target_shards import join_shards, own_share, written_files
     from nemo_mtbi.io.paths import refuse_overwriting
     from nemo_mtbi.io.sources import SourcePolicy
-    from nemo_mtbi.modules.pretrained import resolve
-    from nemo_mtbi.modules.text_llm import file_digest
+    from nemo_mtbi.llm.directory import file_digest
+    from nemo_mtbi.prepare.alignment.corpus import REPORT_FILE, SETTINGS_FILE, SOUNDS_FILE, AlignConfig, align_corpus
+    from nemo_mtbi.prepare.alignment.ctc import CTCModel
+    from nemo_mtbi.prepare.recipes import open_cuts
+    from nemo_mtbi.speech_llm.pretrained import resolve
+    from nemo_mtbi.targets.store import join_shards, own_share, written_files
 
     settings = [arguments.out / name for name in (SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE)]
     inputs = {"--cuts": [arguments.cuts], "--asr": [] if arguments.asr == "demo" else [arguments.asr]}

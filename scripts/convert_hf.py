@@ -75,10 +75,10 @@ def spare_the_source(arguments: argparse.Namespace) -> None:
 
 
 def to_megatron(arguments: argparse.Namespace) -> None:
-    from nemo_mtbi.convert.megatron import write_megatron
-    from nemo_mtbi.data.chat_template import ChatConfig
-    from nemo_mtbi.durable import building
-    from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory
+    from nemo_mtbi.config.chat import ChatConfig
+    from nemo_mtbi.io.atomic import building
+    from nemo_mtbi.llm.convert.megatron import write_megatron
+    from nemo_mtbi.llm.directory import MEGATRON, HFDirectory
 
     found = HFDirectory(arguments.source)
     if found.missing():
@@ -99,9 +99,9 @@ def to_megatron(arguments: argparse.Namespace) -> None:
 
 
 def to_hf(arguments: argparse.Namespace) -> None:
-    from nemo_mtbi.convert.hf import CONFIG, architecture_of, read_config
-    from nemo_mtbi.convert.hf_export import config_of, write_hf
-    from nemo_mtbi.modules.text_llm import SENTENCEPIECE, TOKENIZER_FILES, OwnDirectory
+    from nemo_mtbi.llm.convert.hf import CONFIG, architecture_of, read_config
+    from nemo_mtbi.llm.convert.hf_export import config_of, write_hf
+    from nemo_mtbi.llm.directory import SENTENCEPIECE, TOKENIZER_FILES, OwnDirectory
 
     found = OwnDirectory(arguments.source)
     if found.missing():

@@ -11,14 +11,14 @@ and weights, and prints what to put under model.train_ds.
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 @hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf")
 def main(cfg):
     from rich.console import Console
 
-    from nemo_mtbi.bins import estimate_bins
+    from nemo_mtbi.planning.buckets import estimate_bins
 
     estimate_bins(cfg).render(Console())
 

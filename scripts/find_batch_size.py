@@ -12,7 +12,7 @@ model.train_ds.batch_tokens that all of them bear. For layouts of several proces
 
 from pathlib import Path
 
-from nemo_mtbi.cli import hydra_main
+from nemo_mtbi.commands.cli import hydra_main
 
 
 @hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf")
@@ -21,10 +21,10 @@ def main(cfg):
     from omegaconf import open_dict
     from rich.console import Console
 
-    from nemo_mtbi.inference.transcribe import pick_device
+    from nemo_mtbi.commands.train import PRECISIONS
     from nemo_mtbi.models.mtbi_model import MTBIModel
     from nemo_mtbi.models.profiling import fits_in_memory, largest, step_maker
-    from nemo_mtbi.training import PRECISIONS
+    from nemo_mtbi.parallel.device import pick_device
 
     console = Console()
     with open_dict(cfg):

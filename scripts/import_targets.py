@@ -144,7 +144,7 @@ def load_targets(paths: Iterable[Path], counts: Counter) -> dict[str, list[dict]
 
 def survey(cuts: Iterable, targets: dict[str, list[dict]], arguments: argparse.Namespace, counts: Counter) -> int:
     """Finds what would stop the import before anything is written; returns the number of cuts with targets."""
-    from nemo_mtbi.data.target_shards import check_without_data
+    from nemo_mtbi.targets.store import check_without_data
 
     seen, missing = set(), []
     for cut in cuts:
@@ -177,8 +177,8 @@ def _some(ids: list[str]) -> str:
 
 def clear(out: Path, overwrite: bool) -> None:
     """Makes the folder; removes targets that it holds if that is allowed, the index first."""
-    from nemo_mtbi.data.target_shards import INDEX_FILE
     from nemo_mtbi.io.paths import make_folder
+    from nemo_mtbi.targets.store import INDEX_FILE
 
     make_folder(out, "--out")
     old = [path for pattern in (INDEX_FILE, "cuts-*.jsonl.gz", "cuts-*.partial.jsonl") for path in out.glob(pattern)]
@@ -194,10 +194,10 @@ def import_targets(arguments: argparse.Namespace) -> Counter:
     Raises:
         ValueError: if something does not fit; nothing has been written then.
     """
-    from nemo_mtbi.data import target_shards
     from nemo_mtbi.data.gate import open_manifest
     from nemo_mtbi.io.paths import refuse_overwriting
     from nemo_mtbi.io.sources import EVERYTHING
+    from nemo_mtbi.targets import store as target_shards
 
     counts: Counter = Counter()
     targets = load_targets(arguments.targets, counts)

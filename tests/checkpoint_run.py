@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.config.parallel import ParallelConfig
 
 LAYOUTS = {  # name: layout and data-parallel size
     "single": (ParallelConfig(), 1),

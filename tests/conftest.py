@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # workers.py, checkpoint_run.py
 
-from nemo_mtbi.cli import quiet  # noqa: E402
+from nemo_mtbi.commands.cli import quiet  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,7 @@
 
 import torch
 
-from nemo_mtbi.data.layout import MicroBatch, make_row
+from nemo_mtbi.layouts.layout import MicroBatch, make_row
 from nemo_mtbi.testing import ARCHITECTURE
 
 FRAMES = 7
@@ -28,8 +28,8 @@ def frames(hidden, dtype=torch.float64):
 
 def run(model, batches, forward_only=False):
     """Summed loss of this process, and gradients in what trains and in the frames; ``None`` off the last stage."""
-    from nemo_mtbi.losses import response_cross_entropy
     from nemo_mtbi.parallel import groups
+    from nemo_mtbi.speech_llm.losses import response_cross_entropy
 
     leaf = frames(model.decoder.config.hidden_size, model.decoder.config.params_dtype).requires_grad_()
 

@@ -25,17 +25,17 @@ class Drawn:
 
 def draw_learned(chunks):
     """Fills this process's share of the weights of an LLM that train."""
-    from nemo_mtbi.modules.architecture import weight_shapes
-    from nemo_mtbi.modules.llm_training import trained_weights
-    from nemo_mtbi.modules.weights import load_shares
+    from nemo_mtbi.llm.architecture import weight_shapes
+    from nemo_mtbi.llm.full_finetune import trained_weights
+    from nemo_mtbi.llm.weights import load_shares
 
     load_shares(trained_weights(chunks).items(), Drawn(weight_shapes(chunks[0].architecture)))
 
 
 def draw_adapters(chunks):
     """Fills this process's share of the adapters of an LLM."""
-    from nemo_mtbi.modules.lora import adapter_shapes, adapters
-    from nemo_mtbi.modules.weights import load_shares
+    from nemo_mtbi.llm.lora import adapter_shapes, adapters
+    from nemo_mtbi.llm.weights import load_shares
 
     shapes = adapter_shapes(chunks[0].architecture, chunks[0].lora.config)
     load_shares(adapters(chunks).items(), Drawn(shapes))

@@ -8,7 +8,7 @@ from nemo.collections.common.tokenizers.canary_tokenizer import CanaryTokenizer
 from nemo.utils import AppState
 from omegaconf import OmegaConf, open_dict
 
-from nemo_mtbi.models.ctc import write_tokenizer
+from nemo_mtbi.encoders.ctc import write_tokenizer
 from nemo_mtbi.testing import WORDS, tiny_asr_config
 
 LETTERS = [" ", *"abcdefghijklmnopqrstuvwxyz", "'"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_mtbi.config import parse_model_config
-from nemo_mtbi.data.interleave import FIRST, LEVELS, UNITS
+from nemo_mtbi.config.connector import KINDS
+from nemo_mtbi.config.interleave import FIRST, LEVELS, UNITS
+from nemo_mtbi.config.loss import DIVERGENCES
+from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.evaluation.settings import KINDS as SYSTEMS
-from nemo_mtbi.losses import DIVERGENCES
-from nemo_mtbi.modules.connector import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("conf/**/*.yaml"))

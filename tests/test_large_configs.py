@@ -14,13 +14,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import nemo_mtbi
-from nemo_mtbi.config import LAYOUT_KEYS
+from nemo_mtbi.config.model import LAYOUT_KEYS
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.demo.encoder import configuration
-from nemo_mtbi.modules.footprint import read_encoder
-from nemo_mtbi.modules.text_llm import open_text_llm
-from nemo_mtbi.parallel import memory
-from nemo_mtbi.parallel.groups import ParallelConfig
-from nemo_mtbi.plan import make_plan
+from nemo_mtbi.llm.directory import open_text_llm
+from nemo_mtbi.planning import memory
+from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.plan import make_plan
 
 CONF = Path(nemo_mtbi.__file__).resolve().parents[1] / "conf"
 GIB = 2**30

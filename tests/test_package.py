@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import nemo_mtbi
-from nemo_mtbi import cli
+from nemo_mtbi.commands import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nemo_mtbi"
@@ -164,7 +164,7 @@ SCRIPT = '''
 
     sys.addaudithook(lambda event, args: event == "import" and args[0] in BANNED and sys.exit(f"imported {args[0]}"))
 
-    from nemo_mtbi.cli import hydra_main
+    from nemo_mtbi.commands.cli import hydra_main
 
 
     @hydra_main(config_name="thing", config_path=Path(__file__).resolve().parent / "conf")
@@ -256,7 +256,7 @@ def test_relative_config_path_is_refused():
 def test_quiet_hides_start_up_noise_but_not_ours():
     code = """
         import logging, warnings
-        from nemo_mtbi.cli import quiet
+        from nemo_mtbi.commands.cli import quiet
 
         def warn(category, text, module):
             warnings.warn_explicit(text, category, "file.py", 1, module=module, registry={})

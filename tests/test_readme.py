@@ -15,8 +15,8 @@ from hf_models import hf_encoder, hf_llm
 from safetensors.torch import load_file
 
 import nemo_mtbi
-from nemo_mtbi.data.corpus import load_corpus
-from nemo_mtbi.data.synthetic import build_synthetic
+from nemo_mtbi.demo.corpora.corpus import load_corpus
+from nemo_mtbi.demo.corpora.synthetic import build_synthetic
 
 pytestmark = pytest.mark.slow
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]

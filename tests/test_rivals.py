@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_mtbi.config import parse_model_config
-from nemo_mtbi.recipe import load_pool, parse_data_config, trained_pool
+from nemo_mtbi.config.model import parse_model_config
+from nemo_mtbi.demo.recipe import load_pool, parse_data_config, trained_pool
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DIFFERENT = {

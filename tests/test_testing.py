@@ -7,7 +7,7 @@ import torch
 from lhotse import CutSet
 
 from nemo_mtbi.data.behaviors import check_provenance, read_behaviors, transcript, word_times
-from nemo_mtbi.modules.pretrained import load_text_llm
+from nemo_mtbi.speech_llm.pretrained import load_text_llm
 from nemo_mtbi.testing import NUMBERS, PROMPTS, TURN, WORDS, tiny_cuts, tiny_speech_llm, tiny_text_llm, tiny_tokenizer
 
 

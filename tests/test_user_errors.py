@@ -15,11 +15,11 @@ import yaml
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
-from nemo_mtbi.data.layout import collate, make_row
-from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.commands.train import train
+from nemo_mtbi.layouts.layout import collate, make_row
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.targets.tasks import TaskPool
 from nemo_mtbi.testing import tiny_cuts
-from nemo_mtbi.training import train
 
 RATE = 16000
 SPOILED = 2  # the number of the cut that a test spoils

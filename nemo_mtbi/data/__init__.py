@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""From cuts to training steps: checks, rows, dataset, loader."""

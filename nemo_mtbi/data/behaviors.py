@@ -15,10 +15,10 @@ from typing import Any
 
 from lhotse.cut import Cut, MixedCut
 
-from nemo_mtbi.data.chat import ChatFormat, chat_difference
-from nemo_mtbi.data.interleave import WordSpan
-from nemo_mtbi.data.layout import Row, make_row
-from nemo_mtbi.data.tasks import stable_rng
+from nemo_mtbi.chat.format import ChatFormat, chat_difference
+from nemo_mtbi.io.seeds import stable_rng
+from nemo_mtbi.layouts.interleave import WordSpan
+from nemo_mtbi.layouts.layout import Row, make_row
 
 BEHAVIORS, PROVENANCE = "behaviors", "behaviors_from"
 CHAT_FORMAT = "chat_format"  # key of the provenance: what the fingerprint of the chat format is the hash of

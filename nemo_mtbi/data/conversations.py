@@ -15,9 +15,9 @@ from typing import Any
 from lhotse import MonoCut, SupervisionSegment
 from lhotse.cut import Cut
 
+from nemo_mtbi.chat.format import ChatFormat, Content, Turn
 from nemo_mtbi.data.behaviors import transcript
-from nemo_mtbi.data.chat import ChatFormat, Content, Turn
-from nemo_mtbi.data.layout import Row, speech
+from nemo_mtbi.layouts.layout import Row, speech
 
 CONVERSATION = "conversation"  # key of the custom field, and name of the task in validation
 _SHORTEST = 0.01  # seconds of a cut; one without any would be refused

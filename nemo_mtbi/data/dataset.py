@@ -10,95 +10,27 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
-import numpy as np
 import torch
 from lhotse import CutSet
-from lhotse.audio import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 from lhotse.utils import fix_random_seed
 
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.interleave import InterleaveConfig
+from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.data.behaviors import Behavior
-from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_row
 from nemo_mtbi.data.draw import DrawnRows, check_policy
-from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.interleave import (
-    HeardRow,
-    InterleaveConfig,
-    choose_text,
-    interleave,
-    interleave_wave,
-    speech_only,
-    text_only,
-)
-from nemo_mtbi.data.layout import IGNORE, Row, RowInfo, StepBatch, collate
-from nemo_mtbi.data.tasks import stable_rng
-from nemo_mtbi.io.sources import FILES, Reading, SourcePolicy, check_cut
-
-# What Lhotse raises for a missing, foreign or damaged file. No RuntimeError: it raises that where a library is missing
-# (torchaudio for reverberation), and then every single cut would be skipped.
-LOADING_ERRORS = (AudioLoadingError, DurationMismatchError, AssertionError, OSError, ValueError)
-
-
-class BadAudioError(ValueError):
-    """Audio that cannot be trained on. ``reason`` is the name under which it is counted."""
-
-    def __init__(self, reason: str, message: str | None = None):
-        # torch makes the error of a worker process anew, from its text alone
-        super().__init__(reason if message is None else message)
-        self.reason = "unusable" if message is None else reason
-
-
-def in_one_line(error: Exception) -> str:
-    """What Lhotse says of a file that it cannot load, without its hints to developers and its dump of the cut."""
-    lines = str(error).split("\n[extra info]")[0].splitlines()
-    return " ".join(line.strip() for line in lines if not line.startswith("Set LHOTSE_"))
-
-
-def load_samples(cut: Cut, frames: FrameCounter, policy: SourcePolicy = FILES) -> torch.Tensor:
-    """Loads a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
-
-    Args:
-        cut: any cut with audio.
-        frames: of the encoder.
-        policy: what it may be read from; files alone unless said otherwise.
-
-    Raises:
-        BadAudioError: if it is unreadable, empty, not finite, silent (all samples equal) or owns no speech frame.
-        ForbiddenSourceError: if it would run a command or reach the network, and that is not allowed.
-    """
-    check_cut(cut, policy)
-    with Reading(policy, f"cut {cut.id}"):
-        try:
-            samples = np.asarray(cut.resample(frames.sample_rate).load_audio(), dtype=np.float32)
-        except LOADING_ERRORS as error:
-            why = in_one_line(error)
-            raise BadAudioError("unreadable", f"the audio of cut {cut.id} cannot be read: {why}") from error
-    if samples.ndim == 2:
-        samples = samples.mean(axis=0)
-    return check_samples(torch.from_numpy(samples), f"the audio of cut {cut.id}", frames)
-
-
-def check_samples(samples: torch.Tensor, name: str, frames: FrameCounter) -> torch.Tensor:
-    """Returns ``[N]`` samples as they are.
-
-    Raises:
-        BadAudioError: if they are empty, not finite, silent (all samples equal) or own no speech frame.
-    """
-    if len(samples) == 0:
-        raise BadAudioError("empty", f"{name} has no samples")
-    if not samples.isfinite().all():
-        raise BadAudioError("not_finite", f"{name} holds NaN or infinite samples")
-    if samples.min() == samples.max():
-        raise BadAudioError("silent", f"{name} is silent: all its samples are equal")
-    if frames(len(samples)) == 0:
-        raise BadAudioError("too_short", f"{name} is too short to own a single speech frame")
-    return samples
+from nemo_mtbi.io.seeds import stable_rng
+from nemo_mtbi.io.sources import FILES, SourcePolicy
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.layouts.interleave import HeardRow, choose_text, interleave, interleave_wave, speech_only, text_only
+from nemo_mtbi.layouts.layout import IGNORE, Row, RowInfo, StepBatch, collate
 
 
 @dataclass
 class _Step:
-    """A step that is being built: see :func:`nemo_mtbi.data.layout.collate`."""
+    """A step that is being built: see :func:`nemo_mtbi.layouts.layout.collate`."""
 
     audio: list[torch.Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)

@@ -16,14 +16,14 @@ import torch
 from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
+from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.data.behaviors import BEHAVIORS, Behavior, check_provenance, draw_behaviors, transcript, word_times
-from nemo_mtbi.data.chat import ChatFormat
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_of, conversation_row
 from nemo_mtbi.data.entries import BadEntryError
-from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.interleave import WordSpan
-from nemo_mtbi.data.layout import speech
 from nemo_mtbi.io.sources import ForbiddenSourceError
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.layouts.interleave import WordSpan
+from nemo_mtbi.layouts.layout import speech
 
 PAYLOAD = "mtbi"  # key of the drawn rows in the custom field of a cut
 POLICIES = ("raise", "skip")

@@ -17,12 +17,13 @@ from typing import Any
 from lhotse import CutSet
 from lhotse.cut import Cut, MixedCut, PaddingCut
 
-from nemo_mtbi.data.dataset import in_one_line
 from nemo_mtbi.data.entries import BadEntryError, Problem, check_conversation, check_cut_values, problem_of
 from nemo_mtbi.data.manifest_lines import PROBLEM, SKIP, EntryFilter
 from nemo_mtbi.data.nemo_cuts import restore_piece
 from nemo_mtbi.io.manifests import check_manifest
-from nemo_mtbi.io.sources import ForbiddenSourceError, Reading, SourcePolicy, check_cut, kind_of
+from nemo_mtbi.io.reading import Reading
+from nemo_mtbi.io.sources import ForbiddenSourceError, SourcePolicy, check_cut, kind_of
+from nemo_mtbi.io.text import in_one_line
 
 
 class GatedCuts:

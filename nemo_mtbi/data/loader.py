@@ -27,11 +27,13 @@ from nemo_mtbi.data.conversations import as_cut
 from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.gate import GatedCuts, read_gated
-from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
 from nemo_mtbi.data.nemo_cuts import restore_piece
-from nemo_mtbi.data.tasks import stable_rng
-from nemo_mtbi.io.sources import Reading, SourcePolicy
+from nemo_mtbi.io.reading import Reading
+from nemo_mtbi.io.seeds import stable_rng
+from nemo_mtbi.io.sources import SourcePolicy
+from nemo_mtbi.layouts.layout import StepBatch
+from nemo_mtbi.register import register
 
 DATA_TYPE = "nemo_mtbi"
 # NeMo's changes of the sound, which would reach the cut in which a conversation travels, and not its audios.
@@ -51,6 +53,14 @@ def read_drawn_rows(config: Any) -> tuple[CutSet, bool]:
     if reading is None:
         raise ValueError(f"type: {DATA_TYPE} is internal: call nemo_mtbi.data.loader.build_dataloader")
     return reading
+
+
+def register_data_type() -> None:
+    """Make NeMo read our data type by :func:`read_drawn_rows`; may be called again and again."""
+    from nemo.collections.common.data.lhotse.cutset import data_type_parser
+
+    register()
+    data_type_parser(DATA_TYPE)(read_drawn_rows)
 
 
 class DrawnSource:
@@ -104,9 +114,7 @@ class DrawnSource:
         """The batches of NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
         from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
 
-        from nemo_mtbi.register import register
-
-        register()  # a worker process may know nothing of us
+        register_data_type()  # a worker process may know nothing of us
         seed, tokenizer = self.seed_of(epoch, worker), self.dataset.chat.tokenizer
         rows, is_tarred = self.open(epoch, seed, (self.rank, self.world_size) if self.iterable else None)
         token = _READING.set((CutSet(rows), is_tarred))
@@ -181,7 +189,7 @@ def build_dataloader(
     expected: Mapping[str, str] | None = None,
     allow_foreign: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """Builds a data loader of :class:`~nemo_mtbi.data.layout.StepBatch`.
+    """Builds a data loader of :class:`~nemo_mtbi.layouts.layout.StepBatch`.
 
     Training data may be finite (plain manifests: each pass ends) or endless (tarred, Shar, and blends), as in NeMo.
     Each pass begins anew, in an order of its own (with ``shuffle``): where a run is resumed, the data of one pass are
@@ -209,9 +217,7 @@ def build_dataloader(
     """
     from nemo.collections.common.data.lhotse.dataloader import maybe_set_cuda_expandable_segments
 
-    from nemo_mtbi.register import register
-
-    register()
+    register_data_type()
     full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
     dataset = dataset.allowing(SourcePolicy.of(config))
     check_source(full, dataset.policy)
@@ -316,9 +322,7 @@ def training_costs(config: Mapping[str, Any], dataset: MTBIDataset) -> tuple[lis
     Raises:
         ValueError: as :func:`build_dataloader`, whoever made the behaviors.
     """
-    from nemo_mtbi.register import register
-
-    register()
+    register_data_type()
     full, rows_per_cut = check_config(config, dataset.frames.sample_rate)
     dataset = dataset.allowing(SourcePolicy.of(config))
     check_source(full, dataset.policy)

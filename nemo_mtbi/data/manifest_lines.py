@@ -12,7 +12,6 @@ from typing import Any
 from lhotse import Recording
 from lhotse.audio import AudioLoadingError
 
-from nemo_mtbi.data.dataset import in_one_line
 from nemo_mtbi.data.entries import (
     WRONG_TYPE,
     BadEntryError,
@@ -23,6 +22,7 @@ from nemo_mtbi.data.entries import (
     problem_of,
 )
 from nemo_mtbi.io.sources import ForbiddenSourceError
+from nemo_mtbi.io.text import in_one_line
 
 PROBLEM = "nemo_mtbi_problem"  # custom key of a cut that stands for a bad line, where a line can't be left out
 UNREADABLE = "unreadable"

@@ -13,11 +13,11 @@ from typing import Any
 from lhotse import CutSet
 from lhotse.cut import Cut
 
-from nemo_mtbi.data.chat import ChatFormat
+from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.data.conversations import conversation_row
 from nemo_mtbi.data.draw import DrawnRows
-from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.layout import IGNORE, Row, group_by_length, speech
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.layouts.layout import IGNORE, Row, group_by_length, speech
 
 COUNTED_BYTES = 2**28  # manifests up to this size are counted
 RESPONSE_SHARE = 0.5  # of a microbatch's positions, where no data tell

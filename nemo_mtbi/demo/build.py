@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.targets.tasks import TaskPool
 
 
 def build_llm(args: argparse.Namespace) -> None:

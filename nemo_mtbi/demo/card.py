@@ -5,18 +5,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.data.behaviors import custom_value, transcript
-from nemo_mtbi.data.corpus import load_corpus
-from nemo_mtbi.data.synthetic import VOICES, build_synthetic
-from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.demo.corpora.corpus import load_corpus
+from nemo_mtbi.demo.corpora.synthetic import VOICES, build_synthetic
+from nemo_mtbi.encoders.ctc import transcribe_ctc
 from nemo_mtbi.evaluation.benchmark import questions
-from nemo_mtbi.evaluation.metrics import score, wer
-from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
-from nemo_mtbi.models.ctc import transcribe_ctc
-from nemo_mtbi.modules.pretrained import load_asr_model, load_text_llm
-from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.metrics.corpus import score, wer
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.pretrained import load_asr_model, load_text_llm
+from nemo_mtbi.targets.tasks import TaskPool
 
 CARD = """# The demo's frozen models
 
@@ -30,8 +30,8 @@ strings), so the script as it stands makes a model like it, not the same one.
 | text LLM | Megatron-core GPT, {layers} layers of {width}, RoPE, RMSNorm, SwiGLU, GQA | {llm:.2f} M | `llm/` |
 | encoder | NeMo FastConformer-CTC, 4 layers of {encoder_width}, 12.5 frames/s | {asr:.2f} M | `encoder.nemo` |
 
-They know the small world of `nemo_mtbi/data/grammar.py` ({words} spoken words) and nothing else: a means to try and to
-test, not models to use.
+They know the small world of `nemo_mtbi/demo/corpora/grammar.py` ({words} spoken words) and nothing else: a means to
+try and to test, not models to use.
 
 ## Scores
 

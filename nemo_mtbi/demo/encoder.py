@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from nemo_mtbi.data import grammar
-from nemo_mtbi.data.synthetic import build_synthetic
-from nemo_mtbi.models.ctc import save_asr, train_ctc, transcribe_ctc, write_tokenizer
+from nemo_mtbi.demo.corpora import grammar
+from nemo_mtbi.demo.corpora.synthetic import build_synthetic
+from nemo_mtbi.encoders.ctc import save_asr, train_ctc, transcribe_ctc, write_tokenizer
 
 SIZE = dict(layers=4, width=160, heads=4, subsampling_channels=64, kernel=9)
 VOCABULARY = 128  # pieces of words: sounds are shared between words, and 8 x fewer frames than 10 ms still suffice
@@ -70,8 +70,8 @@ def build(out: Path, steps: int, seed: int, utterances: int = 12000) -> None:
     """Trains the encoder on ``utterances`` sentences and writes ``out/encoder.nemo``, weights as float16."""
     from nemo.collections.asr.models import EncDecCTCModelBPE
 
-    from nemo_mtbi.data.corpus import load_corpus
-    from nemo_mtbi.evaluation.metrics import wer
+    from nemo_mtbi.demo.corpora.corpus import load_corpus
+    from nemo_mtbi.metrics.corpus import wer
 
     cache = Path.home() / ".cache" / "nemo_mtbi"
     train = build_synthetic(cache, num_utterances=utterances, seed=1000 + seed, split="train")

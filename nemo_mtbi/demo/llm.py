@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_mtbi.data import grammar
-from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.data.layout import MicroBatch, Row, make_row
-from nemo_mtbi.data.tasks import TaskPool
-from nemo_mtbi.data.tokenizer import train_tokenizer
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.chat.train_tokenizer import train_tokenizer
+from nemo_mtbi.demo.corpora import grammar
+from nemo_mtbi.layouts.layout import MicroBatch, Row, make_row
+from nemo_mtbi.targets.tasks import TaskPool
 
 TURN, END, FILL = ["<s>", "{prompt}", "<sep>", "{audio}", "<ans>"], "</s>", "<fill>"
 ARCHITECTURE = dict(
@@ -100,10 +100,10 @@ def build(out: Path, pool: TaskPool, steps: int, seed: int, resume: bool = False
     """Trains the LLM and writes it to ``out``; ``resume`` goes on from there, at half the learning rate."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    from nemo_mtbi.modules.architecture import DecoderConfig
-    from nemo_mtbi.modules.decoder import GPTDecoder
-    from nemo_mtbi.modules.pretrained import load_text_llm, save_text_llm
+    from nemo_mtbi.llm.architecture import DecoderConfig
+    from nemo_mtbi.llm.decoder import GPTDecoder
     from nemo_mtbi.parallel import groups
+    from nemo_mtbi.speech_llm.pretrained import load_text_llm, save_text_llm
 
     groups.initialize()
     torch.manual_seed(seed)
@@ -159,7 +159,7 @@ class MasterWeights:
 
 def batch_loss(decoder, batch: MicroBatch) -> Tensor:
     """Mean cross entropy of the response tokens; embeddings get a little noise, so that near misses mean the word."""
-    from nemo_mtbi.losses import response_cross_entropy
+    from nemo_mtbi.speech_llm.losses import response_cross_entropy
 
     embeddings = decoder.embed_tokens(batch.layout).transpose(0, 1)  # [T, R, H]
     scale = 0.2 * torch.rand(1, embeddings.shape[1], 1, dtype=embeddings.dtype) * embeddings.detach().std()

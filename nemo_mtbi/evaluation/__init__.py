@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Systems x sets x tasks: answers, tables, report."""

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.files import write_text
 from nemo_mtbi.evaluation.items import Divergence, Reply
-from nemo_mtbi.io.digests import sha256
+from nemo_mtbi.io.digests import digest_of, sha256
 
 _DIGEST = "sha256"  # key of the header: of what follows
 Record = TypeVar("Record", Reply, Divergence)

@@ -12,11 +12,12 @@ from lhotse.cut import Cut
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from nemo_mtbi.data.audio import load_samples
 from nemo_mtbi.data.behaviors import custom_value, transcript
-from nemo_mtbi.data.dataset import load_samples
-from nemo_mtbi.data.tasks import Task, TaskPool, draw_prompt, stable_rng
 from nemo_mtbi.evaluation.report import Answer
 from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
+from nemo_mtbi.io.seeds import stable_rng
+from nemo_mtbi.targets.tasks import Task, TaskPool, draw_prompt
 
 if TYPE_CHECKING:
     from nemo_mtbi.inference.respond import Responder

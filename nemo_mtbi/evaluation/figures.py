@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nemo_mtbi.evaluation.behavior import (
+from nemo_mtbi.evaluation.items import EvalSet, Item, Reply, find_metric, is_transcription
+from nemo_mtbi.metrics.behavior import (
     agreement,
     anchor_bias,
     behavior_gap,
@@ -21,10 +22,9 @@ from nemo_mtbi.evaluation.behavior import (
     text_f1,
     uncrossed_tasks,
 )
-from nemo_mtbi.evaluation.items import EvalSet, Item, Reply, find_metric, is_transcription
-from nemo_mtbi.evaluation.metrics import ERROR_KINDS
-from nemo_mtbi.evaluation.statistics import bootstrap, compare, holm, seed_spread
-from nemo_mtbi.evaluation.tally import Tally, mean, mean_tally, pooled
+from nemo_mtbi.metrics.corpus import ERROR_KINDS
+from nemo_mtbi.metrics.statistics import bootstrap, compare, holm, seed_spread
+from nemo_mtbi.metrics.tally import Tally, mean, mean_tally, pooled
 
 
 @dataclass(frozen=True)
@@ -339,3 +339,18 @@ def _rights(asked: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
     if not scored.items or not all(is_share(item.metrics[0]) for item in scored.items):
         return None
     return scored.items, [right(score(scored.items, scored.answers(seed))) for seed in range(len(scored.seeds))]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A set with all answers to it.
+
+    Attributes:
+        chosen: The set.
+        systems: Answers by system; one that can't be asked, for lack of transcripts, is not there.
+        bare: For each text system its answer to the bare transcript, by utterance.
+    """
+
+    chosen: EvalSet
+    systems: Mapping[str, Asked]
+    bare: Mapping[str, Mapping[int, str]]

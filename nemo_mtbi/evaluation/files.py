@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_mtbi.durable import replacing
+from nemo_mtbi.io.atomic import replacing
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

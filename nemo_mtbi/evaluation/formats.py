@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from nemo_mtbi.evaluation.instructions import from_ifeval
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item
 from nemo_mtbi.io.text import read_text
+from nemo_mtbi.metrics.instructions import from_ifeval
 
 _FOLLOW = ("follow_strict", "follow_loose")
 _FOLLOW_PROMPT = ("follow_prompt_strict", "follow_prompt_loose")

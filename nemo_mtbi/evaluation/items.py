@@ -13,18 +13,18 @@ import numpy as np
 from lhotse.cut import Cut
 from torch import Tensor
 
+from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.data.behaviors import custom_value, transcript
-from nemo_mtbi.data.corpus import digest_of
-from nemo_mtbi.data.dataset import BadAudioError, load_samples
-from nemo_mtbi.data.frames import FrameCounter
 from nemo_mtbi.data.gate import open_manifest
-from nemo_mtbi.data.tasks import TaskPool
-from nemo_mtbi.evaluation.abstention import is_empty, is_refusal
 from nemo_mtbi.evaluation.benchmark import crossed_questions
-from nemo_mtbi.evaluation.metrics import ERROR_KINDS, Metric, metric, normalize, task_metric
-from nemo_mtbi.evaluation.tally import mean
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.sources import FILES, SourcePolicy
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.metrics.abstention import is_empty, is_refusal
+from nemo_mtbi.metrics.corpus import ERROR_KINDS, Metric, metric, normalize, task_metric
+from nemo_mtbi.metrics.tally import mean
+from nemo_mtbi.targets.tasks import TaskPool
 
 BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from nemo_mtbi.data.corpus import digest_of
+from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.evaluation.hypotheses import read_hypotheses
 from nemo_mtbi.evaluation.items import EvalSet
 from nemo_mtbi.evaluation.recognizers import find_recognizer, load_recognizer
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.systems import CascadeSystem, HypothesesSystem, SpeechSystem, TextSystem, with_limits
-from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
-from nemo_mtbi.inference.transcribe import pick_device
-from nemo_mtbi.modules.pretrained import find_text_llm, load_text_llm, resolve
-from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.io.digests import digest_of
+from nemo_mtbi.parallel.device import pick_device
+from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.pretrained import find_text_llm, load_text_llm, resolve
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import soundfile
 
-from nemo_mtbi.data.dataset import BadAudioError
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.evaluation import charts
 from nemo_mtbi.evaluation.charts import Point
 from nemo_mtbi.evaluation.items import Clip, load_clip
 from nemo_mtbi.evaluation.report import pick_examples, shown
-from nemo_mtbi.evaluation.scorers import exact
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.style import SCRIPT, STYLE
 from nemo_mtbi.evaluation.tables import (
@@ -30,9 +28,11 @@ from nemo_mtbi.evaluation.tables import (
     percent,
     transcription_rows,
 )
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.metrics.scorers import exact
 
 if TYPE_CHECKING:
-    from nemo_mtbi.evaluation.results import Answered
+    from nemo_mtbi.evaluation.figures import Answered
 
 Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
 _PLAYED = FrameCounter((LengthStage(1, 1),), 16000)  # any audio of one sample or more

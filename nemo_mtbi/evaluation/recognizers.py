@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
-from nemo_mtbi.modules.hf_encoder import is_hf_encoder
-from nemo_mtbi.modules.pretrained import load_asr_model, resolve
-from nemo_mtbi.modules.speech_encoder import SpeechEncoder
-from nemo_mtbi.modules.whisper import WhisperTranscriber, missing_of_decoder
+from nemo_mtbi.encoders.hf import is_hf_encoder
+from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.whisper import WhisperTranscriber, missing_of_decoder
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.speech_llm.pretrained import load_asr_model, resolve
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _missing_of_nemo(path: Path) -> str | None:
     from nemo.collections.asr.models import ASRModel, EncDecCTCModel
     from nemo.utils.model_utils import import_class_by_path
 
-    from nemo_mtbi.modules.asr_archive import TensorArchive
+    from nemo_mtbi.encoders.asr_archive import TensorArchive
 
     try:
         config = ASRModel.restore_from(

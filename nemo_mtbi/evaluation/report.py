@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemo_mtbi.evaluation.behavior import agreement, behavior_gap, text_f1
 from nemo_mtbi.evaluation.files import write_json
-from nemo_mtbi.evaluation.metrics import ERROR_KINDS, SCORERS, cer, exact, normalize, right, task_scores, wer
 from nemo_mtbi.io.display import printable
+from nemo_mtbi.metrics.behavior import agreement, behavior_gap, text_f1
+from nemo_mtbi.metrics.corpus import ERROR_KINDS, SCORERS, cer, exact, normalize, right, task_scores, wer
 
 GROUPS = {
     "seen": "seen prompts",

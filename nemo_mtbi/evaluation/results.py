@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from nemo_mtbi.evaluation.curves import read_curves
-from nemo_mtbi.evaluation.figures import Asked, Resampling, comparisons, describe, score
+from nemo_mtbi.evaluation.figures import Answered, Resampling, comparisons, describe, score
 from nemo_mtbi.evaluation.files import rounded, write_json, write_text
 from nemo_mtbi.evaluation.items import EvalSet, Item, find_metric
 from nemo_mtbi.evaluation.page import render_page
@@ -63,21 +62,6 @@ def is_evaluation(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"systems", "sets"} <= set(found)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A set with all answers to it.
-
-    Attributes:
-        chosen: The set.
-        systems: Answers by system; one that can't be asked, for lack of transcripts, is not there.
-        bare: For each text system its answer to the bare transcript, by utterance.
-    """
-
-    chosen: EvalSet
-    systems: Mapping[str, Asked]
-    bare: Mapping[str, Mapping[int, str]]
 
 
 def write_results(

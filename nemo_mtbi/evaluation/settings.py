@@ -10,12 +10,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_mtbi.data.chat_template import ChatConfig
-from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
 from nemo_mtbi.io.sources import SourcePolicy
-from nemo_mtbi.schema import read_section
+from nemo_mtbi.targets.tasks import TaskPool
 
 KINDS = ("speech", "cascade", "text")
 
@@ -268,7 +268,7 @@ def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: b
     if (settings.cuts is None) == (settings.format is None):
         raise ValueError(f"{where}: set cuts (with tasks), or format and path")
     if settings.cuts is not None:
-        from nemo_mtbi.modules.pretrained import DEMO  # with Megatron: a wrong configuration is refused before
+        from nemo_mtbi.speech_llm.pretrained import DEMO  # with Megatron: a wrong configuration is refused before
 
         pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
         pool = pool if settings.only is None else pool.subset(settings.only)

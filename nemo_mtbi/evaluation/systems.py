@@ -13,13 +13,13 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from nemo_mtbi.data.dataset import BadAudioError
-from nemo_mtbi.data.layout import make_row, speech
+from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.evaluation.hypotheses import Hypotheses
 from nemo_mtbi.evaluation.items import Clip, Divergence, Reply, load_clip
 from nemo_mtbi.evaluation.recognizers import Recognizer
 from nemo_mtbi.inference.divergence import twin_divergences
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.layouts.layout import make_row, speech
 
 Progress = Callable[[int], None]
 

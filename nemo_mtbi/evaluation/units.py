@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_mtbi.data.corpus import digest_of
 from nemo_mtbi.evaluation.answers import Unit, load_answers
 from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item
 from nemo_mtbi.evaluation.load import Loader
 from nemo_mtbi.evaluation.settings import EvalConfig
+from nemo_mtbi.io.digests import digest_of
 
 ANSWERS, DIVERGENCES = "answers", "divergences"  # folders
 

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Answers of a model: decoding, conversations, audio of users."""

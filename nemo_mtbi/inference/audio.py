@@ -13,11 +13,12 @@ from lhotse.cut import Cut
 from scipy.signal import resample_poly
 from torch import Tensor
 
-from nemo_mtbi.data.dataset import LOADING_ERRORS, BadAudioError, check_samples, in_one_line, load_samples
-from nemo_mtbi.data.frames import FrameCounter
+from nemo_mtbi.data.audio import LOADING_ERRORS, BadAudioError, check_samples, load_samples
 from nemo_mtbi.io.paths import is_file
-from nemo_mtbi.io.sources import FILES, Reading
-from nemo_mtbi.io.text import is_writable_text
+from nemo_mtbi.io.reading import Reading
+from nemo_mtbi.io.sources import FILES
+from nemo_mtbi.io.text import in_one_line, is_writable_text
+from nemo_mtbi.layouts.frames import FrameCounter
 
 
 def open_audio(path: str | Path) -> Cut:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_mtbi.data.chat import Turn
-from nemo_mtbi.data.layout import speech
+from nemo_mtbi.chat.format import Turn
 from nemo_mtbi.inference.generate import check_prompts
 from nemo_mtbi.inference.respond import Responder
+from nemo_mtbi.layouts.layout import speech
 
 Message = Mapping[str, Any]  # role, and content: text, or a list of {type: text, text} and {type: audio, audio}
 

@@ -18,28 +18,12 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor, nn
 
-from nemo_mtbi.data.layout import group_by_length
-from nemo_mtbi.modules.decoder import whole_sequences
-from nemo_mtbi.modules.speech_llm import LayoutDecoder, speech_positions
+from nemo_mtbi.config.generation import GenerationConfig
+from nemo_mtbi.layouts.layout import group_by_length
+from nemo_mtbi.llm.decoder import whole_sequences
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Decoding parameters. They are part of a target's provenance.
-
-    Attributes:
-        max_new_tokens: longest answer; one that reaches it is marked as truncated.
-        batch_tokens: bound on rows x (longest prompt + ``max_new_tokens``) of a batch; limits the cache's memory.
-    """
-
-    max_new_tokens: int = 64
-    batch_tokens: int = 16384
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1 or self.batch_tokens < 1:
-            raise ValueError(f"generation needs max_new_tokens and batch_tokens of at least 1, got {self}")
+from nemo_mtbi.speech_llm.model import LayoutDecoder, speech_positions
 
 
 @dataclass(frozen=True)

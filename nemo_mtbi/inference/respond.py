@@ -14,12 +14,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.data.layout import group_by_length, speech
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, check_prompts, evaluating, generate
-from nemo_mtbi.modules.lora import without_lora
-from nemo_mtbi.modules.speech_llm import LayoutDecoder, SpeechLLM
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.generation import GenerationConfig
+from nemo_mtbi.inference.generate import Generated, check_prompts, evaluating, generate
+from nemo_mtbi.layouts.layout import group_by_length, speech
+from nemo_mtbi.llm.lora import without_lora
 from nemo_mtbi.parallel.agreement import agreed
+from nemo_mtbi.speech_llm.model import LayoutDecoder, SpeechLLM
 
 
 @dataclass(frozen=True)

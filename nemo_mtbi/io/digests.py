@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -167,3 +168,12 @@ class CheckedFile(io.RawIOBase):
                 f"{self._name} is not as it was written: the SHA-256 of its bytes {first} to {first + len(content)} "
                 "is another"
             )
+
+
+def canonical_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()

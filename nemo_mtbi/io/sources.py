@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -200,60 +199,3 @@ def _check_storage(parts: Mapping[str, Any], policy: SourcePolicy, place: str) -
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-
-
-class Reading:
-    """A block of code in which Lhotse and NeMo open only what the policy allows: ``with Reading(policy): next(cuts)``.
-
-    A refusal ends the block with its error even where the code of others has caught it, as some readers do. Outside
-    such blocks, and in other threads, Lhotse works as always. One object may be entered again and again, not nested.
-
-    Args:
-        policy: what is allowed.
-        place: names what is read, for messages; may be changed while it is read.
-        lines: gets each line of a text file with the file's name and the line's number from 1, before the reader
-            does; returns what the reader gets in its place, ``None`` to leave the line out.
-        postpone: audio in memory whose header can't be read is taken for a second of sound, so that a reader of
-            archives goes on behind it; the error comes when the audio is loaded.
-    """
-
-    def __init__(self, policy: SourcePolicy, place: str = "the data", lines: Any = None, postpone: bool = False):
-        self.policy = policy
-        self.place = place
-        self.lines = lines
-        self.postpone = postpone
-        self._refused: ForbiddenSourceError | None = None
-        self._token: Token | None = None
-
-    def __enter__(self) -> Reading:
-        from nemo_mtbi.io import guarded
-
-        guarded.install()
-        self._token = _ACTIVE.set(self)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _ACTIVE.reset(self._token)
-        refused, self._refused = self._refused, None
-        if refused is not None:
-            raise refused from None
-
-    def check(self, check: Any, what: Any) -> None:
-        """Run a check of the policy, and remember its refusal.
-
-        Raises:
-            ForbiddenSourceError: the refusal.
-        """
-        try:
-            check(what, self.place)
-        except ForbiddenSourceError as error:
-            self._refused = error
-            raise
-
-
-_ACTIVE: ContextVar[Reading | None] = ContextVar("nemo_mtbi_reading_from", default=None)
-
-
-def active() -> Reading | None:
-    """Return the innermost block of :class:`Reading` that is under way here."""
-    return _ACTIVE.get()

@@ -119,3 +119,9 @@ def is_writable_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def in_one_line(error: Exception) -> str:
+    """What Lhotse says of a file that it cannot load, without its hints to developers and its dump of the cut."""
+    lines = str(error).split("\n[extra info]")[0].splitlines()
+    return " ".join(line.strip() for line in lines if not line.startswith("Set LHOTSE_"))

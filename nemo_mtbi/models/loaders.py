@@ -6,21 +6,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_mtbi.archive.speech_model import SpeechModel
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import build_dataloader
-from nemo_mtbi.data.target_shards import check_published
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
-
-if TYPE_CHECKING:
-    from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.targets.store import check_published
 
 
-def build_loader(model: MTBIModel, section: DictConfig, train: bool) -> ReplicaLoader:
+def build_loader(model: SpeechModel, section: DictConfig, train: bool) -> ReplicaLoader:
     """The loader of a section of NeMo's data keys: one process of each replica reads, the others receive.
 
     Rows that are longer than the LLM's positions are counted and left out: it has not seen such positions, and

@@ -13,29 +13,28 @@ from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from nemo_mtbi.config import RUN_KEYS, parse_model_config
+from nemo_mtbi.archive.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained
+from nemo_mtbi.archive.restored import refusal
+from nemo_mtbi.archive.save_restore import MTBIArchive, connector_of
+from nemo_mtbi.archive.warm_start import warm_start
+from nemo_mtbi.config.model import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
-from nemo_mtbi.data.corpus import digest_of
-from nemo_mtbi.data.layout import StepBatch
-from nemo_mtbi.io.digests import DamageError
+from nemo_mtbi.encoders.base import trained_shapes
+from nemo_mtbi.encoders.cache import EncoderCache
+from nemo_mtbi.io.digests import DamageError, digest_of
+from nemo_mtbi.io.tensor_file import ArchiveError
+from nemo_mtbi.layouts.layout import StepBatch
+from nemo_mtbi.llm.decoder import check_training
+from nemo_mtbi.llm.full_finetune import build_llm_optimizer, trained_weights
+from nemo_mtbi.llm.lora import adapters, is_merged, set_merged
 from nemo_mtbi.models import profiling
-from nemo_mtbi.models.archive import MTBIArchive, connector_of
-from nemo_mtbi.models.asking import Asking
-from nemo_mtbi.models.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained
+from nemo_mtbi.models.generation import Asking
 from nemo_mtbi.models.loaders import build_loader
 from nemo_mtbi.models.optimizers import OPTIMIZERS, check_optimizers, names
-from nemo_mtbi.models.restored import refusal
 from nemo_mtbi.models.resuming import RUN, check_resume, describe_run
 from nemo_mtbi.models.skipping import Skips
 from nemo_mtbi.models.steps import TrainingSteps
 from nemo_mtbi.models.validation import SHOWN, validation_figures
-from nemo_mtbi.models.warm_start import warm_start
-from nemo_mtbi.modules.decoder import check_training
-from nemo_mtbi.modules.encoder_cache import EncoderCache
-from nemo_mtbi.modules.hearing import trained_shapes
-from nemo_mtbi.modules.llm_training import build_llm_optimizer, trained_weights
-from nemo_mtbi.modules.lora import adapters, is_merged, set_merged
-from nemo_mtbi.modules.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.checkpoint.content import LLM_OPTIMIZER, RANDOM_STATES
 from nemo_mtbi.parallel.gradients import share_parameters
@@ -48,7 +47,7 @@ class MTBIModel(Asking, TrainingSteps):
     """A speech LLM trained by multi-task behavior imitation (arXiv 2505.18644).
 
     Args:
-        cfg: the ``model:`` section (:class:`nemo_mtbi.config.ModelConfig`).
+        cfg: the ``model:`` section (:class:`nemo_mtbi.config.model.ModelConfig`).
         trainer: Lightning trainer; not needed for inference.
 
     Raises:

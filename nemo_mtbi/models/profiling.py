@@ -6,18 +6,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nemo.core.neural_types import AudioSignal, LabelsType, LengthsType, NeuralType
 from torch import Tensor
 
-from nemo_mtbi.data.frames import FrameCounter
-from nemo_mtbi.data.layout import Row, StepBatch, collate, make_row, speech
-from nemo_mtbi.modules.llm_training import build_llm_optimizer
-
-if TYPE_CHECKING:
-    from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.archive.speech_model import SpeechModel
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.layouts.layout import Row, StepBatch, collate, make_row, speech
+from nemo_mtbi.llm.full_finetune import build_llm_optimizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class StepMaker:
         return self.rows * (self.frames(samples) + answer - 1)
 
 
-def step_maker(model: MTBIModel, rows: int = 1) -> StepMaker:
+def step_maker(model: SpeechModel, rows: int = 1) -> StepMaker:
     """That of a model."""
     config = model.config
     return StepMaker(model.speech_llm.frame_counter, rows, config.micro_batch_tokens, config.loss.uses_teacher)
@@ -78,7 +76,7 @@ class ProfilingBatch:
     responses: Tensor
 
 
-def oomptimizer_schema(model: MTBIModel) -> dict[str, Any]:
+def oomptimizer_schema(model: SpeechModel) -> dict[str, Any]:
     """How NeMo's ``oomptimizer.py`` makes batches: inputs are as long as samples, outputs as answer tokens."""
     vocabulary = model.speech_llm.decoder.architecture.vocab_size
     labels = {"seq_length": "output", "vocab_size": vocabulary}
@@ -92,7 +90,7 @@ def oomptimizer_schema(model: MTBIModel) -> dict[str, Any]:
     }
 
 
-def profile_step(model: MTBIModel, batch: ProfilingBatch, rows: int = 1) -> Tensor:
+def profile_step(model: SpeechModel, batch: ProfilingBatch, rows: int = 1) -> Tensor:
     """Forward and backward of a step of noise; gradients stay on what trains.
 
     Args:
@@ -136,7 +134,7 @@ def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05
     return good
 
 
-def fits_in_memory(model: MTBIModel, rows: int, samples: int, answer: int) -> Callable[[int], bool]:
+def fits_in_memory(model: SpeechModel, rows: int, samples: int, answer: int) -> Callable[[int], bool]:
     """Whether a step of so many utterances can be trained on: forward, backward and the optimizer's states.
 
     Args:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_mtbi.modules.text_llm import files_digest
+from nemo_mtbi.archive.speech_model import SpeechModel
+from nemo_mtbi.llm.directory import files_digest
 from nemo_mtbi.parallel import groups
-
-if TYPE_CHECKING:
-    from nemo_mtbi.models.mtbi_model import MTBIModel
 
 RUN = "mtbi_run"  # key in the checkpoint
 CONTENT = "content of model.train_ds.cuts_path"
@@ -51,7 +49,7 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def describe_run(model: MTBIModel) -> dict[str, Any]:
+def describe_run(model: SpeechModel) -> dict[str, Any]:
     """Return what a checkpoint says of its run beside the model's configuration, which Lightning stores."""
     chat = model.chat
     return {
@@ -60,7 +58,7 @@ def describe_run(model: MTBIModel) -> dict[str, Any]:
     }
 
 
-def check_resume(model: MTBIModel, checkpoint: Mapping[str, Any]) -> None:
+def check_resume(model: SpeechModel, checkpoint: Mapping[str, Any]) -> None:
     """Compare the run of a checkpoint with the one that goes on from it; warns of settings that differ, by name.
 
     Args:

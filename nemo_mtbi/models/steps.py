@@ -8,17 +8,17 @@ from nemo.core.classes import ModelPT
 from nemo.utils import logging
 from torch import Tensor, nn
 
-from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.data.layout import StepBatch
+from nemo_mtbi.config.model import ModelConfig
+from nemo_mtbi.layouts.layout import StepBatch
+from nemo_mtbi.llm.full_finetune import trained_weights
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.nonfinite import REMEDY, nonfinite_message
 from nemo_mtbi.models.profiling import ProfilingBatch
 from nemo_mtbi.models.skipping import Skips
-from nemo_mtbi.modules.llm_training import trained_weights
-from nemo_mtbi.modules.speech_llm import SpeechLLM
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, sum_gradients
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
+from nemo_mtbi.speech_llm.model import SpeechLLM
 
 
 class TrainingSteps(ModelPT):

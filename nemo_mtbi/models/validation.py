@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_mtbi.config import ModelConfig
-from nemo_mtbi.evaluation.metrics import cer, exact, token_f1, wer
+from nemo_mtbi.config.model import ModelConfig
+from nemo_mtbi.metrics.corpus import cer, exact, token_f1, wer
 
 SHOWN = ("val_loss", "val_agreement", "val_wer")  # by the progress bar
 

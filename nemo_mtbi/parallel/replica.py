@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.data.layout import StepBatch
 from nemo_mtbi.data.loader import passes
+from nemo_mtbi.layouts.layout import StepBatch
 from nemo_mtbi.parallel import groups
 
 # Lightning asks for a step before the one in hand is trained on, to know which is the last.

@@ -15,8 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils import AppState
 
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.groups import ParallelConfig
 
 
 class MTBIStrategy(DDPStrategy):

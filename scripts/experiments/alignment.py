@@ -28,11 +28,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def aligned(cuts: Path, asr: str | Path, out: Path) -> dict:
     """What ``scripts/align.py`` reports of a corpus whose word times are known."""
-    from nemo_mtbi.alignment.corpus import AlignConfig, align_corpus
-    from nemo_mtbi.alignment.ctc import CTCModel
-    from nemo_mtbi.data.prepare import open_cuts
-    from nemo_mtbi.modules.pretrained import resolve
-    from nemo_mtbi.modules.text_llm import file_digest
+    from nemo_mtbi.llm.directory import file_digest
+    from nemo_mtbi.prepare.alignment.corpus import AlignConfig, align_corpus
+    from nemo_mtbi.prepare.alignment.ctc import CTCModel
+    from nemo_mtbi.prepare.recipes import open_cuts
+    from nemo_mtbi.speech_llm.pretrained import resolve
 
     source = f"{file_digest(resolve(asr, 'asr', 'encoder.nemo'))} {file_digest(cuts)}"
     found, total = open_cuts(cuts)
@@ -41,10 +41,10 @@ def aligned(cuts: Path, asr: str | Path, out: Path) -> dict:
 
 def adapted(args: argparse.Namespace, heldout: str, speakers: list[str]) -> Path:
     """The demo encoder, trained by CTC on the other speakers."""
-    from nemo_mtbi.data.corpus import CUTS_FILE
-    from nemo_mtbi.data.digits import build_digits
-    from nemo_mtbi.models.ctc import save_asr, train_ctc
-    from nemo_mtbi.modules.pretrained import load_asr_model
+    from nemo_mtbi.data.cut_files import CUTS_FILE
+    from nemo_mtbi.demo.corpora.digits import build_digits
+    from nemo_mtbi.encoders.ctc import save_asr, train_ctc
+    from nemo_mtbi.speech_llm.pretrained import load_asr_model
 
     path = args.out / f"encoder-without-{heldout}-{args.steps}.nemo"
     if path.exists():
@@ -61,9 +61,9 @@ def adapted(args: argparse.Namespace, heldout: str, speakers: list[str]) -> Path
 
 def rows(args: argparse.Namespace):
     """Corpus, encoder and report, one after the other."""
-    from nemo_mtbi.data.corpus import CUTS_FILE
-    from nemo_mtbi.data.digits import build_digits, list_speakers
-    from nemo_mtbi.data.synthetic import build_synthetic
+    from nemo_mtbi.data.cut_files import CUTS_FILE
+    from nemo_mtbi.demo.corpora.digits import build_digits, list_speakers
+    from nemo_mtbi.demo.corpora.synthetic import build_synthetic
 
     settings = dict(num_utterances=args.utterances, seed=5, split="test", progress=False)
     spoken = build_synthetic(args.out / "corpora", **settings)

@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=200, help="corruptions")
     parser.add_argument("--seed", type=int, default=0, help="of what is damaged, where and how")
     arguments = parser.parse_args(argv)
-    from nemo_mtbi.cli import quiet
+    from nemo_mtbi.commands.cli import quiet
 
     quiet()
     started = time.monotonic()

@@ -152,8 +152,8 @@ def _resumed_as_large(place: Path) -> str:
 
 
 def _encode(place: Path) -> str:
-    from nemo_mtbi.modules.encoder_cache import EncoderCache
-    from nemo_mtbi.modules.pretrained import load_speech_encoder
+    from nemo_mtbi.encoders.cache import EncoderCache
+    from nemo_mtbi.speech_llm.pretrained import load_speech_encoder
 
     audio = 0.1 * torch.randn(4, 9000, generator=torch.Generator().manual_seed(0))
     cache = EncoderCache(place, "sha256:" + "f" * 64, torch.float32)
@@ -178,8 +178,8 @@ def _answer(layout: list[int]) -> tuple[list[int], bool]:
 def _generate(folder: Path, place: Path, batches: int = 1000) -> None:
     from lhotse import CutSet
 
-    from nemo_mtbi.data.targets import TargetPlan, generate_targets
-    from nemo_mtbi.data.tasks import TaskPool
+    from nemo_mtbi.targets.generate import TargetPlan, generate_targets
+    from nemo_mtbi.targets.tasks import TaskPool
     from nemo_mtbi.testing import PROMPTS, tiny_chat
 
     left = iter(range(batches))
@@ -207,7 +207,7 @@ def _generate(folder: Path, place: Path, batches: int = 1000) -> None:
 
 
 def _make_targets(folder: Path) -> None:
-    from nemo_mtbi.data.target_shards import join_shards, seal
+    from nemo_mtbi.targets.store import join_shards, seal
 
     _generate(folder, folder / "targets")
     join_shards(folder / "targets")
@@ -217,7 +217,7 @@ def _make_targets(folder: Path) -> None:
 def _load_targets(place: Path) -> str:
     from lhotse import CutSet
 
-    from nemo_mtbi.data.target_shards import JOINED, check_published, read_targets
+    from nemo_mtbi.targets.store import JOINED, check_published, read_targets
 
     cuts = [cut.to_dict() for cut in read_targets(place)]
     check_published(place / JOINED)

@@ -169,9 +169,9 @@ def good_archives(folder: Path) -> dict[str, Good]:
     """Tiny models of every kind, saved, and how each is opened."""
     from omegaconf import OmegaConf
 
-    from nemo_mtbi.models.ctc import save_asr
+    from nemo_mtbi.encoders.ctc import save_asr
     from nemo_mtbi.models.mtbi_model import MTBIModel
-    from nemo_mtbi.modules.pretrained import load_asr_model, load_speech_encoder
+    from nemo_mtbi.speech_llm.pretrained import load_asr_model, load_speech_encoder
     from nemo_mtbi.testing import tiny_asr_model, tiny_asr_nemo, tiny_text_llm
 
     asr, llm = tiny_asr_nemo(folder / "encoder.nemo"), tiny_text_llm(folder / "llm")

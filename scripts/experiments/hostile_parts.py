@@ -62,7 +62,7 @@ def sections(canary: Path, repository: Path) -> list[dict[str, Any]]:
         "nemo.collections.asr.modules.conformer_encoder.os.system",
         "torch.optim.os.system",
         "nemo.core.optim.os.system",
-        "nemo_mtbi.durable.os.system",
+        "nemo_mtbi.io.atomic.os.system",
     ]
     found = [{key: name, **command} for name in names for key in ("_target_", "target")]
     found += [{"cls": name, "params": command} for name in names[:2]]

@@ -156,7 +156,7 @@ class ForkedRun:
 
     def __init__(self, keys: Sequence[str], processes: int, log: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["nemo_mtbi.training", "nemo.collections.asr.models"])
+        context.set_forkserver_preload(["nemo_mtbi.commands.train", "nemo.collections.asr.models"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -107,12 +107,12 @@ def prepare(arguments: argparse.Namespace) -> Counter:
     """
     from lhotse import CutSet
 
-    from nemo_mtbi.data.corpus import write_cuts
-    from nemo_mtbi.data.prepare import cuts_of_manifests, cuts_of_recipe
-    from nemo_mtbi.data.word_alignments import read_texts, read_times, with_texts, with_times
+    from nemo_mtbi.data.cut_files import write_cuts
     from nemo_mtbi.io.locks import exclusive
     from nemo_mtbi.io.paths import make_folder
     from nemo_mtbi.io.sources import SourcePolicy
+    from nemo_mtbi.prepare.recipes import cuts_of_manifests, cuts_of_recipe
+    from nemo_mtbi.prepare.word_alignments import read_texts, read_times, with_texts, with_times
 
     if arguments.recipe == "manifest":
         spare_sources(arguments, ["cuts"])

@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from nemo_mtbi.data.export import export
-    from nemo_mtbi.data.prepare import open_cuts
     from nemo_mtbi.io.paths import refuse_overwriting
     from nemo_mtbi.io.sources import SourcePolicy
+    from nemo_mtbi.prepare.export import export
+    from nemo_mtbi.prepare.recipes import open_cuts
 
     try:
         refuse_overwriting({"--cuts": [arguments.cuts]}, {"--out": [arguments.out]})

@@ -2,22 +2,20 @@
 """Conversations of NeMo's layouts: rows by hand, through the loader, and beside utterances."""
 
 import json
-import runpy
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import loader_sources as sources
 import pytest
 from lhotse.utils import fastcopy
 
-from nemo_mtbi.data.chat import ChatFormat, Turn
+from nemo_mtbi.chat.format import ChatFormat, Turn
 from nemo_mtbi.data.conversations import Conversation, Exchange, as_cut, conversation_row
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.layout import IGNORE
 from nemo_mtbi.data.loader import build_dataloader
-
-sources = runpy.run_path(str(Path(__file__).with_name("loader_sources.py")))
+from nemo_mtbi.layouts.layout import IGNORE
 
 
 @pytest.fixture
@@ -191,7 +189,7 @@ def test_conversations_beside_utterances(corpus, spoken, dataset):
 def test_the_order_of_a_stream_of_conversations_is_that_of_its_seed(corpus, spoken, dataset):
     entry = multimodal(corpus, spoken)
     one, two = (
-        [sources["content"](batch) for batch in islice(read(dataset, entry, train=True, seed=5, shuffle=True), 5)]
+        [sources.content(batch) for batch in islice(read(dataset, entry, train=True, seed=5, shuffle=True), 5)]
         for _ in range(2)
     )
     assert one == two

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_mtbi.data.dataset import BadAudioError, MTBIDataset, load_samples
+from nemo_mtbi.config.interleave import InterleaveConfig, InterleaveSchedule
+from nemo_mtbi.data.audio import BadAudioError, load_samples
+from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
-from nemo_mtbi.data.interleave import InterleaveConfig, InterleaveSchedule
-from nemo_mtbi.data.layout import IGNORE
+from nemo_mtbi.layouts.layout import IGNORE
 
 ALWAYS = InterleaveConfig(probability=1.0, text_share=1.0)
 

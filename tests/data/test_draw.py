@@ -8,7 +8,7 @@ from lhotse import CutSet
 from lhotse.testing.dummies import dummy_cut
 
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows, SkipCounter
-from nemo_mtbi.data.layout import speech
+from nemo_mtbi.layouts.layout import speech
 
 
 def draws(source, chat, frames, **config):

@@ -3,21 +3,19 @@
 
 import copy
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
+import gate_sources as gate
 import pytest
 
-from nemo_mtbi.data.export import export
 from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.loader import build_dataloader
-from nemo_mtbi.data.prepare import cuts_of_manifests, open_cuts
-from nemo_mtbi.data.tasks import Task, TaskPool
 from nemo_mtbi.evaluation.items import from_cuts, load_clip
 from nemo_mtbi.io.sources import EVERYTHING, ForbiddenSourceError
+from nemo_mtbi.prepare.export import export
+from nemo_mtbi.prepare.recipes import cuts_of_manifests, open_cuts
+from nemo_mtbi.targets.tasks import Task, TaskPool
 
-gate = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("gate_sources.py"))))
 make, read, written, conversation = gate.make, gate.read, gate.written, gate.conversation
 in_layout, nemo_lines = gate.in_layout, gate.nemo_lines
 PLAIN = gate.PLAIN
@@ -247,7 +245,7 @@ def test_manifests_of_a_corpus_refuse_commands(corpus, canary):
 
 @pytest.mark.parametrize("source", [as_cuts, as_nemo, as_address_of_nemo, as_sphere_file, as_shar])
 def test_the_source_of_targets_runs_no_commands(corpus, canary, source):
-    from nemo_mtbi.generate_targets import GenerateTargetsConfig, open_source
+    from nemo_mtbi.commands.targets import GenerateTargetsConfig, open_source
 
     config = source(corpus, corpus.cuts(3), canary)
     with pytest.raises(ForbiddenSourceError, match=r"cut-00\d.*(allow_commands: true|rename)"):

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from lhotse import Recording, SupervisionSegment
 from omegaconf import OmegaConf
 
-from nemo_mtbi.data.dataset import load_samples
-from nemo_mtbi.data.export import export
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.data.audio import load_samples
 from nemo_mtbi.data.gate import read_gated
 from nemo_mtbi.io.sources import FILES
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.prepare.export import export
 
 FRAMES = FrameCounter((LengthStage(400, 160, 400),), 16000)
 SECRET = "t0ken-of-the-environment"

@@ -4,27 +4,27 @@
 import gzip
 import json
 import math
-import runpy
 import tarfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
+import gate_sources as gate
+import loader_sources as sources
 import pytest
+import target_fakes as fakes
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.entries import BadEntryError
 from nemo_mtbi.data.gate import open_manifest
-from nemo_mtbi.data.tasks import Task, TaskPool
 from nemo_mtbi.evaluation.items import from_cuts
 from nemo_mtbi.io.sources import FILES
+from nemo_mtbi.targets.tasks import Task, TaskPool
 
-gate = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("gate_sources.py"))))
 make, read, written, conversation = gate.make, gate.read, gate.written, gate.conversation
 in_layout, nemo_lines = gate.in_layout, gate.nemo_lines
-fakes = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("target_fakes.py"))))
-sources = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loader_sources.py"))))
+
+
 POOL = TaskPool("pool", (Task("repeat", "wer", False, ("say it",)),))
 
 # Values that are not what they should be ------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_targets_leave_out_entries_of_a_wrong_type_and_count_them(corpus, tmp_pa
 
 
 def test_the_source_of_targets_leaves_out_bad_entries(corpus):
-    from nemo_mtbi.generate_targets import GenerateTargetsConfig, open_source
+    from nemo_mtbi.commands.targets import GenerateTargetsConfig, open_source
 
     config = nemo_lines(corpus, {"text": 5})
     with pytest.raises(BadEntryError, match="line 2 of .*cut-001.*set on_missing_text=skip"):

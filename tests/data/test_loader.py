@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loader through NeMo's own data loading. NeMo is imported once for all of it."""
 
-import runpy
 from bisect import bisect_left
 from collections import Counter
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 
+import loader_sources as sources
 import numpy as np
 import pytest
 
@@ -15,7 +13,6 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.data.loader import build_dataloader, cost_bins
 
-sources = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loader_sources.py"))))
 PLAIN, SOURCES, ENDLESS, content, shar = (
     sources.PLAIN,
     sources.SOURCES,

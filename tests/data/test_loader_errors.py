@@ -2,15 +2,12 @@
 """What the loader refuses, and how NeMo learns of it."""
 
 import pickle
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
+import loader_sources as sources
 import pytest
 
 from nemo_mtbi.data.loader import DATA_TYPE, build_dataloader, read_drawn_rows
 
-sources = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loader_sources.py"))))
 PLAIN, content, shar = sources.PLAIN, sources.content, sources.shar
 
 

@@ -6,18 +6,18 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import loader_sources as sources
 import numpy as np
 import pytest
 import soundfile
 from lhotse import Recording
 from lhotse.utils import fastcopy
 
-from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.data.export import export
+from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.data.loader import build_dataloader
+from nemo_mtbi.prepare.export import export
 
 HERE = Path(__file__)
-sources = SimpleNamespace(**runpy.run_path(str(HERE.with_name("loader_sources.py"))))
 talk = SimpleNamespace(**runpy.run_path(str(HERE.with_name("test_conversations.py"))))
 MARK, ODD = b"\xef\xbb\xbf", "one\u2028two\x85three"
 

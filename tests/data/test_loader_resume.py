@@ -3,21 +3,19 @@
 
 import os
 import random
-import runpy
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 
+import loader_sources as sources
 import numpy as np
 import pytest
 import torch
 from lhotse import Recording
 
-from nemo_mtbi.data.dataset import BadAudioError, MTBIDataset, StreamDataset
+from nemo_mtbi.data.audio import BadAudioError
+from nemo_mtbi.data.dataset import MTBIDataset, StreamDataset
 from nemo_mtbi.data.loader import StreamLoader, build_dataloader, passes
 
-sources = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("loader_sources.py"))))
 PLAIN, content, shar = sources.PLAIN, sources.content, sources.shar
 READ = 9  # batches of an endless pass
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
-from nemo_mtbi.data.layout import IGNORE
 from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.data.step import Step, assumed_step, count_cuts, judge_step, steps_of_pass
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.layouts.layout import IGNORE
 from nemo_mtbi.testing import tiny_chat, tiny_cuts, tiny_tokenizer
 
 FRAMES = FrameCounter((LengthStage(1600, 1600),), 16000)

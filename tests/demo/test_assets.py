@@ -6,12 +6,12 @@ import tarfile
 
 import pytest
 
-from nemo_mtbi.data import grammar
-from nemo_mtbi.data.corpus import load_corpus
-from nemo_mtbi.data.synthetic import build_synthetic
-from nemo_mtbi.data.tasks import TaskPool
-from nemo_mtbi.evaluation.metrics import wer
-from nemo_mtbi.modules.pretrained import DEMO
+from nemo_mtbi.demo.corpora import grammar
+from nemo_mtbi.demo.corpora.corpus import load_corpus
+from nemo_mtbi.demo.corpora.synthetic import build_synthetic
+from nemo_mtbi.metrics.corpus import wer
+from nemo_mtbi.speech_llm.pretrained import DEMO
+from nemo_mtbi.targets.tasks import TaskPool
 
 
 def test_both_together_are_small_and_hold_no_pickle():
@@ -24,11 +24,11 @@ def test_both_together_are_small_and_hold_no_pickle():
 
 
 def test_the_text_llm_answers_every_task():
-    from nemo_mtbi.inference.generate import GenerationConfig
+    from nemo_mtbi.config.generation import GenerationConfig
     from nemo_mtbi.inference.respond import Responder
-    from nemo_mtbi.modules.pretrained import load_text_llm
-    from nemo_mtbi.modules.speech_llm import LayoutDecoder
     from nemo_mtbi.parallel import groups
+    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     groups.initialize()
     llm, rng = load_text_llm("demo"), random.Random(11)
@@ -45,8 +45,8 @@ def test_the_text_llm_answers_every_task():
 
 def test_the_encoder_understands_voices_that_it_never_heard(tmp_path):
     pytest.importorskip("espeakng_loader")
-    from nemo_mtbi.models.ctc import transcribe_ctc
-    from nemo_mtbi.modules.pretrained import load_asr_model
+    from nemo_mtbi.encoders.ctc import transcribe_ctc
+    from nemo_mtbi.speech_llm.pretrained import load_asr_model
 
     folder = build_synthetic(tmp_path, num_utterances=30, seed=3, split="test", num_workers=1, progress=False)
     cuts = list(load_corpus(folder))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from lhotse import CutSet
 
-from nemo_mtbi.data.corpus import write_flac
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
-from nemo_mtbi.data.tasks import TaskPool
+from nemo_mtbi.demo.corpora.corpus import write_flac
 from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN, crossed_questions, questions, run_benchmark
 from nemo_mtbi.evaluation.report import summarize
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.targets.tasks import TaskPool
 from nemo_mtbi.testing import tiny_cuts
 
 SEEN_WORDS = {"say": ["say it", "repeat it", "once more"], "first": ["first word", "the first"], "bare": [""]}

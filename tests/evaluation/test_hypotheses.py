@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.hypotheses import read_hypotheses
 from nemo_mtbi.evaluation.items import from_cuts
+from nemo_mtbi.targets.tasks import TaskPool
 from nemo_mtbi.testing import tiny_cuts
 
 POOL = TaskPool.from_dict(

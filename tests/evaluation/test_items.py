@@ -8,9 +8,9 @@ import pytest
 import soundfile
 from lhotse import CutSet, MultiCut, Recording, SupervisionSegment
 
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
-from nemo_mtbi.data.tasks import TaskPool
 from nemo_mtbi.evaluation.items import from_cuts, load_clip
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.targets.tasks import TaskPool
 
 POOL = TaskPool.from_dict(
     {"tasks": [{"name": "say", "scoring": "wer", "split": "train", "prompts": {"train": ["say it"]}}]}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_mtbi.evaluation.figures import Asked, Resampling
+from nemo_mtbi.evaluation.figures import Answered, Asked, Resampling
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.page import render_page
-from nemo_mtbi.evaluation.results import Answered, summarize
+from nemo_mtbi.evaluation.results import summarize
 from nemo_mtbi.evaluation.settings import EvalConfig, SystemConfig
 from nemo_mtbi.evaluation.tables import markdown
 

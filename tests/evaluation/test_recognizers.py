@@ -6,8 +6,8 @@ import torch
 from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
 from nemo_models import canary, transducer
 
+from nemo_mtbi.encoders.ctc import save_asr, transcribe_ctc
 from nemo_mtbi.evaluation.recognizers import find_recognizer, load_recognizer
-from nemo_mtbi.models.ctc import save_asr, transcribe_ctc
 
 CPU = torch.device("cpu")
 AUDIO = [torch.linspace(0, 400, size).sin() * 0.3 for size in (16000, 9000)]

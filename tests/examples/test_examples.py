@@ -101,7 +101,7 @@ def content(folder):
 
 
 def test_yaml_of_target_generation_fits_its_schema():
-    from nemo_mtbi.generate_targets import GenerateTargetsConfig
+    from nemo_mtbi.commands.targets import GenerateTargetsConfig
 
     given = OmegaConf.load(ROOT / "conf" / "mtbi_generate_targets.yaml")
     schema = OmegaConf.structured(GenerateTargetsConfig)
@@ -157,7 +157,7 @@ def test_targets_of_two_ranks(corpus, keys, targets, tmp_path, capsys):
 
 
 def test_what_the_run_says_is_what_it_wrote(corpus, keys, targets, capsys):
-    from nemo_mtbi.modules.text_llm import open_text_llm
+    from nemo_mtbi.llm.directory import open_text_llm
 
     call("mtbi_generate_targets", **keys, cuts_path=str(corpus), output_dir=str(targets))
     out = capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_illegal_target_configurations(corpus, keys, tmp_path, changes, message)
     ],
 )
 def test_refused_keys_of_target_generation(changes, message):
-    from nemo_mtbi.generate_targets import parse_generate_config
+    from nemo_mtbi.commands.targets import parse_generate_config
 
     source = {} if {"manifest_filepath", "shar_path"} & set(changes) else {"cuts_path": "x"}
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import pytest
 from lhotse import CutSet
 from omegaconf import OmegaConf
 
-from nemo_mtbi.data.corpus import write_cuts
+from nemo_mtbi.data.cut_files import write_cuts
 from nemo_mtbi.testing import tiny_cuts
 
 ROOT = Path(__file__).resolve().parents[2]

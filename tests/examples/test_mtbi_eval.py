@@ -15,7 +15,7 @@ from lhotse import CutSet, Recording
 from lightning.pytorch import seed_everything
 from omegaconf import OmegaConf
 
-from nemo_mtbi.data.corpus import write_cuts
+from nemo_mtbi.data.cut_files import write_cuts
 from nemo_mtbi.evaluation.settings import parse_eval_config, read_sets
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.testing import tiny_cuts
@@ -144,9 +144,9 @@ def test_results_say_what_was_measured(whole):
 
 def test_divergences_are_those_of_validation(whole, models, corpus):
     """KL on the tokens of the text's answers, as a training with ``model.loss.kl_weight`` measures it."""
-    from nemo_mtbi.data.dataset import load_samples
-    from nemo_mtbi.data.layout import collate, make_row, speech
-    from nemo_mtbi.losses import LossConfig
+    from nemo_mtbi.config.loss import LossConfig
+    from nemo_mtbi.data.audio import load_samples
+    from nemo_mtbi.layouts.layout import collate, make_row, speech
     from nemo_mtbi.models.mtbi_model import MTBIModel
 
     cuts = {cut.id: cut for cut in CutSet.from_file(corpus / "mixed.jsonl.gz")}

@@ -84,7 +84,7 @@ def test_every_seed_is_looked_at_before_the_first_is_asked(model, model_section,
 def test_sets_of_one_and_of_two_utterances(model, corpus, tmp_path, count):
     from lhotse import CutSet
 
-    from nemo_mtbi.data.corpus import write_cuts
+    from nemo_mtbi.data.cut_files import write_cuts
 
     (tmp_path / "pool.yaml").write_text(POOL)
     write_cuts(tmp_path / "cuts.jsonl.gz", list(CutSet.from_file(next(corpus.glob("*.jsonl*"))))[:count])

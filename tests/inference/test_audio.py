@@ -5,9 +5,9 @@ import soundfile
 import torch
 from scipy.signal import resample_poly
 
-from nemo_mtbi.data.dataset import BadAudioError
-from nemo_mtbi.data.frames import FrameCounter, LengthStage
+from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.inference.audio import load_audio
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
 
 RATE = 16000
 FRAMES = FrameCounter((LengthStage(400, 160), LengthStage(16, 16)), RATE)

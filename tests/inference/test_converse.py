@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_mtbi.data.chat import ChatFormat, Turn
+from nemo_mtbi.chat.format import ChatFormat, Turn
+from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.inference.converse import Audio, answer, read_messages
-from nemo_mtbi.inference.generate import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.testing import tiny_chat, tiny_tokenizer
 
@@ -104,7 +104,7 @@ def test_all_turns_and_all_audios_are_heard(responder):
 
 def states(responder, layout, frames):
     """The hidden state from which the answer's first token is predicted."""
-    from nemo_mtbi.data.layout import MicroBatch, make_row
+    from nemo_mtbi.layouts.layout import MicroBatch, make_row
 
     batch = MicroBatch.from_rows([make_row(layout, [5])], [])
     return torch.cat(responder.model.response_states([batch], frames))

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_mtbi.data.layout import make_row, speech
 from nemo_mtbi.inference.divergence import twin_divergences
+from nemo_mtbi.layouts.layout import make_row, speech
 
 FRAMES = 9
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.inference.generate import Generated, GenerationConfig, evaluating, generate, left_pad
+from nemo_mtbi.config.generation import GenerationConfig
+from nemo_mtbi.inference.generate import Generated, evaluating, generate, left_pad
 
 NEW = 10
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_mtbi.data.chat import ChatFormat
-from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.parallel import ParallelConfig
 
 LAYOUTS = {  # name: layout and data-parallel size
     "tp2": (ParallelConfig(2), 1),
@@ -42,8 +42,8 @@ class Ids(ChatFormat):
 
 def build(folder, model, dtype=torch.float64):
     """The model of a folder under the layout in force, and its chat format."""
-    from nemo_mtbi.modules.connector import ConnectorConfig
-    from nemo_mtbi.modules.pretrained import load_speech_llm
+    from nemo_mtbi.config.connector import ConnectorConfig
+    from nemo_mtbi.speech_llm.pretrained import load_speech_llm
 
     torch.manual_seed(3)
     connector = ConnectorConfig(hidden_size=24)
@@ -82,7 +82,8 @@ def draw_prompts(seed, count):
 
 def ask(model, chat, case):
     """Answers to one case: lists of token ids and whether each was cut, or texts."""
-    from nemo_mtbi.inference.generate import GenerationConfig, generate
+    from nemo_mtbi.config.generation import GenerationConfig
+    from nemo_mtbi.inference.generate import generate
     from nemo_mtbi.inference.respond import Responder
 
     if case["kind"] == "divergences":
@@ -100,8 +101,8 @@ def ask(model, chat, case):
 
 def distances(model, batch_tokens):
     """Divergences of interleaved rows from text, to a precision that the order of sums does not touch."""
-    from nemo_mtbi.data.layout import make_row
     from nemo_mtbi.inference.divergence import twin_divergences
+    from nemo_mtbi.layouts.layout import make_row
 
     drawn = draw_prompts(7, 10)
     heard, read = ([p for p in drawn if (min(p) < 0) == hears] for hears in (True, False))
@@ -197,7 +198,7 @@ def test_parity_of_answers_with_a_single_process(layout, folder, processes):
 
 def make_step(model):
     """A step of two utterances with rows of several lengths."""
-    from nemo_mtbi.data.layout import collate, make_row, speech
+    from nemo_mtbi.layouts.layout import collate, make_row, speech
 
     audio = utterances()[:2]
     frames = [model.frame_counter(len(samples)) for samples in audio]
@@ -290,7 +291,8 @@ def test_each_process_caches_its_own_layers(layout, folder, processes):
 
 def refuse(folder, name):
     """Worker: whatever is wrong on some processes is an error on all, and the next question is answered."""
-    from nemo_mtbi.inference.generate import GenerationConfig, generate
+    from nemo_mtbi.config.generation import GenerationConfig
+    from nemo_mtbi.inference.generate import generate
     from nemo_mtbi.inference.respond import Responder
     from nemo_mtbi.parallel import groups
 
@@ -335,7 +337,7 @@ def test_every_process_raises_and_none_waits(layout, folder, processes):
 
 def in_bfloat16(folder, name):
     """Worker: a frozen LLM in bfloat16 behind a connector in float32."""
-    from nemo_mtbi.inference.generate import GenerationConfig
+    from nemo_mtbi.config.generation import GenerationConfig
     from nemo_mtbi.inference.respond import Responder
     from nemo_mtbi.parallel import groups
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_mtbi.data.layout import speech
-from nemo_mtbi.inference.generate import GenerationConfig
+from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
-from nemo_mtbi.modules.speech_llm import LayoutDecoder
+from nemo_mtbi.layouts.layout import speech
+from nemo_mtbi.speech_llm.model import LayoutDecoder
 from nemo_mtbi.testing import tiny_chat
 
 PROMPTS = ("say it", "first word", "count it", "")

@@ -14,7 +14,8 @@ from lhotse.image.image import Image
 from lhotse.serialization import deserialize_item, open_best
 from lhotse.utils import fastcopy
 
-from nemo_mtbi.io.sources import EVERYTHING, FILES, ForbiddenSourceError, Reading, SourcePolicy, check_cut, kind_of
+from nemo_mtbi.io.reading import Reading
+from nemo_mtbi.io.sources import EVERYTHING, FILES, ForbiddenSourceError, SourcePolicy, check_cut, kind_of
 
 COMMANDS_ONLY, REMOTE_ONLY = SourcePolicy(allow_commands=True), SourcePolicy(allow_remote=True)
 

@@ -10,7 +10,7 @@ from lhotse import serialization as lhotse_files
 from lhotse.lazy import LazyJsonlIterator
 from lhotse.serialization import load_jsonl
 
-from nemo_mtbi.io import guarded
+from nemo_mtbi.io import reading
 from nemo_mtbi.io.text_files import TextFile, TextOpener
 
 MARK = b"\xef\xbb\xbf"
@@ -21,7 +21,7 @@ ODD = "one\u2028two\u2029three\x85four"
 def opener():
     """Ours in the place of Lhotse's, as in a run; afterwards what was there before."""
     before = lhotse_files.CURRENT_IO_BACKEND
-    guarded.install()
+    reading.install()
     yield
     lhotse_files.CURRENT_IO_BACKEND = before
 
@@ -77,8 +77,8 @@ def test_all_else_is_left_to_the_opener_that_was_there(tmp_path):
         assert list(file) == ["{}\n"] and not file._raw.closed
     assert file._raw.closed
     lhotse_files.CURRENT_IO_BACKEND = Other()
-    guarded.install()
-    guarded.install()
+    reading.install()
+    reading.install()
     assert type(lhotse_files.CURRENT_IO_BACKEND.inner.other) is Other
 
 

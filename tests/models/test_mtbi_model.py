@@ -18,8 +18,8 @@ from lhotse import CutSet
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import OmegaConf
 
-from nemo_mtbi.config import FORMAT_VERSION
-from nemo_mtbi.data.corpus import write_flac
+from nemo_mtbi.config.model import FORMAT_VERSION
+from nemo_mtbi.demo.corpora.corpus import write_flac
 from nemo_mtbi.models import steps
 from nemo_mtbi.models.mtbi_model import TRAINED, MTBIModel
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_cuts

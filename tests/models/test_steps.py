@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from omegaconf import OmegaConf
 
-from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.models import skipping
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel import groups

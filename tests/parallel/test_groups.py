@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.groups import ParallelConfig
 
 
 def test_one_process_is_every_stage_and_every_rank():

@@ -7,18 +7,16 @@ is one job of several processes, which runs all cases that were asked for; each 
 
 import json
 import os
-import runpy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
+import parity_data as data
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_mtbi.parallel.groups import ParallelConfig
+from nemo_mtbi.config.parallel import ParallelConfig
 
-data = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("parity_data.py"))))
 CLIP, KEYS = 0.1, ("losses", "norms", "gradients", "weights", "evaluation")
 # Seconds for all cases of a layout; a mutated package may hang (scripts/experiments/mutate_parity.py).
 TIMEOUT = float(os.environ.get("PARITY_TIMEOUT", "180"))
@@ -108,10 +106,10 @@ PAIRS = [(one, case) for one in LAYOUTS for case in CASES if FULL or one not in 
 
 def build(folder, model, dtype, recompute=None, seed=3):
     """The tiny model of a folder under the layout in force."""
-    from nemo_mtbi.config import ModelConfig
-    from nemo_mtbi.modules.connector import ConnectorConfig
-    from nemo_mtbi.modules.pretrained import load_speech_llm
-    from nemo_mtbi.modules.windows import EncoderConfig
+    from nemo_mtbi.config.connector import ConnectorConfig
+    from nemo_mtbi.config.encoder import EncoderConfig
+    from nemo_mtbi.config.model import ModelConfig
+    from nemo_mtbi.speech_llm.pretrained import load_speech_llm
 
     torch.manual_seed(seed)
     _, connector, *encoder = MODELS[model]
@@ -317,9 +315,9 @@ def run_layout(folder, name, cases):
 
 def run_case(folder, layout, case, model):
     """Relative errors of everything that this process knows; with recomputation, how often its attention ran too."""
-    from nemo_mtbi.modules.speech_llm import fill_schedule
     from nemo_mtbi.parallel import groups
     from nemo_mtbi.parallel.gradients import share_parameters
+    from nemo_mtbi.speech_llm.model import fill_schedule
 
     rank, replica = torch.distributed.get_rank(), groups.data_parallel_rank()
     # each process draws a connector of its own; the first one's must reach all

@@ -4,21 +4,18 @@
 import gc
 import multiprocessing
 import os
-import runpy
 import signal
 import time
 from collections import Counter
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import replica_steps as common
 import torch
 import torch.distributed as dist
 
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 
-common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("replica_steps.py"))))
 Keys, Sized, plain, make_step = common.Keys, common.Sized, common.plain, common.make_step
 check_equal, is_empty, on_all, start, run = (
     common.check_equal,

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The position of the replica loader: where new processes, and Lightning, go on."""
 
-import runpy
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import replica_steps as common
 import torch
 from lhotse import CutSet
 
@@ -15,7 +13,6 @@ from nemo_mtbi.data.loader import passes
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 
-common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("replica_steps.py"))))
 Keys, Sized, plain, check_equal = common.Keys, common.Sized, common.plain, common.check_equal
 on_all, start, run, ONLY_SKIPPED = common.on_all, common.start, common.run, common.ONLY_SKIPPED
 
@@ -79,10 +76,10 @@ def test_new_processes_go_on_where_others_stopped(name, processes):
 
 def build(folder, source, workers):
     """The loader of a data-parallel rank, through NeMo, with the model's parts that it needs."""
+    from nemo_mtbi.config.interleave import InterleaveConfig
     from nemo_mtbi.data.dataset import MTBIDataset
-    from nemo_mtbi.data.frames import FrameCounter, LengthStage
-    from nemo_mtbi.data.interleave import InterleaveConfig
     from nemo_mtbi.data.loader import build_dataloader
+    from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
     from nemo_mtbi.testing import tiny_chat
 
     halve = LengthStage(kernel=3, stride=2, padding=2)

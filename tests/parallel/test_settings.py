@@ -2,8 +2,8 @@
 import pytest
 import torch.distributed as dist
 
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.settings import check_same, flatten
 from nemo_mtbi.parallel.strategy import MTBIStrategy
 

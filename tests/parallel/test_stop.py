@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups, stop
-from nemo_mtbi.parallel.groups import ParallelConfig
 from nemo_mtbi.parallel.stop import SIGNALS, Remedies, StopOnSignal, explained
 
 

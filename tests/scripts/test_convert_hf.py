@@ -13,9 +13,9 @@ from hf_models import hf_llm
 from safetensors.torch import load_file
 
 import nemo_mtbi
-from nemo_mtbi.modules.pretrained import find_text_llm, load_text_llm
-from nemo_mtbi.modules.text_llm import MEGATRON, HFDirectory, OwnDirectory
+from nemo_mtbi.llm.directory import MEGATRON, HFDirectory, OwnDirectory
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.speech_llm.pretrained import find_text_llm, load_text_llm
 
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "convert_hf.py"
@@ -80,7 +80,7 @@ def test_an_llm_that_was_made_here_goes_to_hugging_face(tmp_path):
     """It has no config.json, and leaves the channels of a head to be computed."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_mtbi.modules.pretrained import DEMO
+    from nemo_mtbi.speech_llm.pretrained import DEMO
 
     groups.initialize()
     assert convert_hf.main(["to-hf", str(DEMO / "llm"), str(tmp_path / "hf")]) == 0

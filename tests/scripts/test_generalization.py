@@ -9,7 +9,7 @@ import pytest
 from lhotse import CutSet, MonoCut
 from omegaconf import OmegaConf
 
-from nemo_mtbi.config import parse_model_config
+from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.evaluation.settings import parse_eval_config
 
 PATH = Path(__file__).parents[2] / "scripts" / "experiments" / "generalization.py"
@@ -108,7 +108,7 @@ def sibling(name):
 
 
 def test_connectors_are_compared_at_one_rate(tmp_path):
-    from nemo_mtbi.modules.connector import KINDS
+    from nemo_mtbi.config.connector import KINDS
 
     connectors = sibling("connectors.py")
     found = connectors["runs"]()

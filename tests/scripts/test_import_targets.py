@@ -12,7 +12,7 @@ import pytest
 from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 
 import nemo_mtbi
-from nemo_mtbi.data.target_shards import read_targets
+from nemo_mtbi.targets.store import read_targets
 
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "import_targets.py"

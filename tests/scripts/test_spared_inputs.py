@@ -13,8 +13,8 @@ from lhotse import AudioSource, CutSet, MonoCut, Recording, SupervisionSegment
 from omegaconf import OmegaConf
 
 import nemo_mtbi
-from nemo_mtbi.data.target_shards import own_share
 from nemo_mtbi.io.locks import exclusive
+from nemo_mtbi.targets.store import own_share
 
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
 
@@ -62,7 +62,7 @@ NAMES = ("cuts.jsonl.gz", "cuts-00000.jsonl.gz", "cuts-00042.jsonl.gz")
 
 
 def generate(**keys):
-    from nemo_mtbi.generate_targets import run
+    from nemo_mtbi.commands.targets import run
 
     return run({"pretrained_llm": "no-llm", **keys}, progress=False)
 
@@ -92,8 +92,8 @@ def test_targets_spare_their_cuts(cuts, name, output, overwrite):
     ],
 )
 def test_every_source_of_targets_is_spared(cuts, monkeypatch, keys, message):
-    monkeypatch.setattr("nemo_mtbi.generate_targets.load_pool", lambda name: type("Pool", (), {"tasks": ()})())
-    monkeypatch.setattr("nemo_mtbi.data.target_plan.TargetPlan.tasks", lambda self, pool: [])
+    monkeypatch.setattr("nemo_mtbi.commands.targets.load_pool", lambda name: type("Pool", (), {"tasks": ()})())
+    monkeypatch.setattr("nemo_mtbi.targets.plan.TargetPlan.tasks", lambda self, pool: [])
     for name in ("d/cuts.jsonl.gz", "d/cuts-00000.jsonl.gz", "d/cuts-00001.jsonl.gz", "other.jsonl.gz"):
         cuts(name)
     Path("d/input_cfg.yaml").write_text("- {type: lhotse, cuts_path: other.jsonl.gz}\n")
@@ -106,7 +106,7 @@ def test_every_source_of_targets_is_spared(cuts, monkeypatch, keys, message):
 
 
 def test_targets_beside_their_cuts_are_legal(cuts):
-    from nemo_mtbi.generate_targets import parse_generate_config, spare_inputs
+    from nemo_mtbi.commands.targets import parse_generate_config, spare_inputs
 
     cuts("d/train.jsonl.gz")
     config = parse_generate_config({"cuts_path": "d/train.jsonl.gz", "output_dir": "d"})
@@ -222,7 +222,7 @@ def test_conversion_spares_a_source_where_it_would_build(tmp_path, monkeypatch, 
     if command == "to-hf":
         shutil.copytree(llm_dir, source)
         hf_llm(tmp_path / "theirs", "llama", "brackets")
-        monkeypatch.setattr("nemo_mtbi.convert.hf.architecture_of", lambda config: _architecture(source))
+        monkeypatch.setattr("nemo_mtbi.llm.convert.hf.architecture_of", lambda config: _architecture(source))
         options = ["--config", "theirs/config.json"]
     else:
         hf_llm(Path(source), "llama", "brackets")
@@ -232,7 +232,7 @@ def test_conversion_spares_a_source_where_it_would_build(tmp_path, monkeypatch, 
 
 
 def _architecture(source):
-    from nemo_mtbi.modules.text_llm import OwnDirectory
+    from nemo_mtbi.llm.directory import OwnDirectory
 
     return OwnDirectory(Path(source)).architecture
 
@@ -297,7 +297,7 @@ def test_an_evaluation_replaces_results_of_evaluations_only(tmp_path, monkeypatc
 
 
 def training(**changes):
-    from nemo_mtbi.run_folder import spare_inputs
+    from nemo_mtbi.commands.run_folder import spare_inputs
 
     base = {
         "name": "tiny",

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 
+from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.groups import ParallelConfig
 
 STEPS = 10
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder and LLM inside a ``.nemo``: what is stored of them, and how it is checked before anything is built."""
+
+from __future__ import annotations
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from nemo_mtbi.config.encoder import EncoderConfig
+from nemo_mtbi.config.schema import read_section
+from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.nemo_parts import CLASSES, build_encoder, check_encoder, fill_encoder, section_class
+from nemo_mtbi.io.nemo_tar import NemoFile, read_yaml
+from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors
+from nemo_mtbi.llm.architecture import DecoderConfig, parameter_count
+from nemo_mtbi.llm.directory import SETTINGS, TOKENIZER_FILES
+from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
+
+# Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
+LLM_SETTINGS, LLM_WEIGHTS = f"llm/{SETTINGS}", f"llm/{LLM_FILE}"
+TOKENIZERS = tuple(f"llm/{name}" for name in TOKENIZER_FILES)
+ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
+
+
+def check_architecture(settings: bytes, tensors: StoredTensors) -> None:
+    """Compares an LLM's size with that of its weights, before memory is taken for it."""
+    values = read_yaml(settings, LLM_SETTINGS)
+    architecture = read_section(DecoderConfig, values.get("architecture"), f"{LLM_SETTINGS}: architecture")
+    sizes = [value for value in vars(architecture).values() if type(value) is int]
+    if min(sizes) < 1:
+        raise ArchiveError(f"{LLM_SETTINGS} has sizes below 1")
+    if architecture.num_layers > len(tensors.shapes):  # each takes time to build, however small it is
+        raise ArchiveError(f"{LLM_SETTINGS} describes {architecture.num_layers} layers, more than {LLM_WEIGHTS} has")
+    numbers = sum(torch.Size(shape).numel() for shape in tensors.shapes.values())
+    wanted = parameter_count(architecture)
+    if numbers != wanted:
+        raise ArchiveError(f"{LLM_SETTINGS} describes {wanted} weights, but {LLM_WEIGHTS} has {numbers}")
+
+
+def encoder_settings(encoder: SpeechEncoder) -> bytes:
+    """What it takes to build front end and encoder, as YAML.
+
+    Raises:
+        ValueError: for an encoder that is none of NeMo.
+    """
+    if not isinstance(encoder, SpeechEncoder):
+        raise ValueError("a full .nemo holds one encoder of NeMo: save a small one, with full=False")
+    parts = {name: getattr(encoder, name)._cfg for name in ("preprocessor", "encoder")}
+    parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
+    return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()
+
+
+def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | None = None) -> SpeechEncoder:
+    """Front end (float32) and encoder (``dtype``) inside an archive.
+
+    Args:
+        file: the archive.
+        dtype: of the encoder's weights.
+        config: how it is used.
+
+    Raises:
+        ValueError: if they are damaged, or their frames can't be counted.
+    """
+    settings, tensors = file.settings(ENCODER_SETTINGS), file.tensors(ENCODER_WEIGHTS)
+    for name in CLASSES:
+        section_class(settings.get(name), name)
+    if {*CLASSES, "sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
+        raise ArchiveError(f"{ENCODER_SETTINGS} must hold preprocessor, encoder and sample_rate, and no more")
+    check_encoder(settings, tensors.shapes, ENCODER_SETTINGS, ENCODER_WEIGHTS)
+    encoder = SpeechEncoder(build_encoder(settings, ENCODER_SETTINGS), config)
+    fill_encoder(encoder, tensors.tensor)
+    encoder.settle(dtype, config)
+    return encoder

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interface of a speech LLM that archives, loaders and profiling work on; ``MTBIModel`` implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from nemo_mtbi.archive.frozen import FrozenParts
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.model import ModelConfig
+from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
+from nemo_mtbi.speech_llm.model import SpeechLLM
+
+
+class SpeechModel(Protocol):
+    """A speech LLM that NeMo trains, saves and restores.
+
+    Attributes:
+        cfg: the ``model:`` section as it is stored.
+        config: the same, checked.
+        frozen: the frozen parts and their fingerprints.
+        speech_llm: encoder, connector and LLM, or this process's share of them.
+        chat: the chat format.
+        llm_optimizer: the optimizer of the LLM's own weights, within a fit that trains them.
+        expected_targets: provenance that targets must have.
+        run_settings: settings of the training that are not the model's.
+        wants_to_stop: whether this process was asked to stop; called before each step.
+    """
+
+    cfg: DictConfig
+    config: ModelConfig
+    frozen: FrozenParts
+    speech_llm: SpeechLLM
+    chat: ChatFormat
+    llm_optimizer: LlmOptimizer | None
+    expected_targets: dict[str, Any]
+    run_settings: dict[str, Any] | None
+    wants_to_stop: Callable[[], bool]
+    _trainer: Trainer | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def trained(self) -> list[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any: ...

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed sections of the configuration, and their checks."""

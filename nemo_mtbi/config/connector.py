@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section ``model.connector``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("conv", "stack", "qformer", "conformer", "cif")
+_POWERS_OF_TWO = ("conv", "conformer")  # kinds made of stages of stride 2
+
+
+@dataclass
+class ConnectorConfig:
+    """Shape of the connector.
+
+    Attributes:
+        kind: ``conv``: strided convolutions (BLSP, arXiv 2309.00916); ``stack``: frame stacking and an MLP (Ultravox,
+            AZeroS, arXiv 2601.06086); ``qformer``: a query that attends to each window of frames (SALMONN, arXiv
+            2310.13289); ``conformer``: convolutions and NeMo's Conformer, as SALM's modality adapter; ``cif``: frames
+            are weighted and summed until their weights reach 1, so that vectors stand where the sound changes (arXiv
+            1905.11235).
+        frame_rate: wanted rate in hertz. The encoder's rate divided by a whole number, or by a power of two for
+            ``conv`` and ``conformer``, must come within 20% of it.
+        hidden_size: width of convolutions, attention and of the MLP.
+        kernel_size: of each convolution, odd (``conv``, ``conformer`` and ``cif``).
+        layers: of ``qformer`` and ``conformer``.
+        heads: of their attention; they divide ``hidden_size``.
+        dropout: on hidden layers.
+    """
+
+    kind: str = "conv"
+    frame_rate: float = 6.25
+    hidden_size: int = 512
+    kernel_size: int = 3
+    layers: int = 2
+    heads: int = 8
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"model.connector.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"model.connector.kernel_size is {self.kernel_size}; it must be odd to keep frames centred"
+            )
+        if self.layers < 1:
+            raise ValueError(f"model.connector.layers is {self.layers}; it must be at least 1")
+        if self.kind in ("qformer", "conformer") and (self.heads < 1 or self.hidden_size % self.heads):
+            raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
+
+    def reduction(self, encoder_rate: float) -> int:
+        """Encoder frames per connector frame.
+
+        Raises:
+            ValueError: if no allowed reduction comes within 20% of the wanted rate.
+        """
+        factors = [2**n for n in range(7)] if self.kind in _POWERS_OF_TWO else range(1, 65)
+        best = min(factors, key=lambda factor: abs(encoder_rate / factor - self.frame_rate))
+        if abs(encoder_rate / best - self.frame_rate) > 0.2 * self.frame_rate:
+            reachable = ", ".join(f"{encoder_rate / factor:g}" for factor in factors[:5])
+            raise ValueError(
+                f"model.connector.frame_rate {self.frame_rate} Hz can't be made from an encoder at {encoder_rate:g} "
+                f"Hz with kind={self.kind}; choose one of {reachable}, … Hz"
+            )
+        return best

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text LLMs on disk: directories of ours, and of Hugging Face's.
+
+Ours holds ``llm.yaml`` (architecture and chat format), the weights, and a tokenizer: SentencePiece's
+``tokenizer.model`` or the files of Hugging Face. The weights are ``model.safetensors`` under canonical names, the same
+for every layer spec, or ``weights/``, a distributed checkpoint of Megatron. Theirs is read as it is: the architecture
+from ``config.json``, the chat format from the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.chat.hf_tokenizer import FILES as HF_TOKENIZER
+from nemo_mtbi.chat.hf_tokenizer import HFTokenizer, has_vocabulary
+from nemo_mtbi.chat.template import chat_format, end_of_text
+from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.io.untrusted_yaml import read_yaml
+from nemo_mtbi.llm.architecture import DecoderConfig, check_sizes
+from nemo_mtbi.llm.convert.hf import (
+    CONFIG,
+    SINGLE,
+    HFWeights,
+    architecture_of,
+    read_config,
+    read_end_tokens,
+    weight_files,
+)
+from nemo_mtbi.llm.convert.megatron import MegatronWeights
+from nemo_mtbi.llm.weights import SafetensorsWeights, WeightSource
+
+SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
+MEGATRON = "weights"  # folder of a distributed checkpoint, in the place of WEIGHTS
+FORMAT_VERSION = 1  # of llm.yaml
+# What else belongs to an LLM of Hugging Face.
+COMPANIONS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md")
+# All that may lie beside the settings and say how texts become tokens; the class of a tokenizer follows from CONFIG.
+TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
+HASHED_BYTES = 2**30  # of larger files only samples are hashed: reading 140 GB takes minutes
+_BLOCK, _SAMPLES = 2**18, 256
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
+
+
+class TextLLMDirectory(ABC):
+    """A text LLM on disk. Nothing is read before it is asked for.
+
+    Args:
+        path: of the directory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """Names of files without which it is not whole."""
+
+    @cached_property
+    @abstractmethod
+    def architecture(self) -> DecoderConfig:
+        """Of the decoder.
+
+        Raises:
+            ValueError: if it can't be read or expressed.
+        """
+
+    @abstractmethod
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        """The chat format, with the tokenizer.
+
+        Args:
+            config: what is asked for; ``None``: what belongs to the LLM.
+
+        Raises:
+            ValueError: if tokenizer and LLM do not belong together, or the format does not fit.
+        """
+
+    @abstractmethod
+    def weights(self) -> WeightSource:
+        """All weights under canonical names.
+
+        Raises:
+            ValueError: if they are damaged, or are not those of the architecture.
+        """
+
+    @abstractmethod
+    def _files(self) -> list[Path]:
+        """All that makes the LLM what it is."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of settings, weights and tokenizer."""
+        return files_digest(self._files())
+
+    def sampled_files(self) -> list[Path]:
+        """Those of which the fingerprint covers samples only."""
+        return sampled(self._files())
+
+    def texts(self, chat: ChatFormat) -> dict[str, bytes]:
+        """Settings and tokenizer, by names with which they and weights are a directory of ours."""
+        settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more, chat.ends).encode()
+        return {SETTINGS: settings, **{path.name: path.read_bytes() for path in self._tokenizer_files()}}
+
+    def companions(self) -> list[Path]:
+        """Return the other files of an LLM, beside weights, settings and :data:`TOKENIZER_FILES`: generation, licence.
+
+        Small texts, relative to the directory; a copy of the LLM takes them along.
+        """
+        found = {path.relative_to(self.path) for pattern in COMPANIONS for path in self.path.glob(pattern)}
+        found = {name for name in found if str(name) not in (*TOKENIZER_FILES, SETTINGS)}
+        found = {name for name in found if not name.name.endswith(".index.json")}
+        return sorted(name for name in found if (self.path / name).is_file())
+
+    def _ends(self) -> tuple[int, ...]:
+        """Ids at which the LLM ends an answer, by the files that came with it."""
+        return tuple(value for value in read_end_tokens(self.path) if value < self.architecture.vocab_size)
+
+    def _has_vocabulary(self) -> bool:
+        return has_vocabulary([path.name for path in self._tokenizer_files()])
+
+    def _tokenizer_files(self) -> list[Path]:
+        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the LLM.
+
+        Raises:
+            ValueError: if it can't be read, or has more tokens than the LLM.
+        """
+        found = self._read_tokenizer()
+        if found.vocab_size > self.architecture.vocab_size:
+            raise ValueError(
+                f"{self.path}: the tokenizer has {found.vocab_size} tokens, but the LLM embeds "
+                f"{self.architecture.vocab_size}: they do not belong together"
+            )
+        return found
+
+    def _read_tokenizer(self) -> Any:
+        return HFTokenizer(self.path)
+
+    def _checked(self, architecture: DecoderConfig) -> DecoderConfig:
+        try:
+            check_sizes(architecture)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return architecture
+
+
+def file_digest(path: Path) -> str:
+    """Hash of a file that may be larger than memory."""
+    return f"sha256:{_hash(path).hexdigest()}"
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(_hash(path, in_part=path.stat().st_size > HASHED_BYTES).digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def sampled(paths: Iterable[Path]) -> list[Path]:
+    """Those files of which :func:`files_digest` hashes samples only."""
+    return [path for path in paths if path.stat().st_size > HASHED_BYTES]
+
+
+def _hash(path: Path, in_part: bool = False) -> Any:
+    """SHA-256 of a file, or of its size and of blocks spread evenly over it: another training changes them all."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if in_part else _BLOCK)
+    if in_part:
+        digest.update(str(size).encode())
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest
+
+
+def settings_yaml(
+    architecture: DecoderConfig,
+    turn: tuple[str, ...],
+    end: str,
+    more: tuple[str, ...] = (),
+    ends: tuple[int, ...] = (),
+) -> str:
+    """The content of ``llm.yaml``."""
+    optional = {name: list(value) for name, value in (("more", more), ("ends", ends)) if value}
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "architecture": dataclasses.asdict(architecture),
+        "chat": {"turn": list(turn), "end": end, **optional},
+    }
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+class OwnDirectory(TextLLMDirectory):
+    """A directory of ours.
+
+    Attributes:
+        written_with: what was asked for when its chat format was written, where that is known.
+    """
+
+    written_with: ChatConfig | None = None
+
+    def texts(self, chat: ChatFormat) -> dict[str, bytes]:
+        texts = super().texts(chat)
+        if chat == self.chat():
+            texts[SETTINGS] = (self.path / SETTINGS).read_bytes()  # so that the copy has the same fingerprint
+        return texts
+
+    def missing(self) -> list[str]:
+        names = [name for name in (SETTINGS, WEIGHTS) if not (self.path / name).is_file()]
+        if (self.path / MEGATRON).is_dir():
+            names = [name for name in names if name != WEIGHTS]
+        if self._has_vocabulary():
+            return names
+        theirs = any((self.path / name).is_file() for name in HF_TOKENIZER)
+        return [*names, HF_TOKENIZER[0] if theirs else SENTENCEPIECE]
+
+    @cached_property
+    def _settings(self) -> Mapping[str, Any]:
+        file = self.path / SETTINGS
+        try:
+            content = file.read_bytes()
+            settings = read_yaml(content, SETTINGS) if content.strip() else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} can't be read: {error}") from error
+        version = settings.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{file} has format_version {version}; this version reads {FORMAT_VERSION}")
+        return settings
+
+    @cached_property
+    def architecture(self) -> DecoderConfig:
+        try:
+            found = DecoderConfig(**self._settings["architecture"])
+        except (KeyError, TypeError) as error:
+            raise self._refusal(error) from error
+        return self._checked(found)
+
+    def _refusal(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
+
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        if config is not None:
+            return chat_format(self.tokenizer, config, self._ends())
+        try:
+            own = self._settings["chat"]
+            turn, end, more = tuple(own["turn"]), own["end"], tuple(own.get("more", ()))
+            # before they were written down: what the files say
+            ends = own["ends"] if "ends" in own else (*self._ends(), *end_of_text(self.tokenizer))
+        except (KeyError, TypeError) as error:
+            raise self._refusal(error) from error
+        size = self.architecture.vocab_size
+        if not isinstance(ends, (list, tuple)) or not all(type(i) is int and 0 <= i < size for i in ends):
+            raise ValueError(f"{self.path / SETTINGS}: chat.ends is {ends!r}; it must be a list of ids below {size}")
+        return self._with_known_turns(ChatFormat(turn, end, self.tokenizer, more, tuple(ends)))
+
+    def _with_known_turns(self, form: ChatFormat) -> ChatFormat:
+        """A chat format without the further turns that its template does not split into; older settings have them."""
+        if not form.more or not isinstance(self.tokenizer, HFTokenizer):
+            return form
+        try:
+            fresh = chat_format(self.tokenizer, self.written_with or ChatConfig(), form.ends)
+        except ValueError:  # the format was not made from this template
+            return form
+        same = (fresh.turn, fresh.end) == (form.turn, form.end)
+        return dataclasses.replace(form, more=(), single=fresh.single) if same and fresh.single else form
+
+    def _read_tokenizer(self) -> Any:
+        if any((self.path / name).is_file() for name in HF_TOKENIZER if name != SENTENCEPIECE):
+            return HFTokenizer(self.path)
+        from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(str(self.path / SENTENCEPIECE))
+
+    def weights(self) -> WeightSource:
+        if (self.path / WEIGHTS).is_file():
+            return SafetensorsWeights(self.path / WEIGHTS)
+        return MegatronWeights(self.path / MEGATRON, self.architecture.vocab_size)
+
+    def _files(self) -> list[Path]:
+        weights = [self.path / WEIGHTS]
+        if not weights[0].is_file():
+            weights = sorted((self.path / MEGATRON).glob("*.distcp"))
+        return [self.path / SETTINGS, *weights, *self._tokenizer_files()]
+
+    def sampled_files(self) -> list[Path]:
+        """Also what says where the tensors of Megatron's checkpoint lie, which the fingerprint leaves out."""
+        metadata = self.path / MEGATRON / ".metadata"
+        return super().sampled_files() + ([] if (self.path / WEIGHTS).is_file() else [metadata])
+
+
+class HFDirectory(TextLLMDirectory):
+    """A directory that Hugging Face's ``save_pretrained`` has written, or that was downloaded from the hub."""
+
+    def missing(self) -> list[str]:
+        files = [self.path / CONFIG, *weight_files(self.path)]
+        names = [path.name for path in files if not path.is_file()]
+        other = sorted(path.name for pattern in _OTHER_WEIGHTS for path in self.path.glob(pattern))
+        if other and names == [SINGLE]:
+            names = [
+                f"{SINGLE} (there is {other[0]}, which is not read: convert it, by save_pretrained of transformers)"
+            ]
+        return names if self._has_vocabulary() else [*names, HF_TOKENIZER[0]]
+
+    @cached_property
+    def architecture(self) -> DecoderConfig:
+        return self._checked(architecture_of(read_config(self.path)))
+
+    def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        try:
+            return chat_format(self.tokenizer, config or ChatConfig(), self._ends())
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def weights(self) -> WeightSource:
+        return HFWeights(self.path)
+
+    def _files(self) -> list[Path]:
+        return [*self._tokenizer_files(), *weight_files(self.path)]
+
+
+def open_text_llm(path: str | Path) -> TextLLMDirectory:
+    """The text LLM in a directory. What is neither ours nor Hugging Face's is taken for one of ours that lacks all."""
+    path = Path(path)
+    if (path / CONFIG).is_file() and not (path / SETTINGS).is_file():
+        return HFDirectory(path)
+    return OwnDirectory(path)

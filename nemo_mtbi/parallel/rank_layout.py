@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the parts of a model lie: arithmetic alone, no process is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_mtbi.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process stands.
+
+    Attributes:
+        rank: of the world.
+        data, tensor, stage: its ranks in the data-parallel, tensor-parallel and pipeline-parallel group.
+        runs: the layers of each of its runs, counted from 0 over the whole LLM.
+    """
+
+    rank: int
+    data: int
+    tensor: int
+    stage: int
+    runs: tuple[tuple[int, ...], ...]
+
+
+def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Layers of each run of a stage: with virtual stages the runs of all stages take turns."""
+    stages = layout.pipeline_model_parallel_size
+    size = num_layers // (stages * layout.chunks)
+    starts = ((chunk * stages + stage) * size for chunk in range(layout.chunks))
+    return tuple(tuple(range(start, start + size)) for start in starts)
+
+
+def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
+    """All processes, in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
+    data = layout.replicas(world)
+    found = []
+    for rank in range(world):
+        rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
+        stage, replica = divmod(rest, data)
+        found.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
+    return found

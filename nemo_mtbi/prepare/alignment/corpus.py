@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Word alignments for a corpus of cuts: in batches, shard by shard, resumable."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from lhotse import CutSet, SupervisionSegment
+from lhotse.cut.data import DataCut
+from lhotse.supervision import AlignmentItem
+from lhotse.utils import fastcopy
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor
+
+from nemo_mtbi.data.audio import BadAudioError, load_samples
+from nemo_mtbi.data.draw import check_policy
+from nemo_mtbi.io.atomic import replacing
+from nemo_mtbi.io.paths import make_folder
+from nemo_mtbi.io.sources import FILES, SourcePolicy
+from nemo_mtbi.prepare.alignment.ctc import CTCModel, TokenSpans
+from nemo_mtbi.prepare.alignment.sounds import PASSES, SoundModel, Spoken, cepstra, train_sounds, word_frames
+from nemo_mtbi.targets.store import shard_path, split_into_shards, write_shard
+
+_DECISIVE = ("min_score", "learn_from", "seed", "shard_size")  # the others may change from run to run
+SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE = "settings.json", "sounds.safetensors", "alignment.json"
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """How a corpus is aligned.
+
+    Attributes:
+        min_score: an utterance with a word below it gets no alignment, and is counted. A word's score is the geometric
+            mean over its tokens of the largest probability that CTC gives the token on its frames.
+        learn_from: utterances that the sounds are learned from, drawn from the whole corpus.
+        seed: of that draw.
+        batch_seconds: of audio that are aligned together.
+        shard_size: cuts in a shard, the unit of resume.
+        on_bad_audio: ``raise``, or ``skip``: a cut whose audio can't be read stays without an alignment.
+        policy: what audio may be read from.
+    """
+
+    min_score: float = 0.01
+    learn_from: int = 500
+    seed: int = 0
+    batch_seconds: float = 120.0
+    shard_size: int = 1000
+    on_bad_audio: str = "raise"
+    policy: SourcePolicy = FILES
+
+    def __post_init__(self):
+        check_policy(self.on_bad_audio)
+        if not 0.0 <= self.min_score <= 1.0:
+            raise ValueError(f"min_score is {self.min_score}; it is a probability, from 0 (drop nothing) to 1")
+        for name in ("learn_from", "batch_seconds", "shard_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass
+class AlignmentReport:
+    """What was done.
+
+    Attributes:
+        counts: ``cuts``, ``aligned`` (supervisions), ``words``, and what was left out by reason: ``no_text``,
+            ``unknown_word``, ``too_short``, ``low_score``, ``bad_audio``.
+        starts, ends: words by their distance in milliseconds from the alignments that the corpus had before.
+    """
+
+    counts: Counter = field(default_factory=Counter)
+    starts: Counter = field(default_factory=Counter)
+    ends: Counter = field(default_factory=Counter)
+
+    def as_dict(self) -> dict:
+        found = {"counts": dict(sorted(self.counts.items()))}
+        if self.starts:
+            found["against_the_former"] = {
+                "words": self.starts.total(),
+                "median_start_ms": _median(self.starts),
+                "median_end_ms": _median(self.ends),
+                "median_boundary_ms": _median(self.starts + self.ends),
+            }
+        return found
+
+    def add(self, other: Mapping) -> None:
+        """Adds what a shard's report says."""
+        self.counts.update(other["counts"])
+        for name in ("starts", "ends"):
+            getattr(self, name).update({int(distance): count for distance, count in other[name].items()})
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One supervision, ready to be heard. A word without a sound (a dash) has no tokens."""
+
+    cut: DataCut
+    segment: SupervisionSegment
+    words: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    samples: Tensor
+
+
+class CorpusAligner:
+    """Aligns cuts with a CTC model and a model of the sounds.
+
+    Args:
+        ctc: the model.
+        config: how.
+    """
+
+    def __init__(self, ctc: CTCModel, config: AlignConfig):
+        self.ctc, self.config = ctc, config
+        self.sounds: SoundModel | None = None
+
+    # ------------------------------------------------------------------------------------------------ what is heard
+
+    def _items(self, cuts: Iterable[DataCut], counts: Counter) -> Iterator[_Item]:
+        """The supervisions that can be aligned; the others are counted."""
+        for cut in cuts:
+            if not isinstance(cut, DataCut):
+                raise ValueError(f"cut {cut.id} is a {type(cut).__name__}: alignment takes single recordings")
+            for segment in cut.supervisions:
+                words = tuple((segment.text or "").split())
+                tokens = [self.ctc.tokens(word) for word in words]
+                if not any(tokens):
+                    counts["no_text" if not words or None not in tokens else "unknown_word"] += 1
+                elif None in tokens:
+                    counts["unknown_word"] += 1
+                else:
+                    samples = self._samples(cut, segment, counts)
+                    if samples is not None:
+                        yield _Item(cut, segment, words, tuple(map(tuple, tokens)), samples)
+
+    def _samples(self, cut: DataCut, segment: SupervisionSegment, counts: Counter) -> Tensor | None:
+        whole = segment.start <= 0 and segment.end >= cut.duration
+        part = cut if whole else cut.truncate(offset=max(segment.start, 0.0), duration=segment.duration)
+        try:
+            return load_samples(part, self.ctc.counter, self.config.policy)
+        except BadAudioError as error:
+            if self.config.on_bad_audio == "raise":
+                raise ValueError(f"cut {cut.id}: {error}; on_bad_audio=skip leaves such cuts without times") from error
+            counts["bad_audio"] += 1
+            return None
+
+    def _batches(self, items: Iterable[_Item]) -> Iterator[list[_Item]]:
+        limit = self.config.batch_seconds * self.ctc.sample_rate
+        batch: list[_Item] = []
+        for item in items:
+            longest = max(len(other.samples) for other in (*batch, item))
+            if batch and longest * (len(batch) + 1) > limit:
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def _hear(self, batch: Sequence[_Item]) -> tuple[list[TokenSpans | None], list[Tensor]]:
+        heard = self.ctc.hear([item.samples for item in batch])
+        spans = self.ctc.align(heard, [[t for word in item.tokens for t in word] for item in batch])
+        lengths = heard.feature_lengths.tolist()
+        values = [cepstra(mel[:, :length]) for mel, length in zip(heard.features, lengths, strict=True)]
+        return spans, values
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def learn(self, cuts: Iterable[DataCut], progress: Progress) -> SoundModel:
+        """Learns the sounds from a part of the corpus.
+
+        Raises:
+            ValueError: if CTC can align none of it.
+        """
+        chosen = _reservoir(cuts, self.config.learn_from, self.config.seed)
+        bar = progress.add_task("hearing a part", total=len(chosen))
+        stride, spoken = self.ctc.stride, []
+        for batch in self._batches(self._items(chosen, Counter())):
+            spans, values = self._hear(batch)
+            progress.advance(bar, len(batch))
+            for item, found, cepstral in zip(batch, spans, values, strict=True):
+                if found is None or min(_scores(item.tokens, found)) < self.config.min_score:
+                    continue
+                onsets = tuple(first * stride for first in found.first)
+                ends = tuple((last + 1) * stride for last in found.last)
+                spoken.append(Spoken(cepstral.cpu(), tuple(filter(None, item.tokens)), onsets, ends))
+        progress.update(bar, completed=len(chosen))
+        bar = progress.add_task("learning its sounds", total=PASSES)
+        self.sounds = train_sounds(spoken, len(self.ctc.pieces), report=lambda: progress.advance(bar))
+        progress.update(bar, completed=PASSES)
+        return self.sounds
+
+    # ----------------------------------------------------------------------------------------------------- alignment
+
+    def shard(self, cuts: Sequence[DataCut]) -> tuple[list[DataCut], dict]:
+        """The cuts of a shard with their alignments, and what was counted."""
+        report = AlignmentReport()
+        found: dict[tuple[str, str], list[AlignmentItem]] = {}
+        for batch in self._batches(self._items(cuts, report.counts)):
+            for item, alignment in zip(batch, self._align(batch, report.counts), strict=True):
+                if alignment is not None:
+                    found[item.cut.id, item.segment.id] = alignment
+                    _compare(item.segment, alignment, report)
+        report.counts["cuts"] += len(cuts)
+        aligned = [_with_alignments(cut, found) for cut in cuts]
+        return aligned, {name: dict(sorted(vars(report)[name].items())) for name in ("counts", "starts", "ends")}
+
+    def _align(self, batch: Sequence[_Item], counts: Counter) -> Iterator[list[AlignmentItem] | None]:
+        spans, values = self._hear(batch)
+        chains = [self.sounds.chain(item.tokens) for item in batch]
+        paths = self.sounds.paths(values, chains)
+        for item, found, chain, path in zip(batch, spans, chains, paths, strict=True):
+            frames = found and word_frames(path, chain, item.tokens)
+            if not frames:
+                counts["too_short"] += 1
+                yield None
+                continue
+            scores = _scores(item.tokens, found)
+            if min(scores) < self.config.min_score:
+                counts["low_score"] += 1
+                yield None
+                continue
+            counts["aligned"] += 1
+            counts["words"] += len(item.words)
+            yield self._times(item, frames, scores)
+
+    def _times(
+        self, item: _Item, frames: Sequence[tuple[int, int] | None], scores: Sequence[float]
+    ) -> list[AlignmentItem]:
+        """In the time of the recording, as Lhotse keeps alignments."""
+        hop = self.ctc.hop / self.ctc.sample_rate
+        length = len(item.samples) / self.ctc.sample_rate
+        offset = item.cut.start + max(item.segment.start, 0.0)
+        now, alignment = 0.0, []
+        for word, span, score in zip(item.words, frames, scores, strict=True):
+            # a frame stands for the hop about its center; a word without a sound lasts no time
+            start, end = (now, now) if span is None else ((span[0] - 0.5) * hop, (span[1] + 0.5) * hop)
+            start, now = max(start, 0.0), min(end, length)
+            alignment.append(AlignmentItem(word, round(offset + start, 4), round(now - start, 4), round(score, 4)))
+        return alignment
+
+
+def _scores(tokens: Sequence[Sequence[int]], spans: TokenSpans) -> list[float]:
+    """Of each word; 1 for one without a sound."""
+    scores, position = [], 0
+    for word in tokens:
+        best = torch.tensor(spans.probability[position : position + len(word)], dtype=torch.float64)
+        scores.append(float(best.log().mean().exp()) if len(word) else 1.0)
+        position += len(word)
+    return scores
+
+
+def _compare(segment: SupervisionSegment, alignment: Sequence[AlignmentItem], report: AlignmentReport) -> None:
+    former = [item for item in (segment.alignment or {}).get("word", ()) if item.symbol.strip()]
+    if [item.symbol for item in former] == [item.symbol for item in alignment]:
+        for a, b in zip(former, alignment, strict=True):
+            report.starts[round(1000 * abs(a.start - b.start))] += 1
+            report.ends[round(1000 * abs(a.end - b.end))] += 1
+
+
+def _median(counted: Counter) -> int:
+    """Of distances by how often they came; the lower one of two."""
+    half, distances = (counted.total() + 1) // 2, sorted(counted)
+    below = accumulate(counted[distance] for distance in distances)
+    return next(distance for distance, words in zip(distances, below, strict=True) if words >= half)
+
+
+def _with_alignments(cut: DataCut, found: Mapping[tuple[str, str], list[AlignmentItem]]) -> DataCut:
+    """The cut with what was found, and without the alignments that it had."""
+
+    def aligned(segment: SupervisionSegment) -> SupervisionSegment:
+        rest = {kind: items for kind, items in (segment.alignment or {}).items() if kind != "word"}
+        words = found.get((cut.id, segment.id))
+        return fastcopy(segment, alignment={**rest, "word": words} if words else rest or None)
+
+    return fastcopy(cut, supervisions=[aligned(segment) for segment in cut.supervisions])
+
+
+def _reservoir(cuts: Iterable[DataCut], size: int, seed: int) -> list[DataCut]:
+    """An even draw from a stream, in its order (Vitter's algorithm R)."""
+    rng, kept = random.Random(seed), []
+    for number, cut in enumerate(cuts):
+        if number < size:
+            kept.append((number, cut))
+        elif (place := rng.randrange(number + 1)) < size:
+            kept[place] = (number, cut)
+    return [cut for _, cut in sorted(kept, key=lambda entry: entry[0])]
+
+
+# ------------------------------------------------------------------------------------------------------------- corpus
+
+
+def align_corpus(
+    cuts: CutSet,
+    out_dir: str | Path,
+    ctc: CTCModel,
+    config: AlignConfig,
+    *,
+    source: str,
+    total: int | None = None,
+    console: Console | None = None,
+) -> AlignmentReport:
+    """Aligns a corpus, or what is left of it after a run that was killed.
+
+    Args:
+        cuts: read lazily, twice: the sounds are learned first.
+        out_dir: of the shards, the sounds and the report.
+        ctc: the model.
+        config: how.
+        source: names model and corpus, so that shards of others are not taken for these.
+        total: number of cuts, for the progress bar.
+        console: where it is shown.
+
+    Raises:
+        ValueError: if the folder holds alignments made otherwise, or a cut can't be aligned at all.
+    """
+    folder = make_folder(out_dir, "--out")
+    _check_settings(folder, {**{name: getattr(config, name) for name in _DECISIVE}, "source": source})
+    aligner, report = CorpusAligner(ctc, config), AlignmentReport()
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+        if (folder / SOUNDS_FILE).is_file():
+            aligner.sounds = SoundModel.load(folder / SOUNDS_FILE)
+        else:
+            aligner.learn(cuts, progress).save(folder / SOUNDS_FILE)
+        aligner.sounds = aligner.sounds.to(ctc.device)
+        bar = progress.add_task("aligning", total=total)
+        for number, shard in enumerate(split_into_shards(cuts, config.shard_size)):
+            path = shard_path(folder, number)
+            said = path.with_name(path.name.replace(".jsonl.gz", ".json"))  # behind its shard: both are there or none
+            if not said.is_file():
+                aligned, counted = aligner.shard(shard)
+                write_shard(path, aligned)
+                _write_json(said, counted)
+            report.add(json.loads(said.read_text()))
+            progress.advance(bar, len(shard))
+    _write_json(folder / REPORT_FILE, report.as_dict())
+    return report
+
+
+def _check_settings(folder: Path, settings: Mapping) -> None:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        _write_json(path, settings)
+    found = json.loads(path.read_text())
+    other = sorted(key for key in settings if settings[key] != found.get(key))
+    if other:
+        raise ValueError(
+            f"{folder} holds alignments made with other {', '.join(other)}: give another folder, or remove this one"
+        )
+
+
+def _write_json(path: Path, content: Mapping) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")

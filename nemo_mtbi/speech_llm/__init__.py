@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speech encoder, connector and text LLM joined, and the losses."""

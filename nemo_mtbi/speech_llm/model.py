@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speech encoder, connector and decoder joined: encode once per step, embed layouts, decode.
+
+Every process holds the part that its stage of the pipeline needs: encoder, connector and embedding on the first one,
+the head and the loss on the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import tee
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemo_mtbi.config.connector import ConnectorConfig
+from nemo_mtbi.config.llm import LlmConfig, LoraConfig
+from nemo_mtbi.config.loss import LossConfig
+from nemo_mtbi.encoders.cache import EncoderCache
+from nemo_mtbi.encoders.nemo import EncoderShape, SpeechEncoder
+from nemo_mtbi.layouts.frames import FrameCounter
+from nemo_mtbi.layouts.layout import IGNORE, MicroBatch, StepBatch
+from nemo_mtbi.llm.decoder import GPTDecoder
+from nemo_mtbi.llm.full_finetune import unfreeze
+from nemo_mtbi.llm.lora import add_lora, without_lora
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.parallel.cpu import megatron_device
+from nemo_mtbi.parallel.encoding import encode_shared
+from nemo_mtbi.speech_llm.connector import Connector, build_connector, connector_stages
+from nemo_mtbi.speech_llm.losses import COMPARED_AT_ONCE, hidden_distance, response_cross_entropy, response_divergence
+
+# What the last stage makes of a microbatch and its hidden states: what backward starts from, and what is kept.
+Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]
+
+
+class LayoutDecoder(nn.Module):
+    """The decoder behind layouts, frozen unless asked for. Alone it is the text LLM: its layouts hold token ids only.
+
+    Args:
+        decoder: the LLM, or this process's runs of its layers.
+        lora: adapters in it, which are trained; ``None``: none.
+        llm: what trains of itself; ``None``: nothing.
+    """
+
+    def __init__(
+        self,
+        decoder: GPTDecoder | Sequence[GPTDecoder],
+        lora: LoraConfig | None = None,
+        llm: LlmConfig | None = None,
+    ):
+        super().__init__()
+        chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
+        self.chunks = nn.ModuleList(chunks).requires_grad_(False)
+        unfreeze(self.chunks, llm)
+        if lora is not None:
+            add_lora(self.chunks, lora)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the LLM learns, by adapters or itself: then text alone teaches it too."""
+        return self.decoder.lora is not None or self.decoder.trains
+
+    @property
+    def decoder(self) -> GPTDecoder:
+        """The first run of layers, for what all of them share: configuration, dtype, device."""
+        return self.chunks[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    def no_frames(self) -> Tensor:
+        """``[0, H]``: the speech of rows without speech."""
+        return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
+
+    def embed(self, layout: Tensor, frames: Tensor) -> Tensor:
+        """Token ids take the LLM's embedding row, negative values take speech frames: one gather each. First stage.
+
+        Args:
+            layout: ``[R, T]``.
+            frames: ``[F, H]``.
+
+        Returns:
+            ``[T, R, H]`` in the decoder's dtype.
+        """
+        tokens = self.decoder.embed_tokens(layout.clamp(min=0))  # [R, T, H]
+        if len(frames):
+            speech = F.embedding((-layout - 1).clamp(min=0), frames.to(tokens.dtype))  # [R, T, H]
+            tokens = torch.where((layout < 0).unsqueeze(-1), speech, tokens)
+        return tokens.transpose(0, 1).contiguous()
+
+    def run_schedule(
+        self, microbatches: list[MicroBatch], frames: Tensor, finish: Finish, forward_only: bool
+    ) -> list[Tensor]:
+        """Sends microbatches through Megatron's schedule, which runs backward too unless ``forward_only``.
+
+        Returns:
+            On the last stage what ``finish`` keeps of each microbatch and of those that :func:`fill_schedule` adds;
+            elsewhere nothing.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        if not microbatches:  # a step whose cuts were all left out; the schedule would still ask for one microbatch
+            return []
+
+        def forward_step(iterator, decoder: GPTDecoder):
+            microbatch = next(iterator)
+            embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
+            if self.learns and embeddings is not None and not forward_only:
+                embeddings.requires_grad_()  # text alone does, if nothing in these layers learns
+            hidden = decoder.hidden(embeddings, speech=speech_positions(decoder, microbatch.layout))  # [T, R, H]
+            if not decoder.post_process:
+                return hidden, None
+            output, kept = finish(decoder, microbatch, hidden)
+            tokens = torch.tensor(len(microbatch.response_index), dtype=torch.int, device=output.device)
+            return output, lambda output: (output, tokens, kept)
+
+        microbatches = fill_schedule(microbatches, groups.layout())
+        iterators = list(tee(microbatches, len(self.chunks)))
+        single = len(self.chunks) == 1
+        with megatron_device(self.device):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators[0] if single else iterators,
+                model=self.decoder if single else list(self.chunks),
+                num_microbatches=len(microbatches),
+                seq_length=1,  # not read: lengths vary
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    @torch.no_grad()
+    def response_states(self, microbatches: list[MicroBatch], frames: Tensor) -> list[Tensor]:
+        """What the LLM makes of rows where it predicts their response tokens: a pass of the pipeline, no gradients.
+
+        Kept are hidden states and not logits, which the last stage makes anew where it compares them: for a large
+        vocabulary they are a hundred times larger.
+
+        Args:
+            microbatches: the rows.
+            frames: ``[F, H]`` that their layouts point into.
+
+        Returns:
+            On the last stage ``[n, H]`` for each microbatch, after the final norm, in the order of its
+            ``response_index``; elsewhere nothing.
+        """
+
+        def keep(decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            states = _at(hidden, microbatch.response_index)
+            return states, states
+
+        # the schedule may have added microbatches, at the end
+        return self.run_schedule(microbatches, frames, keep, forward_only=True)[: len(microbatches)]
+
+
+class SpeechLLM(LayoutDecoder):
+    """The model of one process. The connector trains; weights of the encoder and adapters or weights of the LLM may.
+
+    The decoder stays in ``train()`` with zero dropout (Megatron skips activation recomputation in ``eval()``) except
+    inside ``generate``, where its cache needs ``eval()``.
+
+    Args:
+        encoder: on the first stage; ``None`` on the others.
+        connector: its configuration.
+        decoder: the LLM, or this process's runs of its layers.
+        shape: of the encoder, where there is none.
+        lora: adapters in the LLM, which are trained too; ``None``: none.
+        llm: what trains of the LLM itself; ``None``: nothing.
+
+    Attributes:
+        encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
+        loss: what is minimized.
+        parts: of the loss of the last step, by the names of ``loss.parts``: neither weighted nor, in training, summed
+            over replicas, but divided like the loss. Equal on every stage.
+    """
+
+    def __init__(
+        self,
+        encoder: SpeechEncoder | None,
+        connector: ConnectorConfig,
+        decoder: GPTDecoder | Sequence[GPTDecoder],
+        shape: EncoderShape | None = None,
+        lora: LoraConfig | None = None,
+        llm: LlmConfig | None = None,
+    ):
+        super().__init__(decoder, lora, llm)
+        shape = encoder.shape if encoder is not None else shape
+        self.frame_counter = FrameCounter(
+            shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
+        )
+        self.encoder_cache: EncoderCache | None = None
+        self.loss = LossConfig()
+        self.parts: dict[str, Tensor] = {}
+        self.encoder = encoder
+        self.connector: Connector | None = None
+        if encoder is not None:
+            with torch.random.fork_rng():
+                # The first weights depend on the seed alone, and not on how much of the LLM this process has drawn.
+                torch.manual_seed(torch.initial_seed())
+                self.connector = build_connector(
+                    connector, shape.size, self.decoder.config.hidden_size, shape.frame_rate
+                )
+
+    def encode(self, batch: StepBatch) -> Tensor:
+        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to what trains.
+
+        Off the first stage there are none: ``[0, H]``.
+
+        Raises:
+            RuntimeError: if an utterance yields another number of frames than the data side counted.
+        """
+        if self.encoder is None:
+            return self.no_frames()
+        return self.encode_audio(batch.audio, batch.audio_lengths, batch.frame_lengths, batch.cut_ids)
+
+    def encode_audio(self, audio: Tensor, lengths: Tensor, expected: Tensor, names: list[str] | None = None) -> Tensor:
+        """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
+        if not len(audio):
+            return self.no_frames()
+        # the encoder's work is shared by the tensor-parallel processes; each then has all of it
+        encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
+        encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
+        frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
+        found = frame_lengths.tolist()
+        for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
+            if have != want:
+                raise RuntimeError(
+                    f"{names[index] if names else f'utterance {index}'} has {have} speech frames, but its layout was "
+                    f"built for {want}: data and model disagree on the encoder; build the dataset from this model"
+                )
+        return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
+
+    def teach(self, batch: StepBatch) -> Tensor:
+        """What the LLM itself, without adapters, makes of the text twins of a step.
+
+        Returns:
+            On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
+            elsewhere, and if no row hears, ``[0, H]``.
+
+        Raises:
+            RuntimeError: if the rows came without twins.
+        """
+        if batch.twins is None:
+            raise RuntimeError(
+                "model.loss compares with text twins, but the rows of this step have none: build the dataset with "
+                "with_twins=True"
+            )
+        with without_lora(self.chunks):
+            kept = self.response_states(batch.twins, self.no_frames())
+        return torch.cat(kept) if kept else self.no_frames().to(self.decoder.config.params_dtype)
+
+    def loss_sums(
+        self, decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Sums over the response tokens of one microbatch, on the last stage.
+
+        Args:
+            decoder: the last run of layers, with the head.
+            microbatch: the rows.
+            hidden: ``[T, R, H]``.
+            teacher: ``[M, H]`` as :meth:`teach` gives them; ``None`` without a teacher.
+
+        Returns:
+            ``loss``, which is minimized, and the parts of it that ``self.loss`` measures.
+        """
+        config, group = self.loss, groups.tensor_parallel_group()
+        logits = decoder.logits(hidden, microbatch.response_index)  # [n, V / tp]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.ce_weight > 0):
+            sums = {"ce": response_cross_entropy(logits, microbatch.targets, group)}
+        if config.kl_weight:
+            sums["kl"] = self._divergence(decoder, microbatch, logits, teacher)
+        if config.hidden_weight:
+            own = _at(hidden, microbatch.response_index[microbatch.paired])
+            sums["hidden"] = hidden_distance(own, teacher[microbatch.twin_index])
+        weights = {"ce": config.ce_weight, "kl": config.kl_weight, "hidden": config.hidden_weight}
+        loss = sum(weights[name] * value for name, value in sums.items() if weights[name])
+        return {"loss": loss, **{name: sums[name].detach() for name in config.parts}}
+
+    def _divergence(self, decoder: GPTDecoder, microbatch: MicroBatch, logits: Tensor, teacher: Tensor) -> Tensor:
+        """Summed divergence from the teacher, piece by piece, since it works on several copies of the logits."""
+        config, group = self.loss, groups.tensor_parallel_group()
+        if len(microbatch.paired) < len(logits):
+            logits = logits[microbatch.paired]
+        size = max(COMPARED_AT_ONCE // logits.shape[-1], 1)
+        total = 0
+        for own, index in zip(logits.split(size), microbatch.twin_index.split(size), strict=True):
+            with torch.no_grad():
+                wanted = decoder.logits(teacher, index)
+            total = total + response_divergence(
+                own, wanted, config.divergence, config.temperature, config.scale_by_temperature, group
+            )
+        return total
+
+    def train_step(self, batch: StepBatch, num_targets: int) -> Tensor:
+        """Forward and backward of one optimizer step through Megatron's schedule; sets ``parts``.
+
+        The connector runs once for all rows: ``frames`` enters the schedule as a detached leaf, every microbatch
+        gathers from it, and one backward runs through the connector at the end.
+
+        Args:
+            batch: this replica's step.
+            num_targets: response tokens of the step over all data-parallel ranks.
+
+        Returns:
+            This replica's share of the mean loss per response token (the sum over replicas is the mean), on every
+            stage.
+        """
+        teacher = self.teach(batch) if self.loss.uses_teacher else None
+        frames = self.encode(batch)
+        leaf = frames.detach().requires_grad_(True)
+        # without a single frame nothing trains beside a frozen LLM, and autograd refuses to run backward for nothing
+        forward_only = not batch.num_frames and not self.learns
+        loss = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
+        if leaf.grad is not None and frames.requires_grad:
+            frames.backward(leaf.grad)
+        return loss
+
+    @torch.no_grad()
+    def evaluate_step(self, batch: StepBatch) -> Tensor:
+        """Summed loss over this batch's response tokens, without gradients, on every stage; sets ``parts``."""
+        teacher = self.teach(batch) if self.loss.uses_teacher else None
+        return self._run_loss(batch.microbatches, self.encode(batch), teacher, 1.0, forward_only=True)
+
+    def _run_loss(
+        self,
+        microbatches: list[MicroBatch],
+        frames: Tensor,
+        teacher: Tensor | None,
+        scale: float,
+        forward_only: bool,
+    ) -> Tensor:
+        """The loss of all microbatches times ``scale``; backward too, unless ``forward_only``."""
+
+        def finish(decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            sums = self.loss_sums(decoder, microbatch, hidden, teacher)
+            loss = sums.pop("loss") * scale
+            return loss, torch.stack([loss.detach(), *(value * scale for value in sums.values())])
+
+        total, *parts = self._on_every_stage(self.run_schedule(microbatches, frames, finish, forward_only))
+        self.parts = dict(zip(self.loss.parts, parts, strict=True))
+        return total
+
+    def _on_every_stage(self, kept: list[Tensor]) -> Tensor:
+        """``[1 + parts]``: the sum of what the last stage has kept of its microbatches: the loss and its parts."""
+        loss = torch.zeros(1 + len(self.loss.parts), device=self.device, dtype=self._loss_dtype)
+        if kept:
+            loss = torch.stack(kept).sum(0)
+        return groups.pipeline_sum(loss)
+
+    @property
+    def _loss_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.decoder.config.params_dtype, torch.float32)
+
+
+def speech_positions(decoder: GPTDecoder, layout: Tensor) -> Tensor | None:
+    """``[T, R]`` of ``layout [R, T]``: where speech is, if the adapters of the decoder ask for it."""
+    if decoder.lora is None or not decoder.lora.config.speech_only:
+        return None
+    return (layout < 0).t()
+
+
+def _at(hidden: Tensor, index: Tensor) -> Tensor:
+    """``[n, H]``: hidden states ``[T, R, H]`` at positions ``t * R + r``."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
+
+
+def fill_schedule(microbatches: list[MicroBatch], layout: groups.ParallelConfig) -> list[MicroBatch]:
+    """Adds microbatches of one position and no target until the interleaved schedule can take their number.
+
+    It sends groups of as many microbatches as there are stages through each run of layers in turn, and the last group
+    must be whole. They add exactly nothing to loss and gradients.
+    """
+    if layout.virtual_pipeline_model_parallel_size is None:
+        return microbatches
+    one = torch.zeros((1, 1), dtype=torch.int64, device=microbatches[0].layout.device)
+    none = one[0, :0]
+    empty = MicroBatch(one, torch.full_like(one, IGNORE), torch.ones_like(one[0]), none, none, none)
+    return microbatches + [empty] * (-len(microbatches) % layout.pipeline_model_parallel_size)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen parts, by path or by the name ``demo``.
+
+Text LLMs are directories (:mod:`nemo_mtbi.llm.directory`), speech encoders are the ``.nemo`` of any NeMo ASR model.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.connector import ConnectorConfig
+from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
+from nemo_mtbi.config.llm import LlmConfig, LoraConfig
+from nemo_mtbi.encoders.hf import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
+from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.io.tensor_file import ArchiveError
+from nemo_mtbi.llm.architecture import DecoderConfig
+from nemo_mtbi.llm.decoder import GPTDecoder, build_decoder
+from nemo_mtbi.llm.directory import (
+    SENTENCEPIECE,
+    SETTINGS,
+    WEIGHTS,
+    TextLLMDirectory,
+    open_text_llm,
+    settings_yaml,
+)
+from nemo_mtbi.llm.layers import HAVE_TE
+from nemo_mtbi.llm.weights import canonical_name, check_weights, load_weights
+from nemo_mtbi.parallel import groups
+from nemo_mtbi.speech_llm.model import SpeechLLM
+
+ASR_KEY = "model.pretrained_asr"
+DEMO = Path(__file__).parent.parent / "assets" / "demo"
+
+
+@dataclass
+class TextLLM:
+    """A frozen text LLM with what belongs to it.
+
+    Attributes:
+        chunks: the Megatron GPT, or this process's runs of its layers under the layout in force.
+        chat: its chat format, with the tokenizer.
+        fingerprint: hash of architecture, weights and tokenizer: who made a target.
+        texts: its settings and tokenizer, by the names of files.
+    """
+
+    chunks: list[GPTDecoder]
+    chat: ChatFormat
+    fingerprint: str
+    texts: dict[str, bytes]
+
+    @property
+    def decoder(self) -> GPTDecoder:
+        """The first of ``chunks``: the whole LLM in a single process."""
+        return self.chunks[0]
+
+
+def resolve(name: str | Path, key: str, demo: str) -> Path:
+    """Path of a pretrained part; ``demo`` means the small one inside this package.
+
+    Raises:
+        ValueError: if nothing is there; names the config ``key``.
+    """
+    path = DEMO / demo if str(name) == "demo" else Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(
+            f"{key}={name}: {path} does not exist; give a path or 'demo' for the small model shipped with us"
+        )
+    return path
+
+
+def find_text_llm(name: str | Path, key: str = "model.pretrained_llm") -> TextLLMDirectory:
+    """The text LLM directory of a name or path.
+
+    Raises:
+        ValueError: if there is none, or it is not whole; names the config ``key``.
+    """
+    found = open_text_llm(resolve(name, key, "llm"))
+    missing = found.missing()
+    if missing:
+        raise ValueError(
+            f"{key}={name}: {found.path} lacks {', '.join(missing)}; it is no text LLM directory, neither one of ours "
+            "nor of Hugging Face"
+        )
+    return found
+
+
+def save_text_llm(
+    path: str | Path,
+    architecture: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer_model: bytes,
+    turn: Sequence[str],
+    end: str,
+) -> None:
+    """Writes a text LLM directory; ``weights`` by the decoder's own names, stored as float16."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / SETTINGS).write_text(settings_yaml(architecture, tuple(turn), end))
+    (path / SENTENCEPIECE).write_bytes(tokenizer_model)
+    stored = {canonical_name(name): value.detach().half().contiguous() for name, value in weights.items()}
+    save_file(stored, path / WEIGHTS)
+
+
+def load_text_llm(
+    name: str | Path | TextLLMDirectory,
+    dtype: torch.dtype = torch.float32,
+    weights: bool = True,
+    chat: ChatConfig | None = None,
+    transformer_engine: bool = HAVE_TE,
+    **overrides: Any,
+) -> TextLLM:
+    """Loads a text LLM, or this process's share of it under the layout in force.
+
+    Args:
+        name: directory of ours or of Hugging Face, or ``demo``.
+        dtype: of the decoder's weights.
+        weights: ``False`` leaves them unset, for a model whose weights come from a checkpoint.
+        chat: how prompt and speech are put; ``None``: as the LLM says.
+        transformer_engine: whether its layers are used.
+        **overrides: keys of Megatron's ``TransformerConfig``.
+
+    Raises:
+        ValueError: if the directory is incomplete or its parts do not fit.
+    """
+    found = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
+    form, source = found.chat(chat), found.weights() if weights else None
+    if source is not None:
+        check_weights(found.architecture, source)
+    chunks = build_decoder(found.architecture, dtype, transformer_engine, **overrides)
+    if source is not None:
+        load_weights(chunks, source)
+    return TextLLM(chunks, form, found.fingerprint, found.texts(form))
+
+
+def load_asr_model(name: str | Path) -> Any:
+    """Restore a CTC model of NeMo on the CPU, or the CTC part of a hybrid one; our own safetensors archives too.
+
+    Raises:
+        ValueError: if there is none, or the archive holds what no such model has.
+    """
+    from nemo.collections.asr.models import ASRModel
+
+    from nemo_mtbi.encoders.asr_archive import TensorArchive
+
+    path = resolve(name, ASR_KEY, "encoder.nemo")
+    with refusing_asr(name, path):
+        return ASRModel.restore_from(str(path), map_location="cpu", save_restore_connector=TensorArchive())
+
+
+@contextmanager
+def refusing_asr(name: str | Path, path: Path, key: str = ASR_KEY) -> Iterator[None]:
+    """Say of errors in the body that a file is not a NeMo ASR checkpoint.
+
+    Args:
+        name: as it was given.
+        path: of the file.
+        key: of the configuration that names it.
+
+    Raises:
+        ValueError: names file and reason.
+    """
+    try:
+        yield
+    except (ArchiveError, OSError, KeyError, tarfile.TarError) as error:
+        raise ValueError(f"{key}={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+
+
+def load_speech_encoder(
+    name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
+) -> SpeechEncoder | HFSpeechEncoder | PairedEncoder:
+    """Front end (float32) and encoder (``dtype``), or two of them.
+
+    Args:
+        name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
+        dtype: of the encoder's weights; those that train are float32 and compute in it.
+        config: how it is used; ``None``: Hugging Face's by the defaults, NeMo's on whole utterances.
+
+    Raises:
+        ValueError: if it can't be read, or ``config`` asks for what it does not have.
+    """
+    path = resolve(name, key_of_encoder(config), "encoder.nemo")
+    if is_hf_encoder(path):
+        encoder = load_hf_encoder(path, config)
+    else:
+        from nemo_mtbi.encoders.asr_archive import AsrFile
+
+        with refusing_asr(name, path, key_of_encoder(config)):
+            parts = AsrFile(path).encoder()
+        encoder = SpeechEncoder(parts, config)
+    encoder.settle(dtype, config)
+    second = getattr(config, "beside", None)
+    return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
+
+
+def key_of_encoder(config: EncoderConfig | None) -> str:
+    """The configuration's key for the path of an encoder."""
+    return "model.encoder.beside.path" if isinstance(config, SecondEncoder) else ASR_KEY
+
+
+def load_speech_llm(
+    pretrained_asr: str | Path,
+    pretrained_llm: str | Path,
+    connector: ConnectorConfig,
+    dtype: torch.dtype = torch.float32,
+    lora: LoraConfig | None = None,
+    llm: LlmConfig | None = None,
+    encoder_config: EncoderConfig | None = None,
+    **overrides: Any,
+) -> tuple[SpeechLLM, TextLLM]:
+    """Joins frozen parts and a new connector: this process's share of them under the layout in force.
+
+    Args:
+        pretrained_asr: NeMo ASR ``.nemo``, read on the first stage only.
+        pretrained_llm: text LLM directory.
+        connector: the trainable part.
+        dtype: of the frozen weights; the front end, the connector and adapters are float32.
+        lora: adapters in the LLM; ``None``: none.
+        llm: what trains of the LLM itself; ``None``: nothing.
+        encoder_config: how the encoder is used, and what of it trains.
+        **overrides: keys of Megatron's ``TransformerConfig``.
+    """
+    text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
+    encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
+    shape = groups.broadcast_object(encoder.shape if encoder else None)
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm), text
