@@ -52,7 +52,7 @@ setup(
     extras_require={
         "prepare": ["praatio"],  # TextGrids
         "demo": ["espeakng-loader"],  # brings espeak-ng, which is GPL
-        "test": ["praatio", "pytest", "pytest-xdist>=3.7", "hypothesis", "ruff", "import-linter", "build"],
+        "test": ["praatio", "pytest", "pytest-xdist>=3.7", "hypothesis", "ruff", "import-linter", "mypy", "types-PyYAML", "build"],
         "serve": ["grpcio", "nvidia-riva-client"],
         # By URL: PyPI's `apex` is another project.
         "apex": ["apex @ git+https://github.com/NVIDIA/apex"],

@@ -22,6 +22,8 @@ ruff check .
 ruff format --check .
 say "direction of imports"
 lint-imports
+say "types"
+mypy
 say "tests"
 # Workers that take whole files, so that what a file shares is made once; importing NeMo is most of what each one costs.
 # In the order of tests/conftest.py, which begins with the slow ones.
