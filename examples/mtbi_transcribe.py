@@ -26,6 +26,7 @@ def main(cfg):
 
     from nemo_mtbi.commands import transcribe as library
     from nemo_mtbi.io.display import printable
+    from nemo_mtbi.parallel.device import pick_device
 
     # All of the configuration is checked before the model is loaded.
     config = library.parse_transcribe_config(cfg)
@@ -34,7 +35,7 @@ def main(cfg):
     if output.exists() and not config.overwrite_transcripts:
         print(f"answers: {printable(str(output))} (there already; overwrite_transcripts=true makes them anew)")
         return
-    device = library.pick_device(config.cuda)
+    device = pick_device(config.cuda)
 
     from nemo_mtbi.models.mtbi_model import MTBIModel
     from nemo_mtbi.parallel import groups

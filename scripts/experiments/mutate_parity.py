@@ -28,7 +28,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).with_name("parity_mutations.yaml")
 SUITE = "tests/parallel/test_parity.py"
-SUITE_FILES = (SUITE, "tests/parallel/parity_data.py", "tests/conftest.py", "tests/workers.py", "pyproject.toml")
+SUITE_FILES = (SUITE, "tests/parity_data.py", "tests/conftest.py", "tests/workers.py", "pyproject.toml")
 PATIENCE = 600  # seconds for the imports and the reference, apart from what each layout may take
 
 
