@@ -222,7 +222,7 @@ class SpeechLLM(LayoutDecoder):
         # the encoder's work is shared by the tensor-parallel processes; each then has all of it
         encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
         encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
-        frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
+        frames, frame_lengths = self.connector(encoded.to(self.connector.dtype), encoded_lengths)
         found = frame_lengths.tolist()
         for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
             if have != want:
