@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-KINDS = ("conv", "stack", "qformer", "conformer", "cif")
+from nemo_mtbi.config.checks import Count, Number, OneOf, Section
+
 _POWERS_OF_TWO = ("conv", "conformer")  # kinds made of stages of stride 2
 
 
 @dataclass
-class ConnectorConfig:
+class ConnectorConfig(Section):
     """Shape of the connector.
 
     Attributes:
@@ -28,28 +30,23 @@ class ConnectorConfig:
         dropout: on hidden layers.
     """
 
-    kind: str = "conv"
+    SECTION: ClassVar[str] = "model.connector"
+
+    kind: Annotated[str, OneOf("conv", "stack", "qformer", "conformer", "cif")] = "conv"
     frame_rate: float = 6.25
     hidden_size: int = 512
-    kernel_size: int = 3
-    layers: int = 2
+    kernel_size: Annotated[int, Number(lambda size: size % 2 == 1, "odd to keep frames centred")] = 3
+    layers: Count = 2
     heads: int = 8
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"model.connector.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"model.connector.kernel_size is {self.kernel_size}; it must be odd to keep frames centred"
-            )
-        if self.layers < 1:
-            raise ValueError(f"model.connector.layers is {self.layers}; it must be at least 1")
+        super().__post_init__()
         if self.kind in ("qformer", "conformer") and (self.heads < 1 or self.hidden_size % self.heads):
             raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
 
     def reduction(self, encoder_rate: float) -> int:
-        """Encoder frames per connector frame.
+        """Return the number of encoder frames per connector frame.
 
         Raises:
             ValueError: if no allowed reduction comes within 20% of the wanted rate.
