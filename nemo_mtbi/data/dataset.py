@@ -16,11 +16,12 @@ from lhotse.cut import Cut
 from lhotse.utils import fix_random_seed
 
 from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.checks import RAISE_OR_SKIP, at_least
 from nemo_mtbi.config.interleave import InterleaveConfig
 from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.data.behaviors import Behavior
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_row
-from nemo_mtbi.data.draw import DrawnRows, check_policy
+from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.io.seeds import stable_rng
 from nemo_mtbi.io.sources import FILES, SourcePolicy
 from nemo_mtbi.layouts.frames import FrameCounter
@@ -74,13 +75,13 @@ class MTBIDataset(torch.utils.data.Dataset):
         with_rows: bool = False,
         with_twins: bool = False,
     ):
-        if micro_batch_tokens < 1:
-            raise ValueError(f"micro_batch_tokens must be positive, got {micro_batch_tokens}")
+        at_least(1).check("micro_batch_tokens", micro_batch_tokens)
+        RAISE_OR_SKIP.check("on_bad_audio", on_bad_audio)
         self.chat = chat
         self.frames = frames
         self.micro_batch_tokens = micro_batch_tokens
         self.interleave = interleave
-        self.on_bad_audio = check_policy(on_bad_audio)
+        self.on_bad_audio = on_bad_audio
         self.with_rows = with_rows
         self.with_twins = with_twins
         self.policy = FILES
