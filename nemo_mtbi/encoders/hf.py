@@ -102,7 +102,8 @@ class HFSpeechEncoder(Hearing, ABC):
         return samples
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Args:
+        """
+        Args:
             audio: ``[U, N]`` samples at ``sample_rate``.
             lengths: ``[U]`` valid samples.
 

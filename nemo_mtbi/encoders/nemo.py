@@ -67,7 +67,8 @@ class SpeechEncoder(Hearing):
         return FrameCounter(self.shape.stages, self.shape.sample_rate)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Args:
+        """
+        Args:
             audio: ``[U, N]`` samples at ``sample_rate``.
             lengths: ``[U]`` valid samples.
 

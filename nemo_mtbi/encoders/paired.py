@@ -29,7 +29,8 @@ class PairedEncoder(nn.Module):
         self.shape, self._stack, self._repeat = paired_shape(first.shape, second.shape)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Args:
+        """
+        Args:
             audio: ``[U, N]`` samples at ``sample_rate``.
             lengths: ``[U]`` valid samples.
 

@@ -117,7 +117,7 @@ class Espeak:
         return Speech(samples, sample_rate, _word_times(words, events, samples, sample_rate))
 
     def _check_variant(self, voice: str) -> None:
-        """Espeak itself takes no notice of a variant that it does not have."""
+        """espeak itself takes no notice of a variant that it does not have."""
         _, plus, variant = voice.partition("+")
         folder = Path(self._data, "espeak-ng-data", "voices", "!v")
         if plus and not (folder / variant).is_file():
