@@ -145,7 +145,7 @@ def _check(words: Sequence[WordSpan], is_text: Sequence[bool], word_tokens: Sequ
 
 
 @dataclass(frozen=True)
-class HeardRow:
+class AudioSlot:
     """What a row hears.
 
     Attributes:
@@ -165,7 +165,7 @@ def interleave_wave(
     num_samples: int,
     sample_rate: int,
     frames: Callable[[int], int],
-) -> HeardRow:
+) -> AudioSlot:
     """The same as :func:`interleave`, at the level of the wave.
 
     A run of spoken words is cut out with the silences about it: it begins where the written word before it ends, and
@@ -198,7 +198,7 @@ def interleave_wave(
             owned += count
         else:
             layout += [token for index in run for token in word_tokens[index]]
-    return HeardRow(tuple(pieces), tuple(layout))
+    return AudioSlot(tuple(pieces), tuple(layout))
 
 
 def text_only(word_tokens: Sequence[Sequence[int | str]]) -> list[int | str]:

@@ -49,7 +49,7 @@ class Row:
         return [label for label in self.labels if label != IGNORE]
 
     @property
-    def hears(self) -> bool:
+    def has_speech(self) -> bool:
         """Whether anything of it is speech."""
         return min(self.layout) < 0
 
@@ -262,7 +262,7 @@ def collate(
 
 def _check_twin(row: Row, name: str) -> None:
     """Refuses a text twin that does not predict the tokens of its row, or hears."""
-    if row.twin is not None and (row.twin.response != row.response or row.twin.hears):
+    if row.twin is not None and (row.twin.response != row.response or row.twin.has_speech):
         raise ValueError(
             f"the text twin of {name} must be text and predict the same {len(row.response)} response tokens: make "
             "both from the same behavior"
@@ -287,7 +287,7 @@ def pair_twins(
         ValueError: if only some of the rows that hear have a twin.
     """
     owners = [index for index, row in enumerate(rows) if row.twin is not None]
-    if any(row.hears and row.twin is None for row in rows):
+    if any(row.has_speech and row.twin is None for row in rows):
         if owners:
             raise ValueError("only some rows with speech have a text twin: give one to all of them, or to none")
         return None

@@ -217,7 +217,7 @@ class _ShardMaker:
         behaviors: list[list[Behavior]] = [[] for _ in cuts]
         for index, request in enumerate(requests):
             text, truncated, *ids = answers[index]
-            known = tuple(ids[0]) if ids and self.chat.spells(ids[0], text) else None
+            known = tuple(ids[0]) if ids and self.chat.decodes_to(ids[0], text) else None
             behaviors[request.cut].append(Behavior(request.task, request.prompt, text, truncated, known))
         # Empty and truncated: neither a token nor an end to learn from. A cut that has nothing else keeps them, or
         # training would take it for a cut that nobody made targets for; it leaves such a cut out and counts it.
