@@ -33,7 +33,7 @@ from nemo_mtbi.encoders.hf import is_hf_encoder
 from nemo_mtbi.encoders.nemo import EncoderShape, SpeechEncoder
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.nemo_tar import WEIGHTS, NemoFile, read_yaml
-from nemo_mtbi.io.tensor_file import misfits
+from nemo_mtbi.io.tensor_file import mismatches
 from nemo_mtbi.llm.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
 from nemo_mtbi.llm.directory import file_digest, files_digest, sampled
@@ -340,7 +340,7 @@ def check_trained(
     if not strict:
         common = expected.keys() & found.keys()
         expected, found = ({name: shapes[name] for name in common} for shapes in (expected, found))
-    wrong = misfits(expected, found)
+    wrong = mismatches(expected, found)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         keys = {ADAPTERS: "model.lora", ENCODER: "model.encoder.freeze", LLM: "model.llm.freeze"}

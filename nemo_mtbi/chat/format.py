@@ -200,7 +200,7 @@ class ChatFormat:
     def _encode_behind(self, text: str, behind: str) -> list[int]:
         """Token ids of text behind ``speech`` or ``text``, behind a ``token`` or at the beginning."""
         goes_on = behind in ("speech", "text") or (
-            behind == "token" and not getattr(self.tokenizer, "begins_anew", True)
+            behind == "token" and not getattr(self.tokenizer, "restarts_after_token", True)
         )
         return self.encode_after(text) if goes_on else self.encode(text)
 
@@ -243,11 +243,11 @@ class ChatFormat:
         given = list(ids or ())
         if given and given[-1] in self.end_ids:  # as some servers give them
             given.pop()
-        if not self.spells(given, text):
+        if not self.decodes_to(given, text):
             given = self._encode_behind(text, self._item(self.turn[-1])[0])
         return given if truncated else [*given, self.end_id]
 
-    def spells(self, ids: Sequence[int], text: str) -> bool:
+    def decodes_to(self, ids: Sequence[int], text: str) -> bool:
         """Whether these are tokens of the vocabulary without an end among them, and give this answer."""
         size = getattr(self.tokenizer, "vocab_size", None)
         ends = {*self.end_ids}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import resource
@@ -23,6 +22,7 @@ from rich.markup import escape
 from nemo_mtbi.commands.experiment import Experiment, experiment
 from nemo_mtbi.commands.progress import progress_callbacks, step_limit
 from nemo_mtbi.commands.run_folder import spare_inputs
+from nemo_mtbi.config.checks import OneOf, suggestion
 from nemo_mtbi.config.model import ModelConfig, parse_model_config
 from nemo_mtbi.config.schema import explain, read_section
 from nemo_mtbi.data.gate import GatedCuts, open_manifest
@@ -263,8 +263,7 @@ def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkCo
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, "config")) from error
     precision = cfg.trainer.get("precision", "32-true")
-    if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {precision!r}; it must be one of {', '.join(map(str, PRECISIONS))}")
+    OneOf(*dict.fromkeys(map(str, PRECISIONS))).check("trainer.precision", str(precision))
     if cfg.trainer.get("strategy") is not None:
         raise ValueError(
             "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
@@ -290,9 +289,7 @@ def _check_processes(trainer: Mapping) -> None:
 def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown {what}{key}: {hint}")
+            raise ValueError(f"unknown {what}{key}: {suggestion(key, known)}")
 
 
 def _benchmark_cuts(benchmark: BenchmarkConfig) -> GatedCuts:

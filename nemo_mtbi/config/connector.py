@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from nemo_mtbi.config.checks import Count, Number, OneOf, Section
 
 ANY_FACTOR = range(1, 65)
 POWERS_OF_TWO = tuple(2**n for n in range(7))
@@ -34,7 +37,7 @@ KINDS: dict[str, ConnectorKind] = {
 
 
 @dataclass
-class ConnectorConfig:
+class ConnectorConfig(Section):
     """Shape of the connector.
 
     Attributes:
@@ -52,23 +55,19 @@ class ConnectorConfig:
         dropout: on hidden layers.
     """
 
+    SECTION: ClassVar[str] = "model.connector"
+
     kind: str = "conv"
     frame_rate: float = 6.25
     hidden_size: int = 512
-    kernel_size: int = 3
-    layers: int = 2
+    kernel_size: Annotated[int, Number(lambda size: size % 2 == 1, "odd to keep frames centred")] = 3
+    layers: Count = 2
     heads: int = 8
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"model.connector.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"model.connector.kernel_size is {self.kernel_size}; it must be odd to keep frames centred"
-            )
-        if self.layers < 1:
-            raise ValueError(f"model.connector.layers is {self.layers}; it must be at least 1")
+        super().__post_init__()
+        OneOf(*KINDS).check(f"{self.SECTION}.kind", self.kind)
         if KINDS[self.kind].uses_heads and (self.heads < 1 or self.hidden_size % self.heads):
             raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
 

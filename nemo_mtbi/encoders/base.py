@@ -71,4 +71,4 @@ def trained_shapes(encoder: nn.Module | None) -> dict[str, tuple[int, ...]]:
 
 def unfrozen(names: Sequence[str], config: EncoderConfig | None) -> set[str]:
     """Names of the weights of an encoder that train; without a configuration none does."""
-    return set() if config is None else freezing.unfrozen(names, config.freeze, config.key)
+    return set() if config is None else freezing.unfrozen(names, config.freeze, config.SECTION)

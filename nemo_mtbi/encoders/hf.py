@@ -78,7 +78,7 @@ class HFSpeechEncoder(Hearing, ABC):
         self.encoder, self._extractor, self._config = model, extractor, config
         wrong = [layer for layer in config.layers if not -num_layers - 1 <= layer <= num_layers]
         if wrong:
-            raise ValueError(f"{config.key}.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
+            raise ValueError(f"{config.SECTION}.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
         self._layers = [layer % (num_layers + 1) for layer in config.layers or (num_layers,)]
         self.shape = EncoderShape(size * max(len(config.layers), 1), int(extractor.sampling_rate), stages)
         self._windows = Windows(FrameCounter(stages, self.shape.sample_rate), config, self.shape.size)
@@ -124,7 +124,7 @@ class WhisperEncoder(HFSpeechEncoder):
     def __init__(self, model: nn.Module, extractor: Any, config: EncoderConfig):
         if config.window > extractor.chunk_length:
             raise ValueError(
-                f"{config.key}.window_seconds is {config.window:g}; Whisper hears {extractor.chunk_length} s"
+                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper hears {extractor.chunk_length} s"
             )
         sizes = model.config
         super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)

@@ -115,7 +115,7 @@ def windows_of(shape: EncoderShape, config: EncoderConfig | None) -> Windows | N
         ValueError: if ``config`` asks for what is not there.
     """
     if config is not None and config.layers:
-        raise ValueError(f"{config.key}.layers is for encoders of Hugging Face: leave it out for one of NeMo")
+        raise ValueError(f"{config.SECTION}.layers is for encoders of Hugging Face: leave it out for one of NeMo")
     if config is None or config.window_seconds is None:
         return None
     return Windows(FrameCounter(shape.stages, shape.sample_rate), config, shape.size)

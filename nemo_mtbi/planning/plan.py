@@ -24,7 +24,7 @@ from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import EpochSampler, build_dataloader
 from nemo_mtbi.data.loader_config import check_config
-from nemo_mtbi.data.step import Step, assumed_step, judge_step, steps_of_pass
+from nemo_mtbi.data.step import Step, assumed_step, measured_step, steps_of_pass
 from nemo_mtbi.demo.recipe import describe_preparation, parse_data_config, unread_sources
 from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.llm.architecture import DecoderConfig, parameter_count
@@ -241,7 +241,7 @@ def check_data(plan: Plan, cfg: DictConfig, config: ModelConfig, encoder: Encode
     batches = plan.attempt(list, islice(loaders["train_ds"].sampler, SAMPLED_BATCHES))
     if batches:
         frames, bound = frame_counter(encoder, config), config.micro_batch_tokens
-        plan.step = judge_step(batches, llm.chat, frames, bound, plan.step.positions)
+        plan.step = measured_step(batches, llm.chat, frames, bound, plan.step.positions)
         plan.steps_per_epoch = steps_of_pass(sections["train_ds"], batches, SAMPLED_BATCHES, plan.replicas)
 
 

@@ -223,7 +223,7 @@ def test_own_cuts_can_have_a_benchmark(config, model_section):
     "changes, message",
     [
         ({"modell": {}}, "unknown section modell: did you mean 'model'"),
-        ({"zzz": 1}, "unknown section zzz: known are name, seed, data"),
+        ({"zzz": 1}, "unknown section zzz: known keys: name, seed, data"),
         ({"name": None}, "name is missing"),
         ({"seed": None}, "seed is missing"),
         ({"model": None}, "model is missing"),
@@ -233,7 +233,7 @@ def test_own_cuts_can_have_a_benchmark(config, model_section):
         ({"model": {"optim": None}}, "model.optim is missing"),
         ({"model": {"connector": {"knd": "conv"}}}, "unknown key model.connector.knd: did you mean 'kind'"),
         ({"model": {"train_ds": {"batch_tokens": 100}}}, "batch_size and batch_tokens are both set"),
-        ({"model": {"validation_ds": {"batch_siez": 1}}}, "unknown data key 'batch_siez': did you mean batch_size"),
+        ({"model": {"validation_ds": {"batch_siez": 1}}}, "unknown data key 'batch_siez': did you mean 'batch_size"),
         ({"data": {"knd": "digits"}}, "unknown key data.knd: did you mean 'kind'"),
         ({"benchmark": {"taks": "demo"}}, "unknown key benchmark.taks: did you mean 'tasks'"),
         ({"benchmark": {"tasks": "/nowhere.yaml"}}, "/nowhere.yaml: cannot read the task pool"),
