@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.base import SpeechEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_mtbi.config.connector import KINDS, ConnectorConfig, ConnectorKind
-from nemo_mtbi.layouts.frames import LengthStage
+from nemo_mtbi.encoders.base import EncoderShape
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
 
 CONNECTORS: dict[str, type[Connector]] = {}  # by ``model.connector.kind``
 Kind = TypeVar("Kind", bound="type[Connector]")
@@ -290,6 +291,19 @@ def connector_stages(config: ConnectorConfig, encoder_rate: float) -> tuple[Leng
         ValueError: if it can't reach its frame rate.
     """
     return CONNECTORS[config.kind].length_stages(config, config.reduction(encoder_rate))
+
+
+def frame_counter(shape: EncoderShape, config: ConnectorConfig) -> FrameCounter:
+    """Return the counter of connector frames of a model.
+
+    Args:
+        shape: of the encoder.
+        config: the section ``model.connector``.
+
+    Raises:
+        ValueError: if the connector can't reach its frame rate.
+    """
+    return FrameCounter(shape.stages + connector_stages(config, shape.frame_rate), shape.sample_rate)
 
 
 def build_connector(config: ConnectorConfig, input_size: int, output_size: int, encoder_rate: float) -> Connector:

@@ -32,7 +32,7 @@ def test_an_encoder_without_weights_is_like_the_loaded_one(archive):
 @pytest.mark.parametrize("kind", choices(ConnectorConfig, "kind"))
 def test_the_connector_counts_as_built(kind, archive):
     facts, config = read_encoder(archive), ConnectorConfig(kind, hidden_size=24)
-    parts = speech_parts(facts, config, 32, frames=10, number=2, share=2, states=2)
+    parts = speech_parts(facts, config, 32, frames=10, bytes_per_param=2, share=2, states=2)
     connector = build_connector(config, facts.shape.size, 32, facts.shape.frame_rate)
     assert parts.trained_parameters == sum(value.numel() for value in connector.parameters())
     steps = 10 * connector.reduction
