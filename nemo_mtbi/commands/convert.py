@@ -5,7 +5,8 @@
   mtbi convert to-hf qwen2.5-7b Qwen2.5-7B-again
 
 (python scripts/convert_hf.py in a clone.) Megatron's form is a folder with llm.yaml, the tokenizer, and weights/, a
-distributed checkpoint that loads at any tensor and pipeline parallel size. A Hugging Face directory can also be given as model.pretrained_llm as it is.
+distributed checkpoint that loads at any tensor and pipeline parallel size. A Hugging Face directory can also be given
+as model.pretrained_llm as it is.
 """
 
 from __future__ import annotations
@@ -102,9 +103,9 @@ def to_megatron(arguments: argparse.Namespace) -> None:
             write_megatron(staging / MEGATRON, source, sizes.num_layers, sizes.num_experts, advance, shard)
         for name, content in directory.texts(chat).items():
             (staging / name).write_bytes(content)
-        for name in directory.companions():
-            (staging / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(arguments.source / name, staging / name)
+        for companion in directory.companions():
+            (staging / companion).parent.mkdir(exist_ok=True)
+            shutil.copyfile(arguments.source / companion, staging / companion)
     print(f"train with model.pretrained_llm={arguments.out}")
 
 
