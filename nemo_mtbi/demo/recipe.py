@@ -16,7 +16,7 @@ from lhotse import CutSet
 from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.checks import Count, OneOf, Section, at_least
 from nemo_mtbi.config.generation import GenerationConfig
-from nemo_mtbi.config.model import ModelConfig, parse_model_config
+from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.data.cut_files import CUTS_FILE
 from nemo_mtbi.data.loader_config import LOCATION_KEYS
@@ -131,29 +131,28 @@ def load_pool(tasks: str) -> TaskPool:
     return TaskPool.from_yaml(DEMO / "tasks.yaml" if tasks == "demo" else tasks)
 
 
-def prepare(config: DataConfig, model: Mapping) -> Prepared:
+def prepare(config: DataConfig, model: ModelConfig) -> Prepared:
     """Builds corpus, adapted encoder and targets, or finds them in the cache.
 
     Args:
         config: the ``data:`` section.
-        model: the ``model:`` section, for its LLM, encoder and decoding parameters.
+        model: the checked ``model:`` section, for its LLM, encoder and decoding parameters.
     """
     pool = load_pool(config.tasks)
     trained_pool(pool, config.train_tasks)  # before any work
     with groups.first(groups.is_global_first()):  # the others find all of it in the cache
         corpora = {split: _build(config, split) for split in ("train", "validation", "test")}
-        asr = _adapt(config, model["pretrained_asr"], corpora["train"])
+        asr = _adapt(config, model.pretrained_asr, corpora["train"])
     with groups.first(groups.data_parallel_rank() == 0):
         targets = _answer(config, model, corpora, pool)
     return Prepared(targets["train"], targets["validation"], corpora["test"][0] / CUTS_FILE, asr, pool)
 
 
 def _answer(
-    config: DataConfig, model: Mapping, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
+    config: DataConfig, model: ModelConfig, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
 ) -> dict[str, Path]:
     """The answers about the train and validation utterances: manifests by split."""
-    asked = parse_model_config(model)
-    with text_responder(asked.pretrained_llm, asked.chat, asked.generation) as (responder, fingerprint):
+    with text_responder(model.pretrained_llm, model.chat, model.generation) as (responder, fingerprint):
         if not groups.is_reader():  # the reader of this replica writes
             follow(responder)
             targets = None

@@ -280,10 +280,10 @@ def test_what_the_model_section_leaves_out_has_its_default_in_the_data_too(confi
 
 
 def test_the_benchmark_asks_its_own_tasks_about_its_own_cuts():
-    from nemo_mtbi.commands.train import BenchmarkConfig, asked_of
+    from nemo_mtbi.commands.train import BenchmarkConfig, benchmark_source
     from nemo_mtbi.demo.recipe import Prepared, load_pool
 
     made, own = load_pool("demo"), load_pool("demo").subset(["transcribe"])
     prepared = Prepared(Path("train"), Path("val"), Path("test"), "demo", made)
-    assert asked_of(BenchmarkConfig(cuts="mine", tasks="own.yaml"), own, prepared) == (own, "mine")
-    assert asked_of(BenchmarkConfig(), own, prepared) == (made, "test")
+    assert benchmark_source(BenchmarkConfig(cuts="mine", tasks="own.yaml"), own, prepared) == (own, "mine")
+    assert benchmark_source(BenchmarkConfig(), own, prepared) == (made, "test")

@@ -10,9 +10,10 @@ import yaml
 from lhotse import CutSet
 
 from nemo_mtbi.config.generation import GenerationConfig
+from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.data.behaviors import check_provenance, read_behaviors
 from nemo_mtbi.demo import recipe
-from nemo_mtbi.demo.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.demo.recipe import DataConfig, load_pool, parse_data_config
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.targets.tasks import TaskPool
 
@@ -59,6 +60,11 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(Responder, "layouts", count)
     return batches
+
+
+def prepare(config, model):
+    """The model's section is checked before, as training does it."""
+    return recipe.prepare(config, parse_model_config(model))
 
 
 def section(model_section):
@@ -172,7 +178,7 @@ def test_some_tasks_are_trained_on_right_answers(small, model_section, asked):
 )
 def test_tasks_that_can_not_be_trained_on(small, names, message):
     with pytest.raises(ValueError, match=message):
-        prepare(small(train_tasks=names), {})
+        prepare(small(train_tasks=names), {"pretrained_asr": "demo", "pretrained_llm": "demo"})
 
 
 def test_a_cut_without_a_right_answer(tmp_path, small):
