@@ -22,8 +22,9 @@ from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.config.schema import explain
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.loader import EpochSampler, build_dataloader
+from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.data.loader_config import check_config
+from nemo_mtbi.data.passes import EpochSampler
 from nemo_mtbi.data.step import Step, assumed_step, measured_step, steps_of_pass
 from nemo_mtbi.demo.recipe import describe_preparation, parse_data_config, unread_sources
 from nemo_mtbi.layouts.frames import FrameCounter
