@@ -11,15 +11,15 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 
 class DamageError(ValueError):
     """Content that is not what was written. The message is one clause that names the file."""
 
 
-class SeekableReader(Protocol):
-    """A file open for reading bytes, as ``open(path, "rb")`` gives it."""
+class _Reader(Protocol):
+    """Methods of a binary file that are used here; the hints of ``BinaryIO`` lack ``readinto``."""
 
     def seek(self, offset: int, /) -> int:
         """Go to a position."""
@@ -106,11 +106,10 @@ class CheckedFile(io.RawIOBase):
         DamageError: if there are not as many digests as blocks.
     """
 
-    def __init__(
-        self, file: SeekableReader, name: str, start: int, size: int, digests: Sequence[str] | None, block: int
-    ):
+    def __init__(self, file: BinaryIO, name: str, start: int, size: int, digests: Sequence[str] | None, block: int):
         super().__init__()
-        self._file, self._name, self._start, self._size = file, name, start, size
+        self._file = cast(_Reader, file)  # files that are open for reading bytes have it
+        self._name, self._start, self._size = name, start, size
         self._digests, self._block = digests, block
         self._position = 0
         self._kept: tuple[int, bytes] = (-1, b"")  # number and content of a block of which only a part was wanted

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -140,7 +139,7 @@ class NemoFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._open: dict[str, BufferedReader] = {}
+        self._open: dict[str, BinaryIO] = {}
         self._members: dict[str, Member] | None = None  # of a file; a directory is looked up by name
         self._digests: Mapping[str, Any] | None = None
         if not self.path.is_dir():
@@ -171,7 +170,7 @@ class NemoFile:
         """Return the names of members that are not ``known``; other files of a directory are never read."""
         return sorted(set(self._members or ()) - set(known))
 
-    def _find(self, name: str) -> tuple[BufferedReader, Member]:
+    def _find(self, name: str) -> tuple[BinaryIO, Member]:
         """Return the open file that holds a member, and where in it."""
         if name not in self:
             raise ArchiveError(f"{name} is missing")

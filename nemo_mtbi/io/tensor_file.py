@@ -11,12 +11,12 @@ import math
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_mtbi.io.digests import CheckedFile, DamageError, SeekableReader
+from nemo_mtbi.io.digests import CheckedFile, DamageError
 
 _DTYPES = {
     "F64": torch.float64,
@@ -85,7 +85,7 @@ class StoredTensors:
         DamageError: if the header is not as it was written; of what follows, when it is read.
     """
 
-    def __init__(self, file: SeekableReader, name: str, start: int, size: int, digests: Sequence[str] | None = None):
+    def __init__(self, file: BinaryIO, name: str, start: int, size: int, digests: Sequence[str] | None = None):
         self._file, self._name = CheckedFile(file, name, start, size, digests, DIGEST_BLOCK), name
         length = int.from_bytes(self._file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
