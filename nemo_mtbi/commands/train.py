@@ -40,8 +40,8 @@ from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO
 from nemo_mtbi.parallel.settings import check_same
 from nemo_mtbi.parallel.stop import Remedies, StopOnSignal, explained
 from nemo_mtbi.parallel.strategy import MTBIStrategy
-from nemo_mtbi.planning.layout_table import show_start
 from nemo_mtbi.planning.build import make_plan
+from nemo_mtbi.planning.layout_table import show_start
 from nemo_mtbi.planning.report import show_plan
 from nemo_mtbi.speech_llm.model import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_text_llm

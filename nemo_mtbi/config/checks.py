@@ -14,7 +14,6 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, ClassVar
 
 
@@ -168,16 +167,21 @@ class Section:
             rule.check(f"{self.SECTION}.{name}" if self.SECTION else name, getattr(self, name))
 
 
-@cache
+_RULES: dict[type, dict[str, Rule]] = {}  # by section: hints are read once
+
+
 def field_rules(section: type) -> dict[str, Rule]:
     """Return the rules of a dataclass, by the names of its fields."""
-    rules = {}
+    if section in _RULES:
+        return _RULES[section]
+    rules: dict[str, Rule] = {}
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         members = union_members(hint)
         rule = next((extra for _, extras in members for extra in extras if isinstance(extra, Rule)), None)
         if rule is not None:
             kinds = [kind for kind, _ in members]
             rules[name] = _FieldRule(rule, type(None) in kinds, int in kinds)
+    _RULES[section] = rules
     return rules
 
 

@@ -150,7 +150,8 @@ class WhisperEncoder(HFSpeechEncoder):
     def __init__(self, model: Any, extractor: Any, config: EncoderConfig):
         if config.window > extractor.chunk_length:
             raise ValueError(
-                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper takes {extractor.chunk_length} s at most"
+                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper takes {extractor.chunk_length} s "
+                "at most"
             )
         sizes = model.config
         super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)

@@ -9,7 +9,7 @@ import replica_steps as common
 import torch
 from lhotse import CutSet
 
-from nemo_mtbi.data.loader import passes
+from nemo_mtbi.data.passes import passes
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 
