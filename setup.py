@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["nemo_mtbi", "nemo_mtbi.*"]),
-    package_data={"nemo_mtbi": ["assets/**"]},
+    package_data={"nemo_mtbi": ["assets/**", "evaluation/templates/*"]},
     install_requires=[
         # NeMo 3 has no extra `nlp` any more; pip says so and installs it without.
         "nemo_toolkit[asr,nlp]>=2.7",
