@@ -98,6 +98,8 @@ def test_results_hold_what_others_read(run):
     assert path.name == "results.json"
     results = json.loads(path.read_text())
     assert {"seed", "train", "transcription", "behavior", "tasks", "nemo"} <= results.keys()
+    assert {"title", "systems", "sets", "not_measured"} <= results.keys()
+    assert results["sets"]["test"]["systems"].keys() == results["systems"].keys() == {"mtbi", "text"}
     assert results["seed"] == 3
     assert results["train"]["steps"] == 3
     assert 0 < results["train"]["seconds"] < 600 and 0.1 < results["train"]["peak_rss_gib"] < 100
@@ -138,11 +140,11 @@ def test_an_llm_that_trains_is_compared_with_what_it_was(config, monkeypatch):
     """The text column of the table is the LLM's before training; the speech column is that of the trained model."""
     asked = {}
 
-    def fake(responder, cuts, pool, seed, reader):
-        weights = [dict(one.model.decoder.named_parameters()) for one in (responder, reader)]
+    def fake(speech, text, chosen):
+        weights = [dict(one.responder.model.decoder.named_parameters()) for one in (speech, text)]
         asked["changed"] = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
-        asked["text"] = reader.text([("say it", "red cat")])
-        return real(responder, cuts, pool, seed, reader=reader)
+        asked["text"] = text.responder.text([("say it", "red cat")])
+        return real(speech, text, chosen)
 
     real = training.run_benchmark
     monkeypatch.setattr(training, "run_benchmark", fake)
