@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Builds and installs the package; what is tested together stands in conf/constraints.txt."""
+
 import re
 from pathlib import Path
 
@@ -17,9 +19,12 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=find_packages(include=["nemo_mtbi", "nemo_mtbi.*"]),
-    package_data={"nemo_mtbi": ["assets/**"]},
+    python_requires=">=3.11.4",  # older ones extract archives without filters, and pickle enums otherwise
+    # The folder conf/ is nemo_mtbi/conf in a wheel; an install in place reads conf/ itself (config_folder).
+    packages=[*find_packages(include=["nemo_mtbi", "nemo_mtbi.*"]), "nemo_mtbi.conf", "nemo_mtbi.conf.rival"],
+    package_dir={"nemo_mtbi.conf": "conf"},
+    package_data={"nemo_mtbi": ["assets/**", "py.typed"], "nemo_mtbi.conf": ["*.yaml", "*.txt", "rival/*.yaml"]},
+    entry_points={"console_scripts": ["mtbi = nemo_mtbi.commands.mtbi:main"]},
     install_requires=[
         # NeMo 3 has no extra `nlp` any more; pip says so and installs it without.
         "nemo_toolkit[asr,nlp]>=2.7",
@@ -52,8 +57,17 @@ setup(
     extras_require={
         "prepare": ["praatio"],  # TextGrids
         "demo": ["espeakng-loader"],  # brings espeak-ng, which is GPL
-        "test": ["praatio", "pytest", "pytest-xdist>=3.7", "hypothesis", "ruff", "import-linter", "mypy", "types-PyYAML", "build"],
-        "serve": ["grpcio", "nvidia-riva-client"],
+        "test": [
+            "praatio",
+            "pytest",
+            "pytest-xdist>=3.7",
+            "hypothesis",
+            "ruff",
+            "import-linter",
+            "mypy",
+            "types-PyYAML",
+            "build",
+        ],
         # By URL: PyPI's `apex` is another project.
         "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
     },
@@ -62,7 +76,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",

@@ -4,37 +4,22 @@
     python examples/mtbi_eval.py output_dir=eval systems.mtbi.nemo=m.nemo sets.test.cuts=test/cuts.jsonl.gz
     python examples/mtbi_eval.py --config-path DIR --config-name my_eval       # systems and sets of your own
 
-All systems are checked before the first is asked. Started again after a kill it goes on where it stopped, and ends
-with the same bytes. The last line names the report.
+All systems are checked before the first one answers. Started again after a kill, the script resumes and ends with the
+same bytes. The last line names the report.
 """
 
 from pathlib import Path
 
 from nemo_mtbi.commands.cli import hydra_main
+from nemo_mtbi.commands.hydra_commands import evaluate, evaluate_schema
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def schema():
-    from nemo_mtbi.evaluation.settings import EvalConfig
-
-    return EvalConfig
-
-
-@hydra_main(config_name="mtbi_eval", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
+@hydra_main(config_name="mtbi_eval", config_path=CONF, schema=evaluate_schema)
 def main(cfg):
-    from nemo_mtbi.evaluation.settings import parse_eval_config
-
-    # All of the configuration is checked before a model is loaded.
-    config = parse_eval_config(cfg)
-
-    from nemo_mtbi.commands.evaluate import Backends, run
-    from nemo_mtbi.encoders.ctc import transcribe_ctc
-    from nemo_mtbi.evaluation.inspection import inspect_nemo
-    from nemo_mtbi.llm.directory import file_digest
-    from nemo_mtbi.models.mtbi_model import MTBIModel
-
-    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
-    if report is not None:
-        print(f"report: {report}")
+    """Evaluate as the configuration says."""
+    evaluate(cfg)
 
 
 if __name__ == "__main__":

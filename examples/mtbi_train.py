@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teaches a text LLM to listen: trains the connector between a frozen speech encoder and a frozen Megatron GPT.
+"""Trains the connector between a frozen speech encoder and a frozen Megatron GPT.
 
     python examples/mtbi_train.py                                  # the embedded demo: offline, 2 cores, no GPU
     python examples/mtbi_train.py --config-name mtbi_digits data.digits_dir=DIR data.heldout_speakers=[theo]
@@ -11,30 +11,15 @@ The last line names what the run wrote: `results: PATH/results.json`.
 from pathlib import Path
 
 from nemo_mtbi.commands.cli import hydra_main
+from nemo_mtbi.commands.hydra_commands import train, train_schema
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def schema():
-    from nemo.utils.exp_manager import ExpManagerConfig
-
-    from nemo_mtbi.commands.train import BenchmarkConfig, DataConfig, ModelConfig
-
-    sections = {
-        "data": DataConfig,
-        "model": ModelConfig,
-        "benchmark": BenchmarkConfig,
-        "exp_manager": ExpManagerConfig,
-    }
-    return {"name": str, "init_from_nemo_model": str, **sections}
-
-
-@hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf", schema=schema)
+@hydra_main(config_name="mtbi_demo", config_path=CONF, schema=train_schema)
 def main(cfg):
-    from nemo_mtbi.commands.train import train
-    from nemo_mtbi.parallel.groups import is_global_first
-
-    results = train(cfg)
-    if results is not None and is_global_first():
-        print(f"results: {results}")
+    """Train as the configuration says."""
+    train(cfg)
 
 
 if __name__ == "__main__":

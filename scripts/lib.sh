@@ -3,7 +3,7 @@
 #
 # Environment:
 #   NEMO_MTBI_VENV  folder of the virtual environment (default: REPO/.venv)
-#   PYTHON          interpreter that makes it (default: the first of python3, python3.11 … that is 3.10 to 3.13)
+#   PYTHON          interpreter that makes it (default: the first of python3, python3.11 … that is 3.11.4 to 3.13)
 #   TORCH_SPEC      what to give pip for torch, e.g. "torch==2.13.0 --index-url https://…" (default: constraints.txt)
 #   NEMO_VERSION    another NeMo than the tested one, e.g. 2.7.3; gets a virtual environment of its own
 
@@ -19,14 +19,14 @@ die() {
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.10}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11, 4) <= sys.version_info < (3, 14))' \
             2>/dev/null; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    die "no Python 3.10 to 3.13 with the module venv found: install one (Debian: python3-venv) or set PYTHON to it"
+    die "no Python 3.11.4 to 3.13 with the module venv found: install one (Debian: python3-venv) or set PYTHON to it"
 }
 
 # The virtual environment that NEMO_MTBI_VENV and NEMO_VERSION name.

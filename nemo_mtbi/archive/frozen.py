@@ -27,16 +27,15 @@ from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.encoder import EncoderSection
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.schema import read_section
-from nemo_mtbi.encoders.base import trained_shapes
-from nemo_mtbi.encoders.hf import FILES as ENCODER_FILES
-from nemo_mtbi.encoders.hf import is_hf_encoder
-from nemo_mtbi.encoders.nemo import EncoderShape, SpeechEncoder
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder, trained_shapes
+from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.nemo_tar import WEIGHTS, NemoFile, read_yaml
-from nemo_mtbi.io.tensor_file import misfits
+from nemo_mtbi.io.tensor_file import mismatches
 from nemo_mtbi.llm.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
-from nemo_mtbi.llm.directory import file_digest, files_digest, sampled
+from nemo_mtbi.llm.directory import sampled
 from nemo_mtbi.llm.full_finetune import trained_names
 from nemo_mtbi.llm.layers import HAVE_TE
 from nemo_mtbi.llm.lora import adapter_shapes
@@ -106,7 +105,7 @@ class FrozenParts:
         if self._config.nemo_content != "full" and not self.embedded:
             return
         encoder = self._paths.get("asr")
-        foreign = f"{encoder} is one of Hugging Face" if encoder is not None and encoder.is_dir() else None
+        foreign = f"{encoder} is of another kind" if encoder is not None and not kind_of(encoder).embeds else None
         foreign = "model.encoder.beside is a second one" if self._encoder and self._encoder.beside else foreign
         if foreign:
             raise ValueError(
@@ -177,7 +176,7 @@ class FrozenParts:
                 raise
             raise ValueError(f"{error}. If it has moved, restore with override_config_path={override}") from error
         llm = demo == DEMO_NAMES["llm"]
-        if not (path.is_dir() if llm else path.is_file() or is_hf_encoder(path)):
+        if not (path.is_dir() if llm else kind_of(path).recognizes(path)):
             raise ValueError(f"{key}={reference}: {path} must be a {'directory' if llm else 'file'}")
         return path
 
@@ -202,19 +201,17 @@ class FrozenParts:
         return found
 
     def _digest_of_encoders(self, path: Path) -> str:
-        found = self._digest_of_encoder(path)
+        found = kind_of(path).fingerprint(path)
         if self._encoder is None or self._encoder.beside is None:
             return found
-        return f"sha256:{digest_of([found, self._digest_of_encoder(Path(self._encoder.beside.path))])}"
-
-    def _digest_of_encoder(self, path: Path) -> str:
-        return file_digest(path) if path.is_file() else files_digest(_encoder_files(path))
+        beside = Path(self._encoder.beside.path)
+        return f"sha256:{digest_of([found, kind_of(beside).fingerprint(beside)])}"
 
     def _sampled_files(self) -> dict[str, list[Path]]:
         """Files of each part of which the fingerprint covers samples only."""
         beside = self._encoder.beside if self._encoder else None
         encoders = [self._paths.get("asr"), Path(beside.path) if beside else None]
-        files = [path for folder in encoders if folder and folder.is_dir() for path in _encoder_files(folder)]
+        files = [path for folder in encoders if folder and folder.is_dir() for path in kind_of(folder).files(folder)]
         return {"asr": sampled(files), "llm": self._llm.sampled_files() if self._llm else []}
 
     def _load_llm(self, dtype: torch.dtype) -> TextLLM:
@@ -265,7 +262,7 @@ class FrozenParts:
             raise ValueError(f"{message}: the chat template of the LLM, or the transformers that reads it, is another")
         logging.warning(f"{message}, since model.chat is overridden: expect other answers")
 
-    def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder:
+    def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder | PairedEncoder:
         if "asr" not in self.embedded:
             return load_speech_encoder(self._paths["asr"], dtype, self._encoder)
         return read_encoder(self._archive("asr"), dtype, self._config.encoder)
@@ -301,12 +298,6 @@ class FrozenParts:
         check_trained(expected, found, self._restored.strict, f"what is trained in {self._restored.file.path}")
 
 
-def _encoder_files(folder: Path) -> list[Path]:
-    """All that makes a Hugging Face encoder what it is."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return [folder / name for name in ENCODER_FILES if (folder / name).is_file()] + weights
-
-
 def llm_shapes(architecture: DecoderConfig, config: ModelConfig, inside: bool) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of what is stored of the LLM: adapters, or weights that train.
 
@@ -340,7 +331,7 @@ def check_trained(
     if not strict:
         common = expected.keys() & found.keys()
         expected, found = ({name: shapes[name] for name in common} for shapes in (expected, found))
-    wrong = misfits(expected, found)
+    wrong = mismatches(expected, found)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         keys = {ADAPTERS: "model.lora", ENCODER: "model.encoder.freeze", LLM: "model.llm.freeze"}

@@ -182,12 +182,15 @@ class ChatFormat:
         items = [self._item(part) for part in parts[:first]]
         for number, content in enumerate(contents):
             items += between if number else []
-            items += self._items(content, apart)
+            items += self._items(content, items[-1][0] if items else "", apart)
         items += [self._item(part) for part in parts[second + 1 :]]
         layout: list[int] = []
         behind = ""
         for kind, group in groupby(items, lambda item: item[0]):
             found = [value for _, value in group]
+            if kind == "begin":
+                behind = found[0]
+                continue
             if kind == "text":  # texts beside each other are encoded together, as the LLM's tokenizer saw them
                 found = self._encode_behind("".join(found), "" if apart and behind == "token" else behind)
             layout += found
@@ -195,12 +198,22 @@ class ChatFormat:
         return layout
 
     def _encode_behind(self, text: str, behind: str) -> list[int]:
-        """Token ids of text behind ``speech``, behind a ``token`` or at the beginning."""
-        goes_on = behind == "speech" or (behind == "token" and not getattr(self.tokenizer, "begins_anew", True))
+        """Token ids of text behind ``speech`` or ``text``, behind a ``token`` or at the beginning."""
+        goes_on = behind in ("speech", "text") or (
+            behind == "token" and not getattr(self.tokenizer, "restarts_after_token", True)
+        )
         return self.encode_after(text) if goes_on else self.encode(text)
 
-    def _items(self, content: Content, apart: bool) -> Iterator[tuple[str, Any]]:
-        """The content of a slot: texts, and values of the layout."""
+    def _items(self, content: Content, before: str, apart: bool) -> Iterator[tuple[str, Any]]:
+        """Yield the content of a slot: texts, and values of the layout.
+
+        A text that begins the transcript has the tokens of the transcript's beginning behind frames of silence, too.
+
+        Args:
+            content: of the slot.
+            before: kind of what stands in front of the slot.
+            apart: see :meth:`_layout`.
+        """
         if isinstance(content, str):
             yield "text", content
             return
@@ -209,7 +222,10 @@ class ChatFormat:
         if written and self.encode(text) == list(content):
             yield "text", text
             return
-        yield from (("text" if isinstance(value, str) else "speech", value) for value in content)
+        for index, value in enumerate(content):
+            if index and isinstance(value, str) and isinstance(content[index - 1], int) and value[:1] != " ":
+                yield "begin", before
+            yield "text" if isinstance(value, str) else "speech", value
 
     def _item(self, part: str) -> tuple[str, Any]:
         """A part of the format: a token of the vocabulary, or text."""
@@ -227,11 +243,11 @@ class ChatFormat:
         given = list(ids or ())
         if given and given[-1] in self.end_ids:  # as some servers give them
             given.pop()
-        if not self.spells(given, text):
+        if not self.decodes_to(given, text):
             given = self._encode_behind(text, self._item(self.turn[-1])[0])
         return given if truncated else [*given, self.end_id]
 
-    def spells(self, ids: Sequence[int], text: str) -> bool:
+    def decodes_to(self, ids: Sequence[int], text: str) -> bool:
         """Whether these are tokens of the vocabulary without an end among them, and give this answer."""
         size = getattr(self.tokenizer, "vocab_size", None)
         ends = {*self.end_ids}

@@ -72,7 +72,7 @@ class HFTokenizer:
             )
         # SentencePiece marks the beginning of a text: some of its tokenizers that of each text between control tokens
         name = next((name for name in self._control if len(self.rendered_to_ids(name)) == 1), "")
-        self.begins_anew = self.rendered_to_ids(f"{name}fox")[bool(name) :] == self.text_to_ids("fox")
+        self.restarts_after_token = self.rendered_to_ids(f"{name}fox")[bool(name) :] == self.text_to_ids("fox")
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +99,7 @@ class HFTokenizer:
         """The id of :attr:`end`."""
         return self.tokenizer.eos_token_id
 
-    def swallows(self, token: str) -> tuple[bool, bool]:
+    def strips(self, token: str) -> tuple[bool, bool]:
         """Whether a control token takes white space before it, and behind it, out of a rendered text."""
         found = self.tokenizer.added_tokens_decoder[self._control[token]]
         return found.lstrip, found.rstrip

@@ -89,7 +89,7 @@ def _as_tokenized(parts: Sequence[str], tokenizer: Any, control: Sequence[str]) 
     for index, part in enumerate(found):
         if part not in control or not isinstance(tokenizer, HFTokenizer):
             continue
-        before, behind = tokenizer.swallows(part)
+        before, behind = tokenizer.strips(part)
         if before and index and found[index - 1] not in control:
             found[index - 1] = found[index - 1].rstrip()
         if behind and index + 1 < len(found) and found[index + 1] not in control:

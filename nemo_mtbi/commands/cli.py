@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every script in ``examples/`` shares: its Hydra entry point and a quiet start.
+"""The Hydra entry point of ``mtbi`` and of every script in ``examples/``, with a quiet start.
 
 ``import nemo`` takes about ten seconds, so nothing here loads it before the command line has been understood.
 """
@@ -57,7 +57,7 @@ _NOISY_LOGGERS = {
 
 
 def quiet() -> None:
-    """Hides what NeMo, Megatron, Lightning and numba print when they start; errors and our own output stay.
+    """Hide what NeMo, Megatron, Lightning and numba print when they start; errors and our own output stay.
 
     Call it once before these are imported (their import is what warns) and once after, since NeMo and Lightning set
     the level of their loggers when they are imported. Calling it again changes nothing.
@@ -73,7 +73,7 @@ def quiet() -> None:
 
 
 def wants_quiet() -> bool:
-    """True unless the environment variable ``NEMO_MTBI_VERBOSE`` is set to something else than 0."""
+    """Return whether to hide start-up noise: unless the environment variable NEMO_MTBI_VERBOSE is set and not 0."""
     return os.environ.get(VERBOSE_ENV, "0") in ("", "0")
 
 
@@ -83,23 +83,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return get_args_parser().parse_args(argv)
 
 
-def _only_asks(args: argparse.Namespace) -> bool:
-    """True if the command line asks about the program instead of running it."""
+def _is_query(args: argparse.Namespace) -> bool:
+    """Return whether the command line requests information about the program instead of running it."""
     return bool(args.help or args.hydra_help or args.shell_completion or args.cfg is not None or args.info is not None)
 
 
 def _description(task: Callable[[DictConfig], Any]) -> str:
+    """Return the docstring of the script that defines ``task``."""
     module = sys.modules.get(task.__module__)
     return (getattr(module, "__doc__", None) or task.__doc__ or "").strip()
 
 
-def _answer(task: Callable[[DictConfig], Any], config_path: str, config_name: str, args: argparse.Namespace) -> None:
-    """Lets plain Hydra answer ``--help`` and its like; Hydra exits or returns without running ``task``."""
+def _answer(
+    task: Callable[[DictConfig], Any], config_path: str, config_name: str, args: argparse.Namespace, description: str
+) -> None:
+    """Let plain Hydra answer ``--help`` and its like; Hydra exits or returns without running ``task``."""
     import hydra
 
     if args.help:
         chosen = args.config_name or config_name
-        print(_description(task))
+        print(description)
         print(f"\nEach key is explained in {Path(args.config_path or config_path) / chosen}.yaml\n", flush=True)
     if args.resolve:
         # NeMo registers these two for its configs (replacing what stands there); resolving needs them without NeMo.
@@ -109,9 +112,9 @@ def _answer(task: Callable[[DictConfig], Any], config_path: str, config_name: st
 
 
 def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Ends a run that fails with its message as the last line, where Hydra would put a hint of its own.
+    """Wrap ``task`` so that a failed run ends with its message, where Hydra would print a hint of its own.
 
-    torchrun gets the message too: when all have ended, it prints that of the process that failed first.
+    torchrun gets the message too: when all processes have ended, it prints that of the first that failed.
     """
 
     @functools.wraps(task)
@@ -127,7 +130,7 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
                     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
                     get_error_handler().record_exception(error)
-            text = printable("".join(traceback.format_exception(error)))  # it may name what a manifest holds
+            text = printable("".join(traceback.format_exception(error)))  # it may quote a manifest
             print(text, end="", file=sys.stderr, flush=True)
             # a thread may still be printing its part of the same failure, which would hide the message
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -137,8 +140,8 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
 
 @contextlib.contextmanager
-def _refused_in_one_line() -> Iterator[None]:
-    """Ends the program with the message alone: a command line that makes no sense needs no traceback."""
+def _one_line_errors() -> Iterator[None]:
+    """End the program with the message alone: a mistake on the command line needs no traceback."""
     try:
         yield
     except ValueError as error:
@@ -153,12 +156,12 @@ def _run(
     args: argparse.Namespace,
     schema: Callable[[], Any] | None,
 ) -> None:
-    """Runs ``task`` through NeMo's ``hydra_runner``, which makes no ``outputs/`` folder and stays in this one."""
+    """Run ``task`` through NeMo's ``hydra_runner``, which makes no ``outputs/`` folder and changes no directory."""
     from hydra import version
 
     from nemo_mtbi.config.overrides import keep_text, read_overrides
 
-    with _refused_in_one_line():
+    with _one_line_errors():
         given = read_overrides(args.overrides, args.multirun)
 
     if wants_quiet():
@@ -169,21 +172,42 @@ def _run(
         quiet()
     # hydra_runner leaves the compatibility level open, and Hydra then falls back to that of 1.1 and warns.
     version.setbase(None)
-    with _refused_in_one_line():
+    with _one_line_errors():
         changed = keep_text(given, schema()) if schema else {}
     sys.argv = [changed.get(argument, argument) for argument in sys.argv]  # which hydra_runner reads again
     hydra_runner(config_path=config_path, config_name=config_name)(_reported(task))()
 
 
+def _absolute_config_path(args: argparse.Namespace) -> None:
+    """Make ``--config-path`` absolute: relative to the working directory, else to the folder of the script.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    given = args.config_path
+    if given is None or Path(given).is_absolute() or given.startswith("pkg://"):
+        return
+    places = [Path.cwd() / given, Path(sys.argv[0]).absolute().parent / given]
+    folder = next((place.resolve() for place in places if place.is_dir()), None)
+    if folder is None:
+        raise ValueError(f"--config-path={given} is not a folder: give a path that exists below {Path.cwd()}")
+    args.config_path = str(folder)
+    sys.argv += ["--config-path", str(folder)]  # Hydra and NeMo parse the command line again; the last one counts
+
+
 def hydra_main(
-    config_name: str, config_path: str | os.PathLike[str], schema: Callable[[], Any] | None = None
+    config_name: str,
+    config_path: str | os.PathLike[str],
+    schema: Callable[[], Any] | None = None,
+    description: str | None = None,
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
-    """Decorator for the main function of a script: NeMo's ``hydra_runner``, but questions are answered at once.
+    """Decorate the main function of a script: NeMo's ``hydra_runner``, with queries answered at once.
 
     ``--help``, ``--hydra-help``, ``--cfg``, ``--info`` and ``--shell-completion`` are answered by Hydra alone,
-    before NeMo is imported, and so is a command line that makes no sense. ``--help`` prints the docstring of the
-    script first. For this to be quick the script must import NeMo, torch and the models inside its main function.
-    The decorated function may also be called with a config; it then runs on that and reads no command line.
+    before NeMo is imported, and mistakes on the command line are reported as early. For this to be quick the script
+    must import NeMo, torch and the models inside its main function. A relative ``--config-path`` is looked up in the
+    working directory first. The decorated function may also be called with a config; it then runs on that and reads
+    no command line.
 
     Example::
 
@@ -195,8 +219,9 @@ def hydra_main(
     Args:
         config_name: Name of the default YAML, without ``.yaml``; ``--config-name`` on the command line replaces it.
         config_path: Absolute path of the folder of the YAML files.
-        schema: Gives the dataclass of the configuration, or types by key, when the script runs: where it has text,
-            the command line is not taken for a number (``prompt=1e5``).
+        schema: Returns the dataclass of the configuration, or types by key, when the script runs: where a type is
+            text, the command line is not parsed as a number (``prompt=1e5``).
+        description: Printed first by ``--help``; by default the docstring of the script.
 
     Raises:
         ValueError: ``config_path`` is relative (Hydra would resolve it against a file that the caller can't see).
@@ -211,8 +236,10 @@ def hydra_main(
             if cfg is not None:
                 return task(cfg)
             args = _parse(sys.argv[1:])
-            if _only_asks(args):
-                return _answer(task, str(path), config_name, args)
+            with _one_line_errors():
+                _absolute_config_path(args)
+            if _is_query(args):
+                return _answer(task, str(path), config_name, args, description or _description(task))
             return _run(task, str(path), config_name, args, schema)
 
         return wrapper

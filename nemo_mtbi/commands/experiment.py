@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a training run: held by one run at a time, cleared of what a killed one has left, and gone on from."""
+"""The folder of a training run: locked by one run at a time, cleaned after a kill, and resumed from."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import files
 from nemo_mtbi.parallel.checkpoint.plugin import choose_resume
 
-LOCK = Path(".lock", "run")  # in the folder; NeMo moves the files beside it at each start, but no folders
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # what nemo_mtbi.io.atomic.replacing writes
+LOCK = Path(".lock", "run")  # in the folder; at each start NeMo moves the files beside it, but no folders
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # unfinished files of nemo_mtbi.io.atomic.replacing
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Where a run is, and how to go on with it.
+    """The folder of a run, and how to resume it.
 
     Attributes:
         folder: of its logs and of the ``.nemo``.
-        resumed: the checkpoint that it goes on from, if there is one.
-        go_on: what to type to go on after its end.
+        resumed: the checkpoint that the run resumes, if there is one.
+        go_on: the remedy that says how to resume the run after its end.
     """
 
     folder: Path
@@ -47,10 +47,10 @@ class Experiment:
 
 @contextmanager
 def experiment(trainer: Trainer, manager: DictConfig) -> Iterator[Experiment]:
-    """Hold the folder of a run for it alone, with NeMo's loggers and checkpoints; all processes call it.
+    """Lock the folder of a run, with NeMo's loggers and checkpoints set up; all processes call it.
 
     Args:
-        trainer: gets loggers, callbacks and the checkpoint to go on from.
+        trainer: gets loggers, callbacks and the checkpoint to resume.
         manager: the section ``exp_manager``; gets the version that is chosen.
 
     Raises:
@@ -60,7 +60,7 @@ def experiment(trainer: Trainer, manager: DictConfig) -> Iterator[Experiment]:
     given = set(manager)
     version = manager.get("version") or os.environ.get(NEMO_ENV_VARNAME_VERSION)
     if not manager.get("resume_if_exists") and not manager.get("explicit_log_dir"):
-        # Named here, since NeMo would leave the name in the environment, where the next run of this process finds it.
+        # Named here: NeMo would store the name in the environment, for the next run of this process too.
         version = version or groups.broadcast_object(_new_version(manager), "world")
         with open_dict(manager):
             manager.version = version
@@ -81,7 +81,7 @@ def experiment(trainer: Trainer, manager: DictConfig) -> Iterator[Experiment]:
 
 
 def _hold(held: ExitStack, folder: Path, checkpoints: Path) -> None:
-    """Locks the folders of a run, and removes what a killed one has left there."""
+    """Lock the folders of a run, and remove the unfinished files of a killed one."""
     for path in {folder.absolute(): None, checkpoints.absolute(): None}:
         if path == folder.absolute() or folder.absolute() not in path.parents:
             held.enter_context(exclusive(path, lock=path / LOCK))
@@ -89,18 +89,18 @@ def _hold(held: ExitStack, folder: Path, checkpoints: Path) -> None:
         for path in place.iterdir() if place.is_dir() else ():
             if path.is_file() and _PARTIAL.fullmatch(path.name):
                 path.unlink()
-    for mark in checkpoints.glob("*-unfinished"):  # of NeMo, that it was saving or removing what is not there
+    for mark in checkpoints.glob("*-unfinished"):  # NeMo's mark of a checkpoint that was being saved or removed
         if mark.is_file() and not Path(str(mark).removesuffix("-unfinished")).exists():
             mark.unlink()
 
 
 def _parent(manager: DictConfig) -> Path:
-    """The folder of an experiment, where NeMo puts that of each of its runs."""
+    """Return the folder of an experiment, below which NeMo makes a folder for each run."""
     return Path(manager.get("exp_dir") or "nemo_experiments") / (manager.get("name") or "default")
 
 
 def _new_version(manager: DictConfig) -> str:
-    """The name of a new run's folder, as NeMo would choose it: it may differ between processes."""
+    """Return the name of a new run's folder, as NeMo would choose it: it may differ between processes."""
     if manager.get("use_datetime_version") is False:
         parent = _parent(manager)
         return f"version_{TensorBoardLogger(save_dir=parent.parent, name=parent.name).version}"
@@ -108,7 +108,7 @@ def _new_version(manager: DictConfig) -> str:
 
 
 def _keys(manager: Mapping, version: str | None, given: set[str]) -> str:
-    """Return the keys that a command line needs to go on in the folder of a run."""
+    """Return the overrides that a command line needs to resume the run of a folder."""
     if manager.get("explicit_log_dir"):
         values = {"explicit_log_dir": os.path.abspath(manager["explicit_log_dir"])}
     else:
@@ -126,8 +126,8 @@ def override(key: str, value: str | bool, is_given: bool = True) -> str:
 
     Args:
         key: of the configuration.
-        value: of it; a text is never read as a number or as ``null``.
-        is_given: whether the configuration has the key, so that Hydra knows it.
+        value: of the key; text is never read as a number or as ``null``.
+        is_given: whether the configuration has the key already.
     """
     name = key if is_given else f"++{key}"
     if isinstance(value, bool):

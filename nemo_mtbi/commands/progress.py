@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a run goes: measured, logged, and shown while it trains."""
+"""Throughput and memory of a training run: measured, logged, and shown while it trains."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ HIDDEN = ("val_", "train_step_timing")  # metrics with a line of their own, and 
 
 @dataclass(frozen=True)
 class Report:
-    """What one process counted since its last report.
+    """Counts of one process since its last report.
 
     Attributes:
         steps: batches.
-        seconds: they took, with the wait for data and without validation.
+        seconds: time for them, with the wait for data and without validation.
         speech: seconds of speech in them.
         positions: of the decoder that hold a token or a speech frame.
         padded: rows x longest row of all microbatches.
-        memory: bytes this process has held at most since it started: of its GPU, else of the machine.
+        memory: peak bytes of this process since it started: on its GPU, else in main memory.
         elapsed: seconds since training started, with validation.
         time_left: seconds until a time limit ends the run; infinite without one.
     """
@@ -57,7 +57,7 @@ class Report:
 
 
 class Meter:
-    """Counts of one process. Tensors are summed where they are, and read when a report is due.
+    """Counters of one process. Tensors are summed on their device, and read when a report is due.
 
     Args:
         sample_rate: of the audio, in hertz.
@@ -76,7 +76,7 @@ class Meter:
         self._positions: Any = 0
 
     def add(self, batch: StepBatch) -> None:
-        """Counts a batch."""
+        """Count a batch."""
         self._steps += 1
         self._samples = self._samples + batch.audio_lengths.sum()
         for microbatch in batch.microbatches:
@@ -84,30 +84,30 @@ class Meter:
             self._padded += microbatch.layout.numel()
 
     def skip(self, seconds: float) -> None:
-        """Takes time that was no training out of the next report."""
+        """Exclude time that was not spent on training from the next report."""
         self._last += seconds
 
     def report(self, memory: int, time_left: float = math.inf) -> Report:
-        """What was counted since the last report; counting starts anew."""
+        """Return the counts since the last report; counting starts anew."""
         now = self.clock()
         speech, positions = int(self._samples) / self.sample_rate, int(self._positions)
-        found = Report(
+        report = Report(
             self._steps, now - self._last, speech, positions, self._padded, memory, now - self._begun, time_left
         )
         self._last = now
         self._reset()
-        return found
+        return report
 
 
 def summarize(reports: Sequence[Report], replica: int) -> dict[str, float]:
-    """Figures of the whole run, the same for all who have the same reports.
+    """Return the figures of the whole run, a pure function of the reports.
 
     Args:
         reports: of all processes, for the same steps.
         replica: processes of one model replica, which all count the same batch.
 
     Returns:
-        By name, seconds and GiB; without ``speed/fill_ratio`` if no microbatch was read.
+        Figures by name, in seconds and GiB; without ``speed/fill_ratio`` if no microbatch was read.
     """
     steps, seconds = max(report.steps for report in reports), max(report.seconds for report in reports)
     seconds = max(seconds, 1e-9)
@@ -124,7 +124,7 @@ def summarize(reports: Sequence[Report], replica: int) -> dict[str, float]:
 
 
 def time_to_end(reports: Sequence[Report], done: int, left: int | None) -> float | None:
-    """Seconds until a step limit or a time limit ends the run, whichever is first; ``None`` without either.
+    """Return the seconds until a step limit or a time limit ends the run, whichever is first; ``None`` without either.
 
     Args:
         reports: of all processes.
@@ -139,7 +139,7 @@ def time_to_end(reports: Sequence[Report], done: int, left: int | None) -> float
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process has held at most: of its GPU, else of the machine."""
+    """Return the peak bytes of this process: on its GPU, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -147,7 +147,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def step_limit(trainer: Trainer) -> int | None:
-    """Step at which the run ends; ``None`` if only something else ends it."""
+    """Return the step at which the run ends; ``None`` if steps do not limit it."""
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if (trainer.max_epochs or -1) >= 0 and math.isfinite(trainer.num_training_batches):
         limits.append(trainer.max_epochs * int(trainer.num_training_batches))
@@ -157,7 +157,7 @@ def step_limit(trainer: Trainer) -> int | None:
 class Throughput(Callback):
     """Measures the run and logs :func:`summarize` every ``trainer.log_every_n_steps``, the same on all processes.
 
-    Processes talk to each other when it logs, over the control group, and in no other step.
+    Processes exchange reports over the control group when it logs, and in no other step.
 
     Attributes:
         values: of the last report.
@@ -176,11 +176,13 @@ class Throughput(Callback):
         self._first = self._reported = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting."""
         self._meter = Meter(pl_module.speech_llm.frame_counter.sample_rate, self.clock)
         self._first = self._reported = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        self._meter.add(batch)
+        """Count a batch, and report where a step is to be logged."""
+        self._running.add(batch)
         step = trainer.global_step  # that of the batch before, if this one was left out
         if step % trainer.log_every_n_steps == 0 and step != self._reported:
             self._reported = step
@@ -188,19 +190,28 @@ class Throughput(Callback):
             pl_module.log_dict(self.values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report once more."""
         self._report(trainer, pl_module)  # the rest, and the memory of the last validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop counting time."""
         self._paused = self.clock()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count time again."""
         if self._meter is not None:
             self._meter.skip(self.clock() - self._paused)
+
+    @property
+    def _running(self) -> Meter:
+        if self._meter is None:
+            raise RuntimeError("no training has started: add the callback to a trainer and call fit")
+        return self._meter
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         timers = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]
         time_left = min((seconds for seconds in timers if seconds is not None), default=math.inf)
-        report = self._meter.report(peak_memory(pl_module.device), time_left)
+        report = self._running.report(peak_memory(pl_module.device), time_left)
         self.reports = groups.gather_objects(report)
         if report.steps:
             self.values = summarize(self.reports, groups.layout().model_parallel_size)
@@ -214,14 +225,14 @@ class Throughput(Callback):
 
 
 def duration(seconds: float) -> str:
-    """``m:ss`` or ``h:mm:ss``."""
+    """Return seconds as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def speed_text(values: Mapping[str, float]) -> list[str]:
-    """The figures of :func:`summarize` for people."""
+    """Return the figures of :func:`summarize` as text with units."""
     if not values:
         return []
     parts = [
@@ -235,7 +246,7 @@ def speed_text(values: Mapping[str, float]) -> list[str]:
 
 
 def memory_text(reports: Sequence[Report]) -> list[str]:
-    """Peak memory of the first process, and of the one that holds most."""
+    """Return the peak memory of the first process, and of the process with the largest."""
     if not reports:
         return []
     peaks = [report.memory / GIB for report in reports]
@@ -265,24 +276,28 @@ class RunBar(ProgressBar):
         self._shown = 0
 
     def enable(self) -> None:
+        """Show lines and bar, as Lightning wishes on the first process."""
         self._enabled = True
 
     def disable(self) -> None:
+        """Show nothing, as Lightning wishes on all other processes."""
         self._enabled = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._enabled:
             shown = [printable(part) if isinstance(part, str) else part for part in args]
             self.console.print(*shown, soft_wrap=True, highlight=False, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar in a terminal."""
         if self._enabled and self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
             self._draw(trainer, "training", force=True)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        """Draw the bar, or print a line for each report."""
         if self._live is not None:
             self._draw(trainer, "training")
         elif self.throughput.count > self._shown:
@@ -290,13 +305,16 @@ class RunBar(ProgressBar):
             self.print(self.line(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a validation."""
         self._validating = self.clock()
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        """Draw the bar."""
         if self._live is not None:
             self._draw(trainer, f"validation, batch {batch_idx + 1}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the figures of a validation."""
         if trainer.sanity_checking:
             return
         values = [f"{name} {value:.4g}" for name, value in trainer.callback_metrics.items() if name.startswith("val_")]
@@ -304,21 +322,24 @@ class RunBar(ProgressBar):
         self.print(" · ".join([self._where(trainer), took, *values]))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar, and print the peak memory of all processes."""
         if self._live is not None:
-            self.print(self.line(trainer))  # what the bar said last stays
+            self.print(self.line(trainer))  # the last state of the bar stays
         self._stop()
         if len(self.throughput.reports) > 1:
             peaks = ", ".join(f"{report.memory / GIB:.2f}" for report in self.throughput.reports)
             self.print(f"peak memory in GiB by rank: {peaks}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the bar."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the bar."""
         self._stop()
 
     def line(self, trainer: Trainer) -> str:
-        """The state of the run in one line."""
+        """Return the state of the run in one line."""
         return " · ".join([self._where(trainer), *self._figures(trainer), *self._left()])
 
     def _stop(self) -> None:
@@ -340,8 +361,8 @@ class RunBar(ProgressBar):
         return [] if self.throughput.eta is None else [f"{duration(self.throughput.eta)} left"]
 
     def _draw(self, trainer: Trainer, what: str, force: bool = False) -> None:
-        now = self.clock()
-        if force or now - self._drawn >= REFRESH_SECONDS:
+        now, live = self.clock(), self._live
+        if live is not None and (force or now - self._drawn >= REFRESH_SECONDS):
             self._drawn = now
             bar = Bar(total=step_limit(trainer), completed=trainer.global_step)
             grid = Table.grid(padding=(0, 1), expand=True)
@@ -349,10 +370,10 @@ class RunBar(ProgressBar):
             grid.add_column(ratio=1)
             grid.add_column(no_wrap=True, justify="right")
             grid.add_row(what, bar, " · ".join([self._where(trainer), *self._left()]))
-            self._live.update(Group(grid, Text(" · ".join(self._figures(trainer)), style="dim")), refresh=True)
+            live.update(Group(grid, Text(" · ".join(self._figures(trainer)), style="dim")), refresh=True)
 
 
 def progress_callbacks(bar: bool = True, console: Console | None = None) -> list[Callback]:
-    """What measures a run, and its bar unless ``trainer.enable_progress_bar`` is off."""
+    """Return the callbacks that measure a run, with its bar unless ``trainer.enable_progress_bar`` is off."""
     throughput = Throughput()
     return [throughput, RunBar(throughput, console)] if bar else [throughput]

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Behavior targets for a corpus, from a configuration: what ``examples/mtbi_generate_targets.py`` calls."""
+"""Generates behavior targets for a corpus from a configuration: the library of ``mtbi targets``."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import yaml
 from lhotse import CutSet
@@ -16,8 +17,8 @@ from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, FrozenDtype, RaiseOrSkip, Section
 from nemo_mtbi.config.generation import GenerationConfig
-from nemo_mtbi.config.model import FROZEN_DTYPES
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.data.gate import read_gated
@@ -32,25 +33,27 @@ from nemo_mtbi.parallel.device import pick_device
 from nemo_mtbi.parallel.settings import check_same
 from nemo_mtbi.parallel.stop import Remedies, explained
 from nemo_mtbi.targets.generate import BAD_ENTRY, LEAVE_OUT, generate_targets
-from nemo_mtbi.targets.plan import TargetPlan
+from nemo_mtbi.targets.plan import Split, TargetPlan
 from nemo_mtbi.targets.source import shar_fields, shar_shard_size, whole_and_absolute
 from nemo_mtbi.targets.store import JOINED, SHAR_CONFIG, join_shards, read_targets, seal, written_files
 
 
 @dataclass
-class PlanConfig:
-    """What is asked about each cut; see :class:`nemo_mtbi.targets.plan.TargetPlan`."""
+class PlanConfig(Section):
+    """The tasks and prompts that are drawn for each cut; see :class:`nemo_mtbi.targets.plan.TargetPlan`."""
 
-    tasks_per_cut: int | None = None
+    SECTION: ClassVar[str] = "plan"
+
+    tasks_per_cut: Count | None = None
     always_tasks: list[str] = field(default_factory=list)
-    prompts_per_task: int = 1
-    split: str = "train"
-    wordings: str = "train"
+    prompts_per_task: Count = 1
+    split: Split = "train"
+    wordings: Split = "train"
     seed: int = 0
 
 
 @dataclass
-class GenerateTargetsConfig:
+class GenerateTargetsConfig(Section):
     """Everything that ``conf/mtbi_generate_targets.yaml`` may hold.
 
     Attributes:
@@ -61,13 +64,13 @@ class GenerateTargetsConfig:
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.
         text_field, lang_field: keys of a NeMo manifest.
-        allow_remote, allow_commands: what the source may be read from beside files
+        allow_remote, allow_commands: other sources than files that may be read
             (:class:`~nemo_mtbi.io.sources.SourcePolicy`).
         generation: decoding; a batch, which ``batch_tokens`` bounds, is the unit of resume.
-        plan: what is asked.
+        plan: tasks and prompts of each cut.
         shard_size: cuts in a shard (those of a Shar corpus are kept).
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript, and entries with values of a wrong type.
-        overwrite: replace what was made otherwise.
+        overwrite: replace targets of other settings.
         tensor_model_parallel_size, pipeline_model_parallel_size: processes that share the LLM.
         rank, world_size: this replica of the LLM makes the shards ``rank``, ``rank + world_size``, …; ``null``: the
             replicas that torchrun has started share them.
@@ -77,7 +80,7 @@ class GenerateTargetsConfig:
     output_dir: str = MISSING
     pretrained_llm: str = "demo"
     chat: ChatConfig | None = None
-    frozen_dtype: str = "float32"
+    frozen_dtype: FrozenDtype = "float32"
     tasks: str = "demo"
     cuts_path: Any = None
     manifest_filepath: Any = None
@@ -90,28 +93,28 @@ class GenerateTargetsConfig:
     allow_commands: bool = False
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    shard_size: int = 1000
-    on_missing_text: str = "raise"
+    shard_size: Count = 1000
+    on_missing_text: RaiseOrSkip = "raise"
     overwrite: bool = False
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     rank: int | None = None
     world_size: int | None = None
     cuda: int | None = None
 
     @property
     def layout(self) -> ParallelConfig:
-        """How the LLM is split."""
+        """Return how the LLM is split."""
         return ParallelConfig(self.tensor_model_parallel_size, self.pipeline_model_parallel_size)
 
     def share(self) -> tuple[int, int]:
-        """Rank and number of the replicas that share the shards, once the groups have started.
+        """Return rank and number of the replicas that share the shards; the groups have started.
 
         Raises:
-            ValueError: if both torchrun and the configuration say so.
+            ValueError: if both torchrun and the configuration start several replicas.
         """
         replicas = groups.data_parallel_size()
-        if self.rank is None:
+        if self.rank is None or self.world_size is None:
             return groups.data_parallel_rank(), replicas
         if replicas > 1:
             raise ValueError(
@@ -121,19 +124,17 @@ class GenerateTargetsConfig:
         return self.rank, self.world_size
 
     def target_plan(self) -> TargetPlan:
-        """The plan with the decoding parameters that belong to it."""
+        """Return the plan with its decoding parameters."""
         return TargetPlan(**asdict(self.plan), **asdict(self.generation))
 
 
 def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
-    """Checks the keys of ``conf/mtbi_generate_targets.yaml``.
+    """Check the keys of ``conf/mtbi_generate_targets.yaml``.
 
     Raises:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
     config = read_section(GenerateTargetsConfig, cfg)
-    if config.frozen_dtype not in FROZEN_DTYPES:
-        raise ValueError(f"frozen_dtype is {config.frozen_dtype!r}; it must be {' or '.join(FROZEN_DTYPES)}")
     given = [key for key in LOCATION_KEYS if getattr(config, key) is not None]
     if len(given) != 1:
         raise ValueError(
@@ -164,11 +165,11 @@ def spare_inputs(config: GenerateTargetsConfig) -> None:
     refuse_overwriting(inputs, {"output_dir": [*written_files(folder), folder / SHAR_CONFIG]})
 
 
-# ------------------------------------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------------------------------------------------- source
 
 
 def open_source(config: GenerateTargetsConfig) -> Iterable[Cut]:
-    """The cuts of the source, with absolute paths (they are written to another folder), in the same order each time.
+    """Return the cuts of the source with absolute paths (they are written to another folder), in a fixed order.
 
     Raises:
         ValueError: if the source does not exist, is not allowed or is a stream of audio.
@@ -178,18 +179,18 @@ def open_source(config: GenerateTargetsConfig) -> Iterable[Cut]:
     from nemo_mtbi.register import register
 
     register()
-    source = {key: getattr(config, key) for key in (*LOCATION_KEYS, "text_field", "lang_field")}
-    source = OmegaConf.create({**source, "noise_path": None, "rir_path": None})
+    keys = {key: getattr(config, key) for key in (*LOCATION_KEYS, "text_field", "lang_field")}
+    source = OmegaConf.create({**keys, "noise_path": None, "rir_path": None})
     policy = SourcePolicy(config.allow_remote, config.allow_commands)
     check_source(source, policy)
-    gate = {"policy": policy, "skip": config.on_missing_text == "skip", "remedy": LEAVE_OUT, "restart": True}
+    gated = partial(read_gated, policy=policy, skip=config.on_missing_text == "skip", remedy=LEAVE_OUT, restart=True)
     if config.shar_path is not None:
         files = shar_fields(config.shar_path)["cuts"]
-        return read_gated(lambda: (CutSet.from_files(files, shuffle_iters=False), False), source, **gate)[0]
-    # a fixed seed: a blend is then mixed alike in every run, which resuming builds on
+        return gated(lambda: (CutSet.from_files(files, shuffle_iters=False), False), source)[0]
+    # a fixed seed: a blend is then mixed alike in every run, on which resuming relies
     fixed = {"shuffle": False, "shard_seed": 0, "force_finite": True, "tarred_audio_filepaths": None}
     full = OmegaConf.merge(source, fixed)
-    cuts, is_stream = read_gated(lambda: read_cutset_from_config(full), source, **gate)
+    cuts, is_stream = gated(lambda: read_cutset_from_config(full), source)
     if is_stream:
         raise ValueError(
             "the source is a stream of audio or text (tarred, Shar or text data in input_cfg), but targets are "
@@ -199,20 +200,20 @@ def open_source(config: GenerateTargetsConfig) -> Iterable[Cut]:
     return cuts
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------------------------------------------------ targets
 
 
 @dataclass(frozen=True)
 class TargetsReport:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         folder: of the shards.
-        shards: how many this process made or found finished.
+        shards: number of shards that this process made or that were finished before.
         counts: of ``generate_targets``.
         llm, chat: fingerprints that training compares.
         train_on: the key and value for training; ``None`` while other ranks are at work.
-        waiting: why ``train_on`` is not there.
+        waiting: why ``train_on`` is ``None``.
     """
 
     folder: Path
@@ -224,7 +225,7 @@ class TargetsReport:
     waiting: str | None = None
 
     def render(self, console: Console) -> None:
-        """Prints what was made, left out and reused, and what to train on."""
+        """Print the numbers of targets made, left out and reused, and what to train on."""
         counts, lines = self.counts, []
         lines.append(f"{counts['cuts']} cuts with {counts['rows']} rows in {self.shards} shards in {self.folder}")
         lines.append(f"responses cut by the length limit: {counts['truncated']}")
@@ -234,8 +235,8 @@ class TargetsReport:
             lines.append(f"left out: {counts['skipped_no_text']} cuts without a transcript")
         bad = {key.removeprefix(BAD_ENTRY): counts[key] for key in sorted(counts) if key.startswith(BAD_ENTRY)}
         if bad:
-            found = ", ".join(f"{count} {reason}" for reason, count in bad.items())
-            lines.append(f"left out: {sum(bad.values())} entries that cannot be used ({found})")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+            lines.append(f"left out: {sum(bad.values())} entries that cannot be used ({reasons})")
         if counts["reused_shards"] or counts["reused_batches"]:
             lines.append(f"from a former run: {counts['reused_shards']} shards and {counts['reused_batches']} batches")
         if counts["replaced"]:
@@ -255,21 +256,22 @@ class TargetsReport:
     )
 )
 def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
-    """Makes the targets of a configuration, or what is left of them after a run that was killed.
+    """Generate the targets of a configuration, or the rest of them after a run that was killed.
 
-    Every process of a replica calls it; the first of them reads, writes and returns what was done.
+    Every process of a replica calls it; the first of them reads, writes and returns the report.
 
     Raises:
         ValueError: if the configuration, the source or a cut is not legal.
-        RuntimeError: if ``output_dir`` holds targets made otherwise, and ``overwrite`` is not set, or if another run
-            makes the same share of them there.
+        RuntimeError: if ``output_dir`` holds targets of other settings, and ``overwrite`` is not set, or if another
+            run makes the same share of them there.
         SystemExit: after Ctrl-C or another signal.
     """
     config = parse_generate_config(cfg)
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
     spare_inputs(config)
-    started = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True)
+    # of a mapping it is a dict
+    started = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(cfg), resolve=True))
     groups.initialize(config.layout, check=lambda: check_same(started, ("cuda",)))
     share, source = config.share(), open_source(config)  # before an LLM is loaded
     loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)
@@ -280,7 +282,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
             follow(responder)
             return None
         with Leader(responder) as leader:
-            asked = {
+            inputs = {
                 "pool": pool,
                 "plan": plan,
                 "chat": responder.chat,
@@ -288,23 +290,23 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
                 "respond": lambda layouts: [(answer.ids, answer.truncated) for answer in leader.layouts(layouts)],
                 "batch_rows": batch_rows(responder),
             }
-            return _make(config, source, share, asked, progress)
+            return _make(config, source, share, inputs, progress)
 
 
 def _make(
     config: GenerateTargetsConfig,
     cuts: Iterable[Cut],
     share: tuple[int, int],
-    asked: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     progress: bool,
 ) -> TargetsReport:
-    """The part of a replica's reader.
+    """Generate the share of a replica, on its reader.
 
     Args:
         config: of the run.
         cuts: the source.
         share: rank and number of the replicas that share the shards.
-        asked: what ``generate_targets`` takes of pool, plan, chat format, LLM and answers.
+        inputs: pool, plan, chat format, LLM and answers, as ``generate_targets`` takes them.
         progress: show a bar, on the first replica.
     """
     folder, (rank, world_size), shard_size = Path(config.output_dir).expanduser(), share, config.shard_size
@@ -314,7 +316,7 @@ def _make(
     shards = generate_targets(
         cuts,
         folder,
-        **asked,
+        **inputs,
         shard_size=shard_size,
         on_missing_text=config.on_missing_text,
         overwrite=config.overwrite,
@@ -324,8 +326,8 @@ def _make(
         progress=progress and rank == 0,
         counts=counts,
     )
-    report = dict(folder=folder, shards=len(shards), counts=counts)
-    report |= {"llm": asked["provenance"]["llm"], "chat": asked["chat"].fingerprint()}
+    fingerprints = inputs["provenance"]["llm"], inputs["chat"].fingerprint()
+    report = TargetsReport(folder, len(shards), counts, *fingerprints)
     try:
         read_targets(folder)
     except RuntimeError as error:
@@ -335,11 +337,12 @@ def _make(
         if lost and not _is_complete(folder):  # they may have finished since
             ranks = ", ".join(map(str, lost))
             raise RuntimeError(f"process {ranks} has ended before its targets were made: {error}") from error
-        return TargetsReport(**report, waiting=f"{error}; the last rank says what to train on")
-    return TargetsReport(**report, train_on=publish(folder, config.shar_path))
+        return replace(report, waiting=f"{error}; the last rank says what to train on")
+    return replace(report, train_on=publish(folder, config.shar_path))
 
 
 def _is_complete(folder: Path) -> bool:
+    """Return whether all shards of a folder are finished."""
     try:
         read_targets(folder)
     except RuntimeError:
@@ -348,9 +351,9 @@ def _is_complete(folder: Path) -> bool:
 
 
 def publish(folder: Path, shar_path: Any = None) -> str:
-    """Writes the one file that training is pointed at; returns its key and path as ``key=path``.
+    """Write the one file that training reads, and return its key and path as ``key=path``.
 
-    All ranks may do this; they write the same.
+    Any rank may do this; all write the same bytes.
     """
     folder = folder.absolute()
     if shar_path is None:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run from its configuration to its results: what ``examples/mtbi_train.py`` calls."""
+"""Trains, saves and benchmarks a model from a configuration: the library of ``mtbi train``."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import resource
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Timer
 from nemo.utils.exp_manager import StatelessTimer
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,6 +23,7 @@ from rich.markup import escape
 from nemo_mtbi.commands.experiment import Experiment, experiment
 from nemo_mtbi.commands.progress import progress_callbacks, step_limit
 from nemo_mtbi.commands.run_folder import spare_inputs
+from nemo_mtbi.config.checks import OneOf, suggestion
 from nemo_mtbi.config.model import ModelConfig, parse_model_config
 from nemo_mtbi.config.schema import explain, read_section
 from nemo_mtbi.data.gate import GatedCuts, open_manifest
@@ -40,16 +41,19 @@ from nemo_mtbi.parallel.settings import check_same
 from nemo_mtbi.parallel.stop import Remedies, StopOnSignal, explained
 from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.planning.layout_table import show_start
-from nemo_mtbi.planning.plan import make_plan
+from nemo_mtbi.planning.build import make_plan
 from nemo_mtbi.planning.report import show_plan
 from nemo_mtbi.speech_llm.model import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_text_llm
 from nemo_mtbi.targets.tasks import TaskPool
 
 console = Console(width=max(100, Console().width))  # the tables need 100 columns
-SECTIONS = ("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager")
-SECTIONS += ("plan", "init_from_nemo_model", "init_strict")
-PRECISIONS = {  # Lightning's name: frozen_dtype of the model, or as the model says
+SECTIONS = (
+    *("name", "seed", "data", "model", "benchmark", "trainer", "exp_manager"),
+    *("plan", "init_from_nemo_model", "init_strict"),
+)
+# Lightning's name → model.frozen_dtype; ``None``: as the ``model:`` section says
+PRECISIONS: dict[str | int, str | None] = {
     "32-true": None,
     "32": None,
     32: None,
@@ -62,7 +66,7 @@ REQUIRED = ("name", "seed", "model", "model.train_ds", "model.validation_ds", "m
 
 @dataclass
 class BenchmarkConfig:
-    """What is asked at the end of a run.
+    """The benchmark at the end of a run.
 
     Attributes:
         enabled: ``false`` if ``examples/mtbi_eval.py`` is to judge the model later.
@@ -77,25 +81,48 @@ class BenchmarkConfig:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class RunConfig:
+    """The checked sections of a configuration.
+
+    Attributes:
+        model: section ``model``, with the ``frozen_dtype`` of ``trainer.precision``.
+        data: section ``data``; ``None``: the user brings cuts.
+        benchmark: section ``benchmark``.
+    """
+
+    model: ModelConfig
+    data: DataConfig | None
+    benchmark: BenchmarkConfig
+
+
 class Stopwatch(Callback):
-    """Times the fit, without what comes before and after."""
+    """Times the fit, without what comes before and after.
 
-    def __init__(self):
-        self.seconds, self._start = 0.0, None
+    Attributes:
+        seconds: of the last fit.
+    """
 
-    def on_train_start(self, trainer, module):
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
         self._start = time.monotonic()
 
-    def on_train_end(self, trainer, module):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
         if self._start is not None:
             self.seconds, self._start = time.monotonic() - self._start, None
 
-    def teardown(self, trainer, module, stage):
-        self.on_train_end(trainer, module)  # NeMo's time limit ends a fit without another hook
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop the clock where NeMo's time limit has ended the fit without another hook."""
+        self.on_train_end(trainer, pl_module)
 
 
 def train(cfg: DictConfig) -> Path | None:
-    """Prepares the data, trains the connector, saves the ``.nemo``, runs the benchmark and writes ``results.json``.
+    """Prepare the data, train the connector, save the ``.nemo``, run the benchmark and write ``results.json``.
 
     Every process of a run calls it.
 
@@ -114,54 +141,51 @@ def train(cfg: DictConfig) -> Path | None:
             raise SystemExit(1)
         return None
     with explained() as remedies:
-        return _train(cfg, remedies, *_check(cfg))
+        return _train(cfg, _check(cfg), remedies)
 
 
-def _train(
-    cfg: DictConfig, remedies: Remedies, model_config: ModelConfig, data: DataConfig | None, benchmark: BenchmarkConfig
-) -> Path | None:
-    """Starts the processes of a run, takes its folder, and does it there."""
-    spare_inputs(OmegaConf.to_container(cfg))
-    pool, watch = load_pool(benchmark.tasks), Stopwatch()
+def _train(cfg: DictConfig, config: RunConfig, remedies: Remedies) -> Path | None:
+    """Start the processes of a run, lock its folder, and run there."""
+    spare_inputs(_plain(cfg))
+    pool, watch = load_pool(config.benchmark.tasks), Stopwatch()
     stop = StopOnSignal(lambda: trainer.lightning_module.agreed_to_stop)
     bar = cfg.trainer.get("enable_progress_bar") is not False
-    trainer = make_trainer(cfg, model_config, [watch, stop, *progress_callbacks(bar, console)])
-    if data:
-        cache = os.path.expanduser(data.cache_dir)
+    trainer = make_trainer(cfg, config.model, [watch, stop, *progress_callbacks(bar, console)])
+    if config.data:
+        cache = os.path.expanduser(config.data.cache_dir)
         remedies.places[cache] = "data.cache_dir, or the environment variable NEMO_MTBI_CACHE"
-    if model_config.encoder_cache:
-        remedies.places[model_config.encoder_cache] = "model.encoder_cache"
+    if config.model.encoder_cache:
+        remedies.places[config.model.encoder_cache] = "model.encoder_cache"
     with experiment(trainer, cfg.exp_manager) as run:
         remedies.places[str(run.folder)] = "exp_manager.exp_dir"
         remedies.go_on = f"To go on from the last checkpoint, {run.go_on}"
         if run.resumed is not None:
             _say("resuming", f"from {run.resumed}")
-        return _run(cfg, model_config, data, benchmark, pool, trainer, run, watch, stop)
+        return _run(cfg, config, pool, trainer, run, watch, stop)
 
 
 def _run(
     cfg: DictConfig,
-    model_config: ModelConfig,
-    data: DataConfig | None,
-    benchmark: BenchmarkConfig,
+    config: RunConfig,
     pool: TaskPool,
     trainer: Trainer,
     run: Experiment,
     watch: Stopwatch,
     stop: StopOnSignal,
 ) -> Path | None:
-    """Everything from the data to the results of a run whose processes have started."""
-    started = time.monotonic()
-    if data:
+    """Do everything from the data to the results; the processes have started."""
+    started, benchmark, test = time.monotonic(), config.benchmark, config.benchmark.cuts
+    if config.data:
         _say("data", "corpora, encoder and the text LLM's answers (cached)")
-        prepared = prepare(data, asdict(model_config))
-        pool, benchmark.cuts = asked_of(benchmark, pool, prepared)
-        with open_dict(cfg):
+        prepared = prepare(config.data, config.model)
+        pool, test = benchmark_source(benchmark, pool, prepared)
+        with open_dict(cfg):  # the model is built from this section, and stores it
             cfg.model.pretrained_asr = prepared.pretrained_asr
             cfg.model.train_ds.cuts_path = str(prepared.train)
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
-    if benchmark.enabled and benchmark.cuts:
-        _benchmark_cuts(benchmark)  # what can't be read is found now, and not after the training
+    wanted = test if benchmark.enabled and test else None
+    if wanted:
+        _benchmark_cuts(wanted)  # refuse what can't be read now, and not after the training
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
@@ -169,7 +193,7 @@ def _run(
     model.wants_to_stop = lambda: stop.requested is not None
     _say("training", _sizes(model))
     if groups.layout().model_parallel_size * groups.data_parallel_size() > 1:
-        show_start(model.speech_llm, console, cfg.model.train_ds.get("batch_tokens"), model_config.micro_batch_tokens)
+        show_start(model.speech_llm, console, cfg.model.train_ds.get("batch_tokens"), config.model.micro_batch_tokens)
     trainer.fit(model, ckpt_path=trainer.ckpt_path)
     early = _early_end(trainer, stop, run)
     if stop.stopped:
@@ -179,9 +203,9 @@ def _run(
         _say("time is over", early)
     nemo = written = run.folder / f"{cfg.name}.nemo"
     model.save_to(str(nemo))
-    if benchmark.enabled and benchmark.cuts:
+    if wanted:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        cuts = _benchmark_cuts(benchmark)
+        cuts = _benchmark_cuts(wanted)
         answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
         figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
         written = run.folder / "results.json"
@@ -216,26 +240,28 @@ def _early_end(trainer: Trainer, stop: StopOnSignal, run: Experiment) -> str:
     return f"{cause} {where}; to go on, {run.go_on}{longer}; checkpoint: {saved}"
 
 
-def asked_of(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepared) -> tuple[TaskPool, str]:
+def benchmark_source(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepared) -> tuple[TaskPool, str]:
     """Return the task pool and the cuts of the benchmark: the user's own, else those of the ``data:`` section."""
     return (prepared.pool, str(prepared.test)) if benchmark.cuts is None else (pool, benchmark.cuts)
 
 
 def _reader(model: MTBIModel) -> Responder | None:
-    """The LLM as it was, where training has changed it itself; it takes the memory of a second one."""
+    """Return the LLM before training where its own weights were trained, else ``None``; it is loaded a second time."""
     if not model.speech_llm.decoder.trains:
         return None
     config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
-    found = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)
-    return Responder(LayoutDecoder(found.chunks).to(model.device), found.chat, config.generation)
+    llm = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)
+    return Responder(LayoutDecoder(llm.chunks).to(model.device), llm.chat, config.generation)
 
 
 def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]) -> Trainer:
-    """Lightning's trainer with our strategy, whose processes and groups have started."""
-    precision = cfg.trainer.get("precision", "32-true")
-    if PRECISIONS[precision] is not None:
-        with open_dict(cfg):
-            cfg.model.frozen_dtype = PRECISIONS[precision]
+    """Return Lightning's trainer with our strategy, whose processes and groups have started.
+
+    Args:
+        cfg: the whole configuration; its precision is that of the model, and not Lightning's.
+        config: its section ``model``.
+        callbacks: of the trainer.
+    """
     settings = {key: value for key, value in cfg.trainer.items() if key not in ("precision", "strategy")}
     checkpoints = ShardedCheckpointIO(
         lambda: trainer.lightning_module.state_dict(keep_vars=True),
@@ -243,7 +269,7 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
         cfg.seed,
         llm=lambda: trainer.lightning_module.llm_optimizer,
     )
-    started = OmegaConf.to_container(cfg)
+    started = _plain(cfg)
     strategy = MTBIStrategy(config.layout, config.dist_timeout, lambda: check_same(started), checkpoint_io=checkpoints)
     trainer = Trainer(**settings, precision="32-true", strategy=strategy, callbacks=callbacks)
     seed_everything(cfg.seed, verbose=False)
@@ -251,8 +277,17 @@ def make_trainer(cfg: DictConfig, config: ModelConfig, callbacks: list[Callback]
     return trainer
 
 
-def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkConfig]:
-    """Checks the sections and resolves their interpolations, in place."""
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries and lists."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg))  # of a DictConfig it is a dict
+
+
+def _check(cfg: DictConfig) -> RunConfig:
+    """Check the sections; resolve interpolations and set ``model.frozen_dtype`` in place.
+
+    Raises:
+        ValueError: for a key that is unknown, missing or contradictory.
+    """
     _check_keys(cfg, SECTIONS, "section ")
     _check_keys(cfg.get("trainer") or {}, inspect.signature(Trainer).parameters, "key trainer.")
     for name in REQUIRED:
@@ -263,22 +298,28 @@ def _check(cfg: DictConfig) -> tuple[ModelConfig, DataConfig | None, BenchmarkCo
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, "config")) from error
     precision = cfg.trainer.get("precision", "32-true")
-    if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {precision!r}; it must be one of {', '.join(map(str, PRECISIONS))}")
+    OneOf(*dict.fromkeys(map(str, PRECISIONS))).check("trainer.precision", str(precision))
     if cfg.trainer.get("strategy") is not None:
         raise ValueError(
             "trainer.strategy must not be set: ours follows from model.tensor_model_parallel_size and its like"
         )
     _check_processes(cfg.trainer)
     benchmark = read_section(BenchmarkConfig, cfg.get("benchmark"), "benchmark")
+    if PRECISIONS[precision] is not None:
+        with open_dict(cfg):
+            cfg.model.frozen_dtype = PRECISIONS[precision]
     model = parse_model_config(cfg.model)
     for name in ("train_ds", "validation_ds"):
         check_config(cfg.model[name], cfg.model[name].get("sample_rate") or 16000)  # the model checks the rate
-    return model, parse_data_config(cfg.data) if cfg.get("data") else None, benchmark
+    return RunConfig(model, parse_data_config(cfg.data) if cfg.get("data") else None, benchmark)
 
 
 def _check_processes(trainer: Mapping) -> None:
-    """Compares ``trainer.devices`` with what torchrun has started; Lightning would say it in terms of its own."""
+    """Compare ``trainer.devices`` with what torchrun has started; Lightning's own message names other keys.
+
+    Raises:
+        ValueError: if they differ.
+    """
     started, devices = os.environ.get("LOCAL_WORLD_SIZE"), trainer.get("devices", "auto")
     if started is not None and isinstance(devices, int) and devices > 0 and devices != int(started):
         raise ValueError(
@@ -290,22 +331,20 @@ def _check_processes(trainer: Mapping) -> None:
 def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"unknown {what}{key}: {hint}")
+            raise ValueError(f"unknown {what}{key}: {suggestion(key, known)}")
 
 
-def _benchmark_cuts(benchmark: BenchmarkConfig) -> GatedCuts:
-    return open_manifest(benchmark.cuts, FILES, remedy="leave the cut out", key="benchmark.cuts")
+def _benchmark_cuts(path: str) -> GatedCuts:
+    return open_manifest(path, FILES, remedy="leave the cut out", key="benchmark.cuts")
 
 
 def _report(answers: list[Answer], path: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> None:
-    """Prints the tables, writes ``results.json``, and puts figures and examples on TensorBoard."""
+    """Print the tables, write ``results.json``, and put figures and examples on TensorBoard."""
     summary = summarize(answers)
     render(summary, answers, console)
     write_results(path, summary=summary, seed=seed, train=train, nemo_path=str(nemo))
     board = getattr(trainer.logger, "experiment", None)
-    if hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
+    if board is not None and hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
         board.add_text("examples", examples_markdown(answers), trainer.global_step)
         for group, figures in summary["behavior"].items():
             if figures["n"]:
@@ -314,7 +353,7 @@ def _report(answers: list[Answer], path: Path, trainer: Trainer, *, seed: int, t
 
 
 def peak_rss_gib() -> float:
-    """Most memory this process has held, in GiB."""
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

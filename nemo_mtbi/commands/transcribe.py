@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about audio files, answered into a JSONL file: the library behind ``examples/mtbi_transcribe.py``."""
+"""Answers prompts about audio files into a JSONL file: the library of ``mtbi transcribe``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 from lhotse.cut import Cut
@@ -37,8 +38,10 @@ from nemo_mtbi.inference.audio import open_audio
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.display import printable
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.io.paths import is_file
+from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.metrics.corpus import wer
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.agreement import agreed
@@ -60,16 +63,16 @@ SCORED_PROMPTS = 5  # word error rates are printed for so many
 
 @dataclass
 class Transcription:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         output: the JSONL.
         answers: lines written.
-        audios: audios that were answered about.
+        audios: audios with answers.
         skipped: audios left out, by reason.
         first: the first lines of the output.
         resumed: lines that an interrupted run had written.
-        left_out: files of a folder that were not asked about, by what they are.
+        left_out: number of files of a folder that were not used, by kind.
         texts: for each prompt the transcripts of the manifest (``text``) and the answers beside them.
     """
 
@@ -100,12 +103,12 @@ class Transcription:
             for line in self.first:
                 table.add_row(*(escape(printable(line[key])) for key in ("audio_filepath", "prompt", "pred_text")))
             console.print(table)
-        said = f"{self.answers} answers about {self.audios} audios"
-        said += f", {self.resumed} of the answers from an interrupted run" if self.resumed else ""
-        console.print(said, highlight=False)
+        counts = f"{self.answers} answers about {self.audios} audios"
+        counts += f", {self.resumed} of the answers from an interrupted run" if self.resumed else ""
+        console.print(counts, highlight=False)
         for prompt, (references, answers) in list(self.texts.items())[:SCORED_PROMPTS]:
-            asked = f"prompt {printable(prompt)[:60]!r}" if prompt else "the empty prompt"
-            rate = f"WER against `text`: {wer(references, answers):.2%} ({len(references)} lines, {asked})"
+            label = f"prompt {printable(prompt)[:60]!r}" if prompt else "the empty prompt"
+            rate = f"WER against `text`: {wer(references, answers):.2%} ({len(references)} lines, {label})"
             console.print(rate, highlight=False, markup=False)
         if self.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
@@ -127,28 +130,27 @@ def transcribe(
     progress: bool = True,
     model: str = "",
 ) -> Transcription:
-    """Ask every prompt about its audio and write a line ``{audio_filepath, prompt, pred_text, …}`` for each.
+    """Answer every prompt about its audio and write a line ``{audio_filepath, prompt, pred_text, …}`` for each.
 
-    The file appears under its name when it is complete. What a run that was interrupted has left beside it is gone on
-    from: see :mod:`nemo_mtbi.commands.transcribe_resume`. Under tensor or pipeline parallelism all processes of the
-    replica call it alike, and the first one writes.
+    The file appears under its name when it is complete. The run resumes from the files that an interrupted one has
+    left beside it: see :mod:`nemo_mtbi.commands.transcribe_resume`. Under tensor or pipeline parallelism all processes
+    of the replica call it alike, and the first one writes.
 
     Args:
         responder: the model.
-        utterances: what is asked, see :func:`read_utterances`.
+        utterances: inputs, see :func:`read_utterances`.
         output: JSONL.
         batch_size: audios that are loaded and encoded at once.
         on_bad_audio: ``raise`` or ``skip``.
         show: lines that are kept in ``Transcription.first``.
-        progress: show a bar.
-        model: names the frozen parts, whose answers of an earlier run are gone on from; the rest of the model is told
-            by its connector.
+        progress: show a bar, or a line every 30 seconds where the console is not a terminal.
+        model: identifies the frozen parts. An interrupted run is resumed if these and the connector are the same.
 
     Raises:
         BadAudioError: a ``ValueError`` that names the file, if audio is unreadable, empty, not finite, silent, too
             short or longer than the LLM takes, under ``on_bad_audio: raise``.
-        ValueError: if a prompt leaves no room for speech, the interrupted run had another model or other questions, or
-            several replicas of the model are asked.
+        ValueError: if a prompt leaves no room for speech, the interrupted run had another model or other prompts, or
+            several replicas of the model have started.
         RuntimeError: if another run writes the same output.
     """
     if groups.data_parallel_size() > 1:
@@ -164,9 +166,11 @@ def transcribe(
         done = agreed(lambda: _start(work, held) if writes else None)
         done = groups.broadcast_object(done)
         held.enter_context(_explained(work, result))
-        _go_on(done, result, on_bad_audio, show)
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        bar = held.enter_context(Progress(*columns, disable=not (progress and writes)))
+        _count_done(done, result, on_bad_audio, show)
+        columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console()
+        shown = progress and writes
+        bar = held.enter_context(Progress(*columns, console=console, disable=not shown))
+        held.enter_context(Heartbeat(lambda: bar_text(bar), console, shown))
         total = sum(len(utterance.prompts) for utterance in utterances)
         task = bar.add_task("answers", total=total, completed=result.resumed)
         for batch in _batches(utterances[done.utterances :], batch_size):
@@ -179,7 +183,7 @@ def transcribe(
 
 
 def _start(work: Unfinished, held: ExitStack) -> Done:
-    """Take the output for this run, and find what a former one has left."""
+    """Lock the output for this run, and return the finished part of a former one."""
     held.enter_context(exclusive(work.output, "output_filename"))
     done = work.read()
     work.begin(done)
@@ -187,13 +191,13 @@ def _start(work: Unfinished, held: ExitStack) -> Done:
     return done
 
 
-def _go_on(done: Done, result: Transcription, on_bad_audio: str, show: int) -> None:
-    """Count what a former run has done."""
+def _count_done(done: Done, result: Transcription, on_bad_audio: str, show: int) -> None:
+    """Count the answers and the skipped audios of a former run."""
     for utterance, reason in done.skipped:
         if on_bad_audio == "raise":
             raise BadAudioError(
                 reason,
-                f"{utterance.path}: the run that this one goes on from has left it out ({reason}); on_bad_audio=skip "
+                f"{utterance.path}: the interrupted run has left it out ({reason}); on_bad_audio=skip "
                 "leaves it out again",
             )
         result.skipped[reason] += 1
@@ -204,7 +208,7 @@ def _go_on(done: Done, result: Transcription, on_bad_audio: str, show: int) -> N
 
 @contextmanager
 def _explained(work: Unfinished, result: Transcription) -> Iterator[None]:
-    """Say where the answers are if the run ends before the last of them, by a signal too."""
+    """Print where the answers are kept if the run ends before the last of them, also by a signal."""
     # a process that waits for another one could not act on the signal, and must end by it
     alone = threading.current_thread() is threading.main_thread() and groups.layout().model_parallel_size == 1
     before = signal.signal(signal.SIGTERM, _end) if alone else None
@@ -226,7 +230,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def _identity(responder: Responder, model: str) -> str:
-    """Hash of who answers, and how: what is trained in every model, the chat format and the length of answers."""
+    """Return a hash of the model and its settings: connector, chat format and limits of generation."""
     digest = hashlib.sha256()
     connector = getattr(responder.model, "connector", None)  # on the first stage, whose process writes
     for name, value in sorted(connector.state_dict().items()) if connector is not None else ():
@@ -250,7 +254,7 @@ def _answer(
     show: int,
     progress: Callable[[int], None],
 ) -> None:
-    """Ask about one batch and store its lines."""
+    """Answer the prompts of one batch and store the lines."""
     requests = [(prompt, index) for index, (utterance, _) in enumerate(loaded) for prompt in utterance.prompts]
     if not requests:
         return
@@ -265,10 +269,11 @@ def _answer(
 def _load(
     batch: Sequence[Utterance], room: _Room, on_bad_audio: str, skipped: Counter, work: Unfinished
 ) -> Iterator[tuple[Utterance, Tensor]]:
+    """Yield the utterances of a batch with their samples; bad audio raises, or is counted and recorded."""
     for utterance in batch:
         try:
             cut = _open(utterance)
-            room.check(utterance, cut.duration)  # by the header: hours of audio are not read to be refused
+            room.check(utterance, cut.duration)  # by the header, before hours of audio are read
             yield utterance, load_samples(cut, room.frames)
         except BadAudioError as error:
             if on_bad_audio == "raise":
@@ -280,7 +285,7 @@ def _load(
 
 
 def _open(utterance: Utterance) -> Cut:
-    """The cut of an utterance; only the header is read."""
+    """Return the cut of an utterance; only the header is read."""
     if utterance.problem is not None:
         raise BadAudioError("bad_line", utterance.problem)
     if not is_file(utterance.path):
@@ -290,16 +295,17 @@ def _open(utterance: Utterance) -> Cut:
         if utterance.offset is not None:
             cut = cut.truncate(offset=utterance.offset, duration=utterance.duration)
     except LOADING_ERRORS as error:
-        why = " ".join(str(error).splitlines()[:2])  # Lhotse goes on with every library it tried
+        why = " ".join(str(error).splitlines()[:2])  # then Lhotse lists every library that it tried
         raise BadAudioError("unreadable", f"it can't be read as audio: {why}") from error
     return cut
 
 
 class _Room:
-    """How much speech the LLM takes beside each prompt."""
+    """The number of speech frames that the LLM's context has left beside each prompt."""
 
     def __init__(self, responder: Responder, utterances: Iterable[Utterance]):
-        self.frames = responder.model.frame_counter
+        # nn.Module hides the types of its attributes
+        self.frames = cast(FrameCounter, responder.model.frame_counter)
         limit = responder.model.decoder.max_sequence_length - responder.config.max_new_tokens
         prompts = {prompt for utterance in utterances for prompt in utterance.prompts}
         self._room = {prompt: limit + 1 - len(responder.chat.prompt(prompt, [-1])) for prompt in prompts}
@@ -308,6 +314,7 @@ class _Room:
                 raise ValueError(f"the prompt {prompt[:60]!r} is {1 - room} tokens too long for the LLM: shorten it")
 
     def check(self, utterance: Utterance, seconds: float) -> None:
+        """Raise :class:`BadAudioError` if audio of so many seconds does not fit beside the utterance's prompts."""
         room = min(self._room[prompt] for prompt in utterance.prompts)
         if self.frames(round(seconds * self.frames.sample_rate)) > room:
             raise BadAudioError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions of a transcription: its configuration, folders, manifests and files of prompts."""
+"""Inputs of a transcription: its configuration, folders of audio, manifests and files of prompts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nemo_mtbi.config.checks import Count, RaiseOrSkip, Section
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.io.paths import is_file, refuse_overwriting, user_path
 from nemo_mtbi.io.text import is_writable_text, read_json_lines, read_lines
@@ -22,19 +23,19 @@ LONGEST = 1e12  # seconds; no number of a manifest beyond it is a time
 
 
 @dataclass
-class TranscribeConfig:
+class TranscribeConfig(Section):
     """Everything that ``conf/mtbi_transcribe.yaml`` may hold; the names are those of NeMo's ``transcribe_speech.py``.
 
     Attributes:
         model_path: ``.nemo`` of an MTBI model.
         audio: files. One of ``audio``, ``audio_dir`` and ``dataset_manifest`` must be set.
-        audio_dir: folder; all its files of ``audio_type``, in sub-folders and linked folders too, are asked about.
+        audio_dir: folder; all its files of ``audio_type``, in sub-folders and linked folders too, are taken.
             Hidden files are left out.
         dataset_manifest: NeMo manifest (``audio_filepath``, and if wished ``offset`` with ``duration`` in seconds, and
             ``prompt``); its other keys are kept.
         audio_type: ending of the files of ``audio_dir``, in lower or upper case.
-        prompt: what is asked about every audio; the empty prompt is legal.
-        prompts_file: several prompts, one a line (blank lines are left out); each is asked about every audio.
+        prompt: for every audio; the empty prompt is legal.
+        prompts_file: several prompts, one a line (blank lines are left out), each for every audio.
         output_filename: JSONL; ``null``: named after the source and the model.
         overwrite_transcripts: ``false``: if the output is there already, nothing is done.
         batch_size: audios that are loaded and encoded at once.
@@ -53,10 +54,10 @@ class TranscribeConfig:
     prompts_file: str | None = None
     output_filename: str | None = None
     overwrite_transcripts: bool = True
-    batch_size: int = 32
-    on_bad_audio: str = "raise"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    batch_size: Count = 32
+    on_bad_audio: RaiseOrSkip = "raise"
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     cuda: int | None = None
     show: int = 5
 
@@ -68,32 +69,28 @@ def parse_transcribe_config(cfg: Mapping) -> TranscribeConfig:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
     if isinstance(cfg.get("audio"), str):
-        cfg = OmegaConf.merge(OmegaConf.create(cfg), {"audio": [cfg["audio"]]})
+        cfg = cast(DictConfig, OmegaConf.merge(cfg, {"audio": [cfg["audio"]]}))  # of two mappings it is one
     config = read_section(TranscribeConfig, cfg)
     given = [name for name in SOURCES if getattr(config, name) is not None]
     if len(given) != 1:
         raise ValueError(f"set exactly one of {', '.join(SOURCES)}; set are: {', '.join(given) or 'none'}")
     if config.prompt is not None and config.prompts_file is not None:
         raise ValueError("prompt and prompts_file are both set: keep one (the file may hold the prompt, too)")
-    if config.on_bad_audio not in ("raise", "skip"):
-        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or skip")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be at least 1")
     return config
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One audio and what is asked about it.
+    """One audio with its prompts.
 
     Attributes:
-        name: its path as the source gives it; stands in the output.
-        path: where it is read.
-        prompts: questions.
+        name: its path as the source gives it; written to the output.
+        path: the file that is read.
+        prompts: each gets an answer.
         offset: start in the file, in seconds; ``None``: the whole file, whatever ``duration`` says.
         duration: in seconds; ``None``: to the end.
         extra: the other keys of its manifest line.
-        problem: why it can't be asked about, found while the manifest was read; ``None``: nothing.
+        problem: why its line of the manifest can't be used; ``None``: it can.
     """
 
     name: str
@@ -106,16 +103,16 @@ class Utterance:
 
     def line(self, prompt: str, answer: str | None = None) -> dict[str, Any]:
         """Return the line of the output for one prompt; without an answer, all of it but the answer."""
-        found = {**self.extra, "audio_filepath": self.name, "prompt": prompt}
-        found.pop("pred_text", None) if answer is None else found.update(pred_text=answer)
-        return found
+        line = {**self.extra, "audio_filepath": self.name, "prompt": prompt}
+        line.pop("pred_text", None) if answer is None else line.update(pred_text=answer)
+        return line
 
 
 class Questions(list[Utterance]):
     """Utterances in the order of the output.
 
     Attributes:
-        left_out: files of a folder that are not asked about, by what they are.
+        left_out: number of files of a folder that are not used, by kind.
     """
 
     def __init__(self, utterances: Iterable[Utterance], left_out: Mapping[str, int] | None = None):
@@ -124,22 +121,22 @@ class Questions(list[Utterance]):
 
 
 def read_utterances(config: TranscribeConfig) -> Questions:
-    """Return what the configuration asks about which audio, in the order of the output. No audio is opened.
+    """Return the audios of a configuration with their prompts, in the order of the output. No audio is opened.
 
     Raises:
         ValueError: if there is no audio or no prompt, or a file of prompts or a line of the manifest is not legal.
     """
     prompts = _prompts(config)
     if config.dataset_manifest is not None:
-        return Questions(_read_manifest(config, prompts))
+        return Questions(_read_manifest(config.dataset_manifest, config.on_bad_audio, prompts))
     if prompts is None:
         raise ValueError("nothing is asked: set prompt='...' or prompts_file (one prompt a line)")
     if config.audio_dir is not None:
         names, left_out = list_audio(_existing(config.audio_dir, "audio_dir"), config.audio_type)
+    elif config.audio:
+        names, left_out = config.audio, Counter()
     else:
-        names, left_out = config.audio, {}
-        if not names:
-            raise ValueError("audio is an empty list: name at least one file")
+        raise ValueError("audio is an empty list: name at least one file")
     return Questions((Utterance(name, user_path(name), prompts) for name in names), left_out)
 
 
@@ -166,16 +163,16 @@ def _prompts(config: TranscribeConfig) -> tuple[str, ...] | None:
 
 
 def list_audio(folder: Path, audio_type: str) -> tuple[list[str], Counter]:
-    """Return the audio files in a folder, its sub-folders and linked folders, in order, and what is left out.
+    """Return the sorted audio files in a folder, its sub-folders and linked folders, and what is left out.
 
-    Each folder is gone through once, however many links lead to it.
+    Each folder is visited once, however many links lead to it.
 
     Args:
-        folder: where to look.
-        audio_type: ending, with or without its dot; upper and lower case are one.
+        folder: the root.
+        audio_type: file name extension, with or without its dot, in any case.
 
     Returns:
-        Paths, and files of other types and hidden ones by what they are.
+        Paths, and the number of hidden files and files of other types, by kind.
 
     Raises:
         ValueError: if there is no such audio, or a folder can't be read.
@@ -183,26 +180,26 @@ def list_audio(folder: Path, audio_type: str) -> tuple[list[str], Counter]:
     if not folder.is_dir():
         raise ValueError(f"audio_dir={folder} is a file: name a folder, or the file with audio=[...]")
     ending = audio_type.lower().lstrip(".")
-    found: list[str] = []
+    paths: list[str] = []
     left_out: Counter = Counter()
     for parent, folders, files in _folders(folder):
         named = sum(fnmatch.fnmatchcase(name.lower(), f"*.{ending}") for name in folders)
-        left_out += Counter({f"folders named *.{ending}": named})  # their content is asked about
+        left_out += Counter({f"folders named *.{ending}": named})  # their content is used
         for name in files:
             if name.startswith("."):
                 left_out["hidden"] += 1
             elif fnmatch.fnmatchcase(name.lower(), f"*.{ending}"):
-                found.append(os.path.join(parent, name))
+                paths.append(os.path.join(parent, name))
             else:
                 left_out[os.path.splitext(name)[1].lower() or "without an ending"] += 1
-    if not found:
+    if not paths:
         there = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(5)) or "nothing"
         raise ValueError(f"audio_dir={folder} holds no *.{ending} ({there}): set audio_type or another folder")
-    return sorted(found), left_out
+    return sorted(paths), left_out
 
 
 def _folders(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Each folder below ``root`` with the names in it; behind them those that links lead to, none twice."""
+    """Yield each folder below ``root`` with the names in it, then the targets of links; no folder twice."""
     waiting, seen = [str(root)], set()
     while waiting:
         for parent, folders, files in os.walk(waiting.pop(0), onerror=_unreadable):
@@ -223,13 +220,14 @@ def _unreadable(error: OSError) -> None:
 # ------------------------------------------------------------------------------------------------ manifests
 
 
-def _read_manifest(config: TranscribeConfig, prompts: tuple[str, ...] | None) -> list[Utterance]:
-    path = _existing(config.dataset_manifest, "dataset_manifest")
+def _read_manifest(manifest: str, on_bad_audio: str, prompts: tuple[str, ...] | None) -> list[Utterance]:
+    """Return the utterances of a manifest; those without a prompt of their own get ``prompts``."""
+    path = _existing(manifest, "dataset_manifest")
     utterances = []
     for number, line in read_json_lines(path, "dataset_manifest"):
         place = f"line {number} of {path}"
         utterance = _parse_line(path, place, line, prompts)
-        if utterance.problem and config.on_bad_audio == "raise":
+        if utterance.problem and on_bad_audio == "raise":
             raise ValueError(utterance.problem)
         utterances.append(utterance)
     if not utterances:
@@ -249,11 +247,10 @@ def _parse_line(manifest: Path, place: str, line: dict[str, Any], prompts: tuple
         raise ValueError(f"{place} has no prompt, and neither prompt nor prompts_file is set: set one")
     beside = manifest.parent / user_path(name)  # an absolute path stays itself
     utterance = Utterance(name, beside if is_file(beside) else user_path(name), prompts, extra=line)
-    times = {key: line.get(key) for key in ("offset", "duration")}
-    for key, value in times.items():
-        if value is not None and not _is_seconds(value):
-            return replace(utterance, problem=f"{place}: {key} must be seconds, not {value!r}")
-    return replace(utterance, **times)
+    for key in ("offset", "duration"):
+        if line.get(key) is not None and not _is_seconds(line[key]):
+            return replace(utterance, problem=f"{place}: {key} must be seconds, not {line[key]!r}")
+    return replace(utterance, offset=line.get("offset"), duration=line.get("duration"))
 
 
 def _is_seconds(value: Any) -> bool:
@@ -264,11 +261,11 @@ def _is_seconds(value: Any) -> bool:
 
 
 def output_path(config: TranscribeConfig, utterances: Sequence[Utterance] = ()) -> Path:
-    """Return where the answers go.
+    """Return the path of the output.
 
     Args:
         config: of the run.
-        utterances: what is asked about.
+        utterances: inputs.
 
     Raises:
         ValueError: if that is a folder, or an input: the model, the manifest, the prompts or an audio.
@@ -315,6 +312,6 @@ def spare_model(output: Path, model_path: str, stored: Mapping[str, Any]) -> Non
 
 
 def working_files(output: Path) -> tuple[Path, Path]:
-    """Return the files beside an output that hold the answers of a run that is not finished, and what it is about."""
+    """Return the files beside an output that hold the answers of an unfinished run, and its description."""
     partial = output.with_name(f"{output.name}.partial")
     return partial, partial.with_name(f"{partial.name}.json")

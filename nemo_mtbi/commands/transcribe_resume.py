@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a transcription that is not finished: the next run goes on behind its last whole line.
+"""Answers of an unfinished transcription: the next run resumes behind the last whole line.
 
-``OUT.partial`` holds the first lines of the output, as they will stand there. ``OUT.partial.json`` says which model
-made them (its first line), and which audios were left out (a line for each).
+``OUT.partial`` holds the first lines of the output, byte for byte. ``OUT.partial.json`` names the model that made them
+(its first line) and the audios that were left out (a line for each).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Done:
     """The finished part of a former run.
 
     Attributes:
-        utterances: how many, from the first on.
-        lines: answers to them.
-        skipped: those that were left out, and why.
+        utterances: number of finished utterances, from the first on.
+        lines: their answers.
+        skipped: utterances that were left out, with the reason.
         size: bytes of the lines.
     """
 
@@ -38,12 +38,12 @@ class Done:
 
 
 class Unfinished(AbstractContextManager):
-    """The files of a run while it is at work. On a process that does not write it has none, and stores nothing.
+    """The files of a run in progress. Other processes than the one that writes have no files and store nothing.
 
     Args:
         output: file of the answers.
-        model: says which model answers, and how.
-        utterances: what is asked.
+        model: hash of the model and its settings of generation.
+        utterances: the audios with their prompts.
         writes: whether this is the process that writes.
     """
 
@@ -54,7 +54,7 @@ class Unfinished(AbstractContextManager):
         self._files: list[Any] = []
 
     def read(self) -> Done:
-        """Return what a former run has finished.
+        """Return the finished part of a former run.
 
         Raises:
             ValueError: if its answers are those of another model or to other questions; names the remedy.
@@ -71,20 +71,21 @@ class Unfinished(AbstractContextManager):
         return self._match(lines, skipped)
 
     def _match(self, lines: Sequence[bytes], skipped: dict[str, str]) -> Done:
-        """Go through the questions as long as they have been answered, or their audio was left out."""
+        """Match lines with questions up to the first utterance without all of its answers."""
         done, position = Done(), 0
         for index, utterance in enumerate(self.utterances):
             if _key(utterance) in skipped:
                 done.skipped.append((utterance, skipped[_key(utterance)]))
             else:
-                found = [_parse(line) for line in lines[position : position + len(utterance.prompts)]]
-                if any(_question(line) != _question(utterance.line(p)) for line, p in zip(found, utterance.prompts)):  # noqa: B905 (the last may have fewer)
+                answers = [_parse(line) for line in lines[position : position + len(utterance.prompts)]]
+                pairs = zip(answers, utterance.prompts, strict=False)  # the last utterance may have fewer answers
+                if any(_question(line) != _question(utterance.line(prompt)) for line, prompt in pairs):
                     self._refuse(f"holds an answer to another question in line {position + 1}")
-                if len(found) < len(utterance.prompts):
+                if len(answers) < len(utterance.prompts):
                     break
-                done.size += sum(len(line) + 1 for line in lines[position : position + len(found)])
-                done.lines += found
-                position += len(found)
+                done.size += sum(len(line) + 1 for line in lines[position : position + len(answers)])
+                done.lines += answers
+                position += len(answers)
             done.utterances = index + 1
         else:
             if position < len(lines):
@@ -92,7 +93,7 @@ class Unfinished(AbstractContextManager):
         return done
 
     def _read_notes(self) -> tuple[Any, dict[str, str]]:
-        """Header, and why audios were left out, by what they are."""
+        """Return the header, and by audio the reason why it was left out; ``None`` if the file can't be read."""
         try:
             notes = [json.loads(line) for line in self._notes.read_bytes().split(b"\n")[:-1]]
             return notes[0], {note["audio"]: note["reason"] for note in notes[1:]}
@@ -116,7 +117,7 @@ class Unfinished(AbstractContextManager):
         os.truncate(self.partial, done.size)
 
     def skip(self, utterance: Utterance, reason: str) -> None:
-        """Note that an audio was left out."""
+        """Record that an audio was left out."""
         if self.writes:
             self._append(1, [_note(utterance, reason)])
 
@@ -137,6 +138,7 @@ class Unfinished(AbstractContextManager):
             self._notes.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Close the files."""
         for file in self._files:
             file.close()
         self._files = []
@@ -158,14 +160,14 @@ def encode(line: dict[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        answer = json.loads(line)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("pred_text"), str) else {}
+    return answer if isinstance(answer, dict) and isinstance(answer.get("pred_text"), str) else {}
 
 
 def _question(line: dict[str, Any]) -> str:
-    """A line without its answer; as text, since NaN does not equal itself."""
+    """Return a line without its answer; as text, since NaN does not equal itself."""
     return json.dumps({key: value for key, value in line.items() if key != "pred_text"})
 
 

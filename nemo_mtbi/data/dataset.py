@@ -16,15 +16,16 @@ from lhotse.cut import Cut
 from lhotse.utils import fix_random_seed
 
 from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.checks import RAISE_OR_SKIP, at_least
 from nemo_mtbi.config.interleave import InterleaveConfig
 from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.data.behaviors import Behavior
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_row
-from nemo_mtbi.data.draw import DrawnRows, check_policy
+from nemo_mtbi.data.draw import DrawnRows
 from nemo_mtbi.io.seeds import stable_rng
 from nemo_mtbi.io.sources import FILES, SourcePolicy
 from nemo_mtbi.layouts.frames import FrameCounter
-from nemo_mtbi.layouts.interleave import HeardRow, choose_text, interleave, interleave_wave, speech_only, text_only
+from nemo_mtbi.layouts.interleave import AudioSlot, choose_text, interleave, interleave_wave, speech_only, text_only
 from nemo_mtbi.layouts.layout import IGNORE, Row, RowInfo, StepBatch, collate
 
 
@@ -39,7 +40,7 @@ class _Step:
     ids: list[str] = field(default_factory=list)
     stats: Counter = field(default_factory=Counter)
 
-    def hear(self, audio: Sequence[torch.Tensor], drawn: DrawnRows, frames: FrameCounter) -> int:
+    def add_audio(self, audio: Sequence[torch.Tensor], drawn: DrawnRows, frames: FrameCounter) -> int:
         """Adds utterances; returns the index of the first of them."""
         first = len(self.audio)
         self.audio += audio
@@ -74,13 +75,13 @@ class MTBIDataset(torch.utils.data.Dataset):
         with_rows: bool = False,
         with_twins: bool = False,
     ):
-        if micro_batch_tokens < 1:
-            raise ValueError(f"micro_batch_tokens must be positive, got {micro_batch_tokens}")
+        at_least(1).check("micro_batch_tokens", micro_batch_tokens)
+        RAISE_OR_SKIP.check("on_bad_audio", on_bad_audio)
         self.chat = chat
         self.frames = frames
         self.micro_batch_tokens = micro_batch_tokens
         self.interleave = interleave
-        self.on_bad_audio = check_policy(on_bad_audio)
+        self.on_bad_audio = on_bad_audio
         self.with_rows = with_rows
         self.with_twins = with_twins
         self.policy = FILES
@@ -121,21 +122,23 @@ class MTBIDataset(torch.utils.data.Dataset):
     def _add_behaviors(self, step: _Step, cut: Cut, drawn: DrawnRows) -> None:
         """The rows of an utterance; it is heard once by all of them."""
         samples = load_samples(cut, self.frames, self.policy)
-        heard = self._hear(drawn, len(samples), step.stats)
+        heard = self._audio_slots(drawn, len(samples), step.stats)
         if self.with_rows:
             num_frames = self.frames(len(samples))
             step.infos += [self._info(drawn, behavior, len(step.audio), num_frames) for behavior in drawn.behaviors]
         firsts: dict[tuple[tuple[int, int], ...], int] = {}  # rows that hear the same pieces share them
         for row in heard:
             if row.pieces not in firsts:
-                firsts[row.pieces] = step.hear([samples[start:end] for start, end in row.pieces], drawn, self.frames)
+                firsts[row.pieces] = step.add_audio(
+                    [samples[start:end] for start, end in row.pieces], drawn, self.frames
+                )
         step.rows += self._rows(drawn, heard, [firsts[row.pieces] if row.pieces else None for row in heard])
 
     def _add_conversation(self, step: _Step, drawn: DrawnRows, conversation: Conversation) -> None:
         """The one row of a conversation, and all that it hears."""
         audio = [load_samples(cut, self.frames, self.policy) for cut in conversation.cuts()]
         counts = [self.frames(len(samples)) for samples in audio]
-        first = step.hear(audio, drawn, self.frames)
+        first = step.add_audio(audio, drawn, self.frames)
         row = conversation_row(conversation, self.chat, counts, first if audio else None, self.with_twins)
         step.rows.append(row)
         step.stats["conversations"] += 1
@@ -146,11 +149,11 @@ class MTBIDataset(torch.utils.data.Dataset):
             prompt = row.layout[: asked + 2]  # all before the last answer
             step.infos.append(RowInfo(first, drawn.cut_id, CONVERSATION, prompt, said, last.answer, False, ""))
 
-    def _hear(self, drawn: DrawnRows, num_samples: int, stats: Counter) -> Sequence[HeardRow]:
+    def _audio_slots(self, drawn: DrawnRows, num_samples: int, stats: Counter) -> Sequence[AudioSlot]:
         """What stands in the audio slot of each row, and which pieces of the audio it hears."""
         whole = ((0, num_samples),)
         num_frames = self.frames(num_samples)
-        speech = HeardRow(whole, tuple(speech_only(num_frames)))
+        speech = AudioSlot(whole, tuple(speech_only(num_frames)))
         if self.interleave is None:
             return [speech] * len(drawn.behaviors)
         if drawn.words is None:
@@ -169,7 +172,7 @@ class MTBIDataset(torch.utils.data.Dataset):
                 continue
             if all(is_text):
                 stats["text_rows"] += 1
-                heard.append(HeardRow((), tuple(text_only(tokens))))
+                heard.append(AudioSlot((), tuple(text_only(tokens))))
                 continue
             stats["interleaved_rows"] += 1
             if config.level == "wave":
@@ -177,10 +180,10 @@ class MTBIDataset(torch.utils.data.Dataset):
                 heard.append(interleave_wave(drawn.words, is_text, tokens, *args))
             else:
                 layout = interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds)
-                heard.append(HeardRow(whole, tuple(layout)))
+                heard.append(AudioSlot(whole, tuple(layout)))
         return heard
 
-    def _rows(self, drawn: DrawnRows, heard: Sequence[HeardRow], utterances: Sequence[int | None]) -> list[Row]:
+    def _rows(self, drawn: DrawnRows, heard: Sequence[AudioSlot], utterances: Sequence[int | None]) -> list[Row]:
         """The rows of a cut; their twins read the prompt with the transcript that the targets were made from."""
         made = zip(drawn.behaviors, heard, utterances, strict=True)
         rows = [
@@ -190,7 +193,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         if not self.with_twins:
             return rows
         return [
-            replace(row, twin=behavior.row(self.chat, drawn.transcript)) if row.hears else row
+            replace(row, twin=behavior.row(self.chat, drawn.transcript)) if row.has_speech else row
             for behavior, row in zip(drawn.behaviors, rows, strict=True)
         ]
 
@@ -242,7 +245,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedBatches:
     """What a worker says before its first batch of a resumed pass: how many it has left out."""
 
     batches: int
@@ -261,7 +264,7 @@ class StreamDataset(Passes, torch.utils.data.IterableDataset):
 
     Torch takes one batch of each worker in turn. So of the first ``n`` batches of a pass, worker ``w`` of ``W`` had
     those number ``w``, ``w + W``, ... and leaves out just these when the pass is resumed at batch ``n``. Before its
-    first batch it then yields a :class:`LeftOut`, and another if it had its turn already in the round of batch ``n``.
+    first batch it then yields a :class:`SkippedBatches`, and another if it had its turn already in the round of batch ``n``.
 
     Args:
         source: the batches of cuts.
@@ -273,10 +276,10 @@ class StreamDataset(Passes, torch.utils.data.IterableDataset):
         self.source = source
         self.dataset = dataset
 
-    def __iter__(self) -> Iterator[StepBatch | LeftOut]:
+    def __iter__(self) -> Iterator[StepBatch | SkippedBatches]:
         return self._read(*self.take())
 
-    def _read(self, epoch: int, consumed: int) -> Iterator[StepBatch | LeftOut]:
+    def _read(self, epoch: int, consumed: int) -> Iterator[StepBatch | SkippedBatches]:
         worker = torch.utils.data.get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
@@ -284,8 +287,8 @@ class StreamDataset(Passes, torch.utils.data.IterableDataset):
         batches = (cuts for cuts in self.source.sampler(epoch, index))  # iter() of a Lhotse sampler starts it again
         if consumed:
             share = len(range(index, consumed, workers))
-            yield LeftOut(sum(1 for _ in islice(batches, share)))
+            yield SkippedBatches(sum(1 for _ in islice(batches, share)))
             if index < consumed % workers:
-                yield LeftOut(0)
+                yield SkippedBatches(0)
         for cuts in batches:
             yield self.dataset[cuts]

@@ -17,6 +17,7 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.utils import fastcopy
 
 from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.checks import Count, RaiseOrSkip, Section
 from nemo_mtbi.data.behaviors import BEHAVIORS, Behavior, check_provenance, draw_behaviors, transcript, word_times
 from nemo_mtbi.data.conversations import CONVERSATION, Conversation, conversation_of, conversation_row
 from nemo_mtbi.data.entries import BadEntryError
@@ -26,7 +27,6 @@ from nemo_mtbi.layouts.interleave import WordSpan
 from nemo_mtbi.layouts.layout import speech
 
 PAYLOAD = "mtbi"  # key of the drawn rows in the custom field of a cut
-POLICIES = ("raise", "skip")
 # A stream that repeats for ever and never yields a usable cut would hang the training.
 MAX_DROPPED_IN_A_ROW = 10_000
 
@@ -37,17 +37,6 @@ class SkipCounter(Counter):
     def message(self) -> str:
         """One line, the most frequent reason first; empty if nothing was left out."""
         return ", ".join(f"{reason}: {count}" for reason, count in sorted(self.items(), key=lambda x: (-x[1], x[0])))
-
-
-def check_policy(value: str) -> str:
-    """Checks ``on_bad_audio``.
-
-    Raises:
-        ValueError: if it is neither ``raise`` nor ``skip``.
-    """
-    if value not in POLICIES:
-        raise ValueError(f"on_bad_audio must be one of {', '.join(POLICIES)}, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -111,7 +100,7 @@ def _without_behaviors(custom: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class DrawConfig:
+class DrawConfig(Section):
     """How rows are drawn.
 
     Attributes:
@@ -127,8 +116,8 @@ class DrawConfig:
     """
 
     seed: int = 0
-    rows_per_cut: int | None = None
-    on_bad_audio: str = "raise"
+    rows_per_cut: Count | None = None
+    on_bad_audio: RaiseOrSkip = "raise"
     min_duration: float = 0.0
     max_duration: float = float("inf")
     min_tokens: int = 0
@@ -137,11 +126,6 @@ class DrawConfig:
     expected: Mapping[str, str] = field(default_factory=dict)
     allow_foreign: bool = False
     filters: tuple[tuple[str, Callable[[Cut], bool]], ...] = ()
-
-    def __post_init__(self):
-        check_policy(self.on_bad_audio)
-        if self.rows_per_cut is not None and self.rows_per_cut < 1:
-            raise ValueError(f"rows_per_cut must be at least 1 (or null for every behavior), got {self.rows_per_cut}")
 
 
 class DrawRows:

@@ -24,7 +24,7 @@ from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.behaviors import custom_value
 from nemo_mtbi.data.conversations import as_cut
-from nemo_mtbi.data.dataset import LeftOut, MTBIDataset, Passes, StreamDataset
+from nemo_mtbi.data.dataset import MTBIDataset, Passes, SkippedBatches, StreamDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.gate import GatedCuts, read_gated
 from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
@@ -163,9 +163,9 @@ class StreamLoader(torch.utils.data.DataLoader):
         stream.resume(0)
         return self._batches(items, epoch, consumed)
 
-    def _batches(self, items: Iterator[StepBatch | LeftOut], epoch: int, missing: int) -> Iterator[StepBatch]:
+    def _batches(self, items: Iterator[StepBatch | SkippedBatches], epoch: int, missing: int) -> Iterator[StepBatch]:
         for item in items:
-            if isinstance(item, LeftOut):
+            if isinstance(item, SkippedBatches):
                 missing -= item.batches
             elif missing:  # the data of a worker had ended before its turn, and others had gone on
                 missing -= 1

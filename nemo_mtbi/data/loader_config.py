@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nemo_mtbi.config.checks import at_least, suggestion
 from nemo_mtbi.io import sources
 from nemo_mtbi.io.manifests import check_manifest
 from nemo_mtbi.io.text import read_text
@@ -124,9 +124,7 @@ def _check_known(given: Mapping[str, Any], known: set[str]) -> None:
     accepted = known | set(OWN_KEYS) | set(IGNORED_KEYS)
     for key in given:
         if key not in accepted:
-            close = difflib.get_close_matches(key, accepted, n=1)
-            hint = f"did you mean {close[0]}?" if close else "remove it"
-            raise ValueError(f"unknown data key {key!r}: {hint}")
+            raise ValueError(f"unknown data key {key!r}: {suggestion(key, accepted, otherwise='remove it')}")
 
 
 def _check_batch_size(given: Mapping[str, Any]) -> None:
@@ -141,8 +139,8 @@ def _check_batch_size(given: Mapping[str, Any]) -> None:
             "no batch size: set batch_tokens (prompt tokens + speech frames + response tokens) or batch_size"
         )
     for key in ("batch_size", "batch_tokens"):
-        if given.get(key) is not None and given[key] < 1:
-            raise ValueError(f"{key} must be positive, got {given[key]}")
+        if given.get(key) is not None:
+            at_least(1).check(key, given[key])
     bins = given.get("bucket_duration_bins")
     if given.get("bucket_batch_size") is not None and not bins:
         raise ValueError("bucket_batch_size needs bucket_duration_bins: costs in tokens, one per bucket")

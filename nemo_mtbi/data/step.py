@@ -55,7 +55,7 @@ def assumed_step(train: Mapping[str, Any], micro_batch_tokens: int) -> Step:
     return Step(positions, RESPONSE_SHARE, (positions or micro_batch_tokens) // (train.get("rows_per_cut") or 1))
 
 
-def judge_step(
+def measured_step(
     batches: Sequence[CutSet], chat: ChatFormat, frames: FrameCounter, micro_batch_tokens: int, bound: int | None
 ) -> Step:
     """A step like some batches of cuts that the sampler chose, with all their rows as speech.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_mtbi.encoders.hf import is_hf_encoder
-from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.hf import HFSpeechEncoder
+from nemo_mtbi.encoders.nemo import NemoEncoder
 from nemo_mtbi.encoders.whisper import WhisperTranscriber, missing_of_decoder
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
 from nemo_mtbi.speech_llm.pretrained import load_asr_model, resolve
@@ -58,7 +58,9 @@ def find_recognizer(where: str, asr: str | None, encoder: Path | None) -> Path:
         )
     path = encoder if asr is None else resolve(asr, f"{where}.asr", "encoder.nemo")
     if path.is_dir():
-        lacking = missing_of_decoder(path) if is_hf_encoder(path) else "it is not a directory of Hugging Face"
+        lacking = (
+            missing_of_decoder(path) if HFSpeechEncoder.recognizes(path) else "it is not a directory of Hugging Face"
+        )
     else:
         lacking = _missing_of_nemo(path)
     if lacking:
@@ -107,7 +109,7 @@ def load_recognizer(where: str, path: Path, device: torch.device, transcribe_ctc
         model = load_asr_model(path).to(device)
     except ValueError as error:
         raise ValueError(f"{where} can't transcribe with {path}: {error}. {remedy(where)}") from error
-    shape = SpeechEncoder(model).shape
+    shape = NemoEncoder(model).shape
     frames = FrameCounter(shape.stages, shape.sample_rate)
 
     def transcribe(audio: Sequence[Tensor]) -> list[str]:

@@ -6,22 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, FrozenDtype, OneOf, Section, at_least
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
 from nemo_mtbi.io.sources import SourcePolicy
 from nemo_mtbi.targets.tasks import TaskPool
 
-KINDS = ("speech", "cascade", "text")
-
 
 @dataclass
-class SystemConfig:
+class SystemConfig(Section):
     """One row of the tables.
 
     Attributes:
@@ -44,12 +43,12 @@ class SystemConfig:
         logs: folders with TensorBoard logs of its training, for learning curves.
     """
 
-    kind: str = "speech"
+    kind: Annotated[str, OneOf("speech", "cascade", "text")] = "speech"
     nemo: Any = None
     of: str | None = None
     llm: str | None = None
     chat: ChatConfig | None = None
-    frozen_dtype: str = "float32"
+    frozen_dtype: FrozenDtype = "float32"
     asr: str | None = None
     hypotheses: str | None = None
     adapted: bool = False
@@ -65,7 +64,7 @@ class SystemConfig:
 
 
 @dataclass
-class SetConfig:
+class SetConfig(Section):
     """One set of questions: ``cuts`` under a task pool, or the file of a public benchmark.
 
     Attributes:
@@ -85,10 +84,10 @@ class SetConfig:
     cuts: str | None = None
     tasks: str = "demo"
     only: list[str] | None = None
-    wordings: int | None = 2
+    wordings: Count | None = 2
     seed: int = 0
     limit: int | None = None
-    format: str | None = None
+    format: Annotated[str | None, OneOf(*FORMATS)] = None
     path: str | None = None
     audio_dir: str | None = None
     part: str | None = None
@@ -96,7 +95,7 @@ class SetConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Section):
     """Everything that ``conf/mtbi_eval.yaml`` may hold.
 
     Attributes:
@@ -130,19 +129,19 @@ class EvalConfig:
     sets: dict[str, SetConfig] = MISSING
     compare_with: str | None = None
     compare: list[list[str]] = field(default_factory=list)
-    batch_size: int = 32
-    batch_tokens: int | None = None
-    max_new_tokens: int | None = None
+    batch_size: Count = 32
+    batch_tokens: Count | None = None
+    max_new_tokens: Count | None = None
     cache_gib: float = 2.0
-    kl_utterances: int | None = None
-    on_bad_audio: str = "raise"
+    kl_utterances: Annotated[int | None, at_least(0)] = None
+    on_bad_audio: Annotated[str, OneOf("raise", "abstain")] = "raise"
     allow_remote: bool = False
     allow_commands: bool = False
-    resamples: int = 2000
+    resamples: Count = 2000
     seed: int = 0
     examples: int = 6
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     overwrite: bool = False
     cuda: int | None = None
 
@@ -186,13 +185,6 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
         raise ValueError("systems and sets must each name at least one: see conf/mtbi_eval.yaml")
     for name, system in config.systems.items():
         _check_system(config, name, system)
-    if config.on_bad_audio not in ("raise", "abstain"):
-        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or abstain")
-    for key in ("batch_size", "resamples"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
-    if (config.kl_utterances or 0) < 0:
-        raise ValueError(f"kl_utterances is {config.kl_utterances}; it must be 0, a positive number or null")
     if config.compare_with is None:
         speech = [name for name, system in config.systems.items() if system.kind == "speech"]
         config.compare_with = speech[0] if speech else None
@@ -206,8 +198,6 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
 
 def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
     where, known = f"systems.{name}", ", ".join(config.systems)
-    if system.kind not in KINDS:
-        raise ValueError(f"{where}.kind is {system.kind!r}; it must be one of {', '.join(KINDS)}")
     if not all(isinstance(path, str) for path in system.nemos):
         raise ValueError(f"{where}.nemo must be a path or a list of paths, got {system.nemo!r}")
     for path in system.nemos:
@@ -242,8 +232,6 @@ def _check_recognizer(where: str, system: SystemConfig) -> None:
 
 
 def _check_llm(where: str, system: SystemConfig) -> None:
-    if system.frozen_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"{where}.frozen_dtype is {system.frozen_dtype!r}; it must be float32 or bfloat16")
     if system.chat and not system.llm:
         raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
     if system.adapted and (system.kind != "text" or not system.of or system.llm):
@@ -275,8 +263,8 @@ def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: b
         drawn = (settings.wordings, settings.seed, settings.limit)
         found = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
     else:
-        if settings.format not in FORMATS or settings.path is None:
-            raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, and path its file")
+        if settings.format is None or settings.path is None:
+            raise ValueError(f"{where}.path is missing: give the file of the format {settings.format}")
         read = FORMATS[settings.format]
         found = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
     check_references(found)

@@ -193,23 +193,6 @@ def adapters(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
     }
 
 
-def adapter_parameters(architecture: DecoderConfig, config: LoraConfig, tensor: int, layers: Sequence[int]) -> int:
-    """Numbers of the adapters on one process.
-
-    Args:
-        architecture: of the LLM.
-        config: of the adapters.
-        tensor: tensor-parallel size.
-        layers: that the process holds.
-    """
-    held = tuple(f"decoder.layers.{layer}." for layer in layers)
-    return sum(
-        math.prod(shape) // (tensor if sharing_of(name) else 1)
-        for name, shape in adapter_shapes(architecture, config).items()
-        if name.startswith(held)
-    )
-
-
 def is_merged(chunks: Sequence[GPTDecoder]) -> bool:
     """Whether the weights of the LLM hold its adapters."""
     return any(chunk.lora is not None and chunk.lora.merged for chunk in chunks)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
 from nemo_mtbi.config.loss import LossConfig
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
 from nemo_mtbi.encoders.cache import EncoderCache
-from nemo_mtbi.encoders.nemo import EncoderShape, SpeechEncoder
-from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.layouts.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.llm.decoder import GPTDecoder
 from nemo_mtbi.llm.full_finetune import unfreeze
@@ -28,7 +27,7 @@ from nemo_mtbi.llm.lora import add_lora, without_lora
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.encoding import encode_shared
-from nemo_mtbi.speech_llm.connector import Connector, build_connector, connector_stages
+from nemo_mtbi.speech_llm.connector import Connector, build_connector, frame_counter
 from nemo_mtbi.speech_llm.losses import COMPARED_AT_ONCE, hidden_distance, response_cross_entropy, response_divergence
 
 # What the last stage makes of a microbatch and its hidden states: what backward starts from, and what is kept.
@@ -187,9 +186,7 @@ class SpeechLLM(LayoutDecoder):
     ):
         super().__init__(decoder, lora, llm)
         shape = encoder.shape if encoder is not None else shape
-        self.frame_counter = FrameCounter(
-            shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
-        )
+        self.frame_counter = frame_counter(shape, connector)
         self.encoder_cache: EncoderCache | None = None
         self.loss = LossConfig()
         self.parts: dict[str, Tensor] = {}
@@ -222,7 +219,7 @@ class SpeechLLM(LayoutDecoder):
         # the encoder's work is shared by the tensor-parallel processes; each then has all of it
         encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
         encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
-        frames, frame_lengths = self.connector(encoded.to(self.connector.mlp[0].weight.dtype), encoded_lengths)
+        frames, frame_lengths = self.connector(encoded.to(self.connector.dtype), encoded_lengths)
         found = frame_lengths.tolist()
         for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
             if have != want:

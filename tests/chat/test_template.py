@@ -195,7 +195,7 @@ def test_control_tokens_that_swallow_white_space(tmp_path):
         token["rstrip"] = token["content"] == "<|im_end|>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = HFTokenizer(tmp_path)
-    assert tokenizer.swallows("<|im_end|>") == (False, True)
+    assert tokenizer.strips("<|im_end|>") == (False, True)
     chat = chat_format(tokenizer, ChatConfig())
     assert chat.prompt("What?", "the fox") == by_template(tokenizer, "What?\nthe fox")
     assert chat.more[0] == "<|im_start|>" and chat.turn.count("\n") == 1  # between prompt and speech

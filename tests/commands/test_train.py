@@ -223,7 +223,7 @@ def test_own_cuts_can_have_a_benchmark(config, model_section):
     "changes, message",
     [
         ({"modell": {}}, "unknown section modell: did you mean 'model'"),
-        ({"zzz": 1}, "unknown section zzz: known are name, seed, data"),
+        ({"zzz": 1}, "unknown section zzz: known keys: name, seed, data"),
         ({"name": None}, "name is missing"),
         ({"seed": None}, "seed is missing"),
         ({"model": None}, "model is missing"),
@@ -233,7 +233,7 @@ def test_own_cuts_can_have_a_benchmark(config, model_section):
         ({"model": {"optim": None}}, "model.optim is missing"),
         ({"model": {"connector": {"knd": "conv"}}}, "unknown key model.connector.knd: did you mean 'kind'"),
         ({"model": {"train_ds": {"batch_tokens": 100}}}, "batch_size and batch_tokens are both set"),
-        ({"model": {"validation_ds": {"batch_siez": 1}}}, "unknown data key 'batch_siez': did you mean batch_size"),
+        ({"model": {"validation_ds": {"batch_siez": 1}}}, "unknown data key 'batch_siez': did you mean 'batch_size"),
         ({"data": {"knd": "digits"}}, "unknown key data.knd: did you mean 'kind'"),
         ({"benchmark": {"taks": "demo"}}, "unknown key benchmark.taks: did you mean 'tasks'"),
         ({"benchmark": {"tasks": "/nowhere.yaml"}}, "/nowhere.yaml: cannot read the task pool"),
@@ -280,10 +280,10 @@ def test_what_the_model_section_leaves_out_has_its_default_in_the_data_too(confi
 
 
 def test_the_benchmark_asks_its_own_tasks_about_its_own_cuts():
-    from nemo_mtbi.commands.train import BenchmarkConfig, asked_of
+    from nemo_mtbi.commands.train import BenchmarkConfig, benchmark_source
     from nemo_mtbi.demo.recipe import Prepared, load_pool
 
     made, own = load_pool("demo"), load_pool("demo").subset(["transcribe"])
     prepared = Prepared(Path("train"), Path("val"), Path("test"), "demo", made)
-    assert asked_of(BenchmarkConfig(cuts="mine", tasks="own.yaml"), own, prepared) == (own, "mine")
-    assert asked_of(BenchmarkConfig(), own, prepared) == (made, "test")
+    assert benchmark_source(BenchmarkConfig(cuts="mine", tasks="own.yaml"), own, prepared) == (own, "mine")
+    assert benchmark_source(BenchmarkConfig(), own, prepared) == (made, "test")

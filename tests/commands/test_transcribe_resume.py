@@ -174,7 +174,7 @@ def test_a_model_is_told_by_its_connector_and_its_frozen_parts(responder, items,
 def test_batches_may_change_and_audio_that_was_left_out_stays_so(responder, items, whole, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     interrupt(responder, items, output, monkeypatch, 4)
-    with pytest.raises(ValueError, match="2.wav: the run that this one goes on from has left it out .silent"):
+    with pytest.raises(ValueError, match="2.wav: the interrupted run has left it out .silent"):
         run(responder, items, output, on_bad_audio="raise")
     assert run(responder, items, output, batch_size=4).resumed == 6
     assert output.read_bytes() == whole

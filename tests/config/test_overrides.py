@@ -104,20 +104,19 @@ def test_brackets_around_a_text_are_told(value):
         keep_text(read_overrides([f"prompt={value}"]), Schema)
 
 
-def test_the_scripts_say_which_of_their_keys_are_text():
-    import runpy
-    from pathlib import Path
+def test_the_commands_say_which_of_their_keys_are_text():
+    from nemo_mtbi.commands.hydra_commands import HYDRA_COMMANDS
 
-    examples, found = Path(__file__).resolve().parents[2] / "examples", {}
-    for name in ("mtbi_transcribe", "mtbi_eval", "mtbi_generate_targets", "mtbi_train"):
-        schema = runpy.run_path(str(examples / f"{name}.py"))["schema"]()
-        keys = ("prompt", "title", "output_dir", "systems.a.line", "model.chat.system", "name", "exp_manager.name")
+    keys = ("prompt", "title", "output_dir", "systems.a.line", "model.chat.system", "name", "exp_manager.name")
+    found = {}
+    for name in ("transcribe", "evaluate", "targets", "train"):
+        schema = HYDRA_COMMANDS[name].schema()
         found[name] = [key for key in keys if keep_text(read_overrides([f"{key}=5"]), schema)]
     assert found == {
-        "mtbi_transcribe": ["prompt"],
-        "mtbi_eval": ["title", "output_dir", "systems.a.line"],
-        "mtbi_generate_targets": ["output_dir"],
-        "mtbi_train": ["model.chat.system", "name", "exp_manager.name"],
+        "transcribe": ["prompt"],
+        "evaluate": ["title", "output_dir", "systems.a.line"],
+        "targets": ["output_dir"],
+        "train": ["model.chat.system", "name", "exp_manager.name"],
     }
 
 

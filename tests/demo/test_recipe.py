@@ -10,9 +10,10 @@ import yaml
 from lhotse import CutSet
 
 from nemo_mtbi.config.generation import GenerationConfig
+from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.data.behaviors import check_provenance, read_behaviors
 from nemo_mtbi.demo import recipe
-from nemo_mtbi.demo.recipe import DataConfig, load_pool, parse_data_config, prepare
+from nemo_mtbi.demo.recipe import DataConfig, load_pool, parse_data_config
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.targets.tasks import TaskPool
 
@@ -61,6 +62,11 @@ def asked(monkeypatch):
     return batches
 
 
+def prepare(config, model):
+    """The model's section is checked before, as training does it."""
+    return recipe.prepare(config, parse_model_config(model))
+
+
 def section(model_section):
     values = model_section()
     return {name: values[name] for name in ("pretrained_asr", "pretrained_llm", "generation")}
@@ -78,10 +84,10 @@ def test_an_empty_section_is_the_synthetic_corpus():
     [
         ({"train_uterances": 5}, "unknown key data.train_uterances: did you mean 'train_utterances'"),
         ({"adapt": {"step": 5}}, "unknown key data.adapt.step: did you mean 'steps'"),
-        ({"targets": "gold"}, "data.targets is 'gold'; it must be one of behavior, reference"),
+        ({"targets": "gold"}, "data.targets is 'gold'; it must be behavior or reference"),
         ({"targets": "reference", "reference_format": "so"}, "data.reference_format is 'so'; it must hold {} once"),
         ({"reference_format": "so {}"}, "data.reference_format words right answers: remove it, or set data.targets"),
-        ({"kind": "tts"}, "data.kind is 'tts'; it must be one of synthetic, digits"),
+        ({"kind": "tts"}, "data.kind is 'tts'; it must be synthetic or digits"),
         ({"train_utterances": "many"}, "data.train_utterances: Value 'many'"),
         ({"train_utterances": 0}, "data.train_utterances is 0; it must be at least 1"),
         ({"test_utterances": -3}, "data.test_utterances is -3"),
@@ -172,7 +178,7 @@ def test_some_tasks_are_trained_on_right_answers(small, model_section, asked):
 )
 def test_tasks_that_can_not_be_trained_on(small, names, message):
     with pytest.raises(ValueError, match=message):
-        prepare(small(train_tasks=names), {})
+        prepare(small(train_tasks=names), {"pretrained_asr": "demo", "pretrained_llm": "demo"})
 
 
 def test_a_cut_without_a_right_answer(tmp_path, small):

@@ -178,7 +178,7 @@ def test_shapes_are_known_before_anything_is_built(folder):
     [
         ({"rank": 0}, "model.lora.rank is 0; it must be at least 1"),
         ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": ["("]}, "no regular expression"),
+        ({"target_modules": ["("]}, "which is not a regular expression"),
         ({"target_modules": ["linear_qkv", "q_proj"]}, "'q_proj', which matches no layer: names are like decoder"),
     ],
 )

@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_mtbi.config.loss import DIVERGENCES, LossConfig
+from nemo_mtbi.config.checks import choices
+from nemo_mtbi.config.loss import LossConfig
 from nemo_mtbi.layouts.layout import StepBatch, collate, make_row
 from nemo_mtbi.speech_llm import model as module
 from nemo_mtbi.testing import tiny_speech_llm
+
+DIVERGENCES = choices(LossConfig, "divergence")
 
 LOSSES = {
     **data.LOSSES,
