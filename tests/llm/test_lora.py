@@ -9,6 +9,7 @@ import pytest
 import torch
 from llm_steps import frames, microbatches, run
 from lora_values import ALL, draw_adapters
+from matrix import with_core
 
 from nemo_mtbi.config.llm import LoraConfig
 from nemo_mtbi.config.parallel import ParallelConfig
@@ -257,7 +258,7 @@ def test_the_reference_learns(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", with_core(LAYOUTS, ["tp2_sp", "pp2_vp2", "tp2_dp2"]))
 def test_parity_of_adapters(trained, layout, processes):
     config, replicas = LAYOUTS[layout]
     count = config.model_parallel_size * replicas
