@@ -252,7 +252,7 @@ def benchmark_source(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepa
 
 def _reader(model: MTBIModel) -> Responder | None:
     """Return the LLM before training where its own weights were trained, else ``None``; it is loaded a second time."""
-    if not model.speech_llm.decoder.trains:
+    if not model.speech_llm.llm_state.weights_train:
         return None
     config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
     llm = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)

@@ -103,7 +103,7 @@ class Loader:
             raise ValueError(f"systems.{name}: set nemo, of or llm, so that there is an LLM to answer")
         responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
         responder = replace(responder, adapted=system.adapted or system.kind == "speech")
-        if not responder.adapted and not responder.model.decoder.is_original:
+        if not responder.adapted and not responder.model.llm_state.has_original_weights:
             self._refuse_trained(name, nemo)
         if system.kind == "text":
             return TextSystem(responder)
