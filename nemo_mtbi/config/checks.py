@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -47,12 +47,18 @@ class OneOf(Rule):
 
     Args:
         choices: the legal texts.
+        registry: its keys are legal too, also those that are added later.
         remedy: what messages add.
     """
 
-    def __init__(self, *choices: str, remedy: str = ""):
-        self.choices = choices
+    def __init__(self, *choices: str, registry: Mapping[str, Any] | None = None, remedy: str = ""):
+        self._choices, self._registry = choices, registry or {}
         self._remedy = remedy
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The legal texts of now."""
+        return (*self._choices, *self._registry)
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value is one of the choices."""
