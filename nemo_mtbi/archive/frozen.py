@@ -27,8 +27,8 @@ from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.encoder import EncoderSection
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.schema import read_section
-from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder, trained_shapes
-from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.base import EncoderShape, trained_shapes
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.nemo_tar import WEIGHTS, NemoFile, read_yaml
@@ -262,7 +262,7 @@ class FrozenParts:
             raise ValueError(f"{message}: the chat template of the LLM, or the transformers that reads it, is another")
         logging.warning(f"{message}, since model.chat is overridden: expect other answers")
 
-    def _load_encoder(self, dtype: torch.dtype) -> SpeechEncoder | PairedEncoder:
+    def _load_encoder(self, dtype: torch.dtype) -> AnyEncoder:
         if "asr" not in self.embedded:
             return load_speech_encoder(self._paths["asr"], dtype, self._encoder)
         return read_encoder(self._archive("asr"), dtype, self._config.encoder)
