@@ -25,9 +25,9 @@ from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.schema import read_section
-from nemo_mtbi.encoders.base import SpeechEncoder, trained_shapes
+from nemo_mtbi.encoders.base import trained_shapes
 from nemo_mtbi.encoders.cache import EncoderCache
-from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.nemo_tar import WEIGHTS, read_yaml
 from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
@@ -121,7 +121,7 @@ def _encoder_cache(config: ModelConfig, encoder: str) -> EncoderCache | None:
 
 def _load_encoder(
     config: ModelConfig, frozen: FrozenParts, archive: OpenArchive | None, dtype: torch.dtype
-) -> SpeechEncoder | PairedEncoder:
+) -> AnyEncoder:
     path = frozen.path("asr")
     if path is not None:
         return load_speech_encoder(path, dtype, frozen.encoder_section)

@@ -52,7 +52,7 @@ class OneOf(Rule):
     """
 
     def __init__(self, *choices: str, registry: Mapping[str, Any] | None = None, remedy: str = ""):
-        self._choices, self._registry = choices, registry or {}
+        self._choices, self._registry = choices, {} if registry is None else registry
         self._remedy = remedy
 
     @property

@@ -244,7 +244,7 @@ def _assemble(
     kind = settings["model_type"]
     try:
         model, extractor = build(path, settings), read_extractor(path, kind)
-    except Exception as error:  # damaged files raise what the libraries below happen to raise
+    except Exception as error:  # damaged files raise errors of many libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the encoder in {path} can't be read: {reason}") from error
     return KINDS[kind](model, extractor, config or EncoderConfig())

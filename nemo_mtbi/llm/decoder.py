@@ -25,7 +25,7 @@ from nemo_mtbi.parallel.cpu import megatron_device
 
 
 def check_training(config: DecoderConfig, layout: ParallelConfig) -> None:
-    """Whether an LLM can be trained with under a layout; it answers under any.
+    """Check whether a model with this LLM can be trained under a layout; it generates under any.
 
     Raises:
         ValueError: for experts that Megatron trains with sequence parallelism only.
@@ -46,8 +46,8 @@ class GPTDecoder(GPTModel):
     Args:
         config: architecture.
         dtype: of the weights.
-        chunk: which run of layers of this process, under virtual pipeline stages.
-        transformer_engine: whether its layers are used, which fuse the norm that an adapter stands behind.
+        chunk: number of this run of layers in its process, under virtual pipeline stages.
+        transformer_engine: whether its layers are used; they fuse norms with linear layers, and take no adapters.
         **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -67,7 +67,7 @@ class GPTDecoder(GPTModel):
             config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
         )
         if config.num_experts and not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # Megatron reads it also where it could not import it
+            moe_utils.te_general_gemm = None  # Megatron reads it also where its import failed
         megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
@@ -98,10 +98,11 @@ class GPTDecoder(GPTModel):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Embedding rows of ``tokens``: ``[R, T]`` to ``[R, T, H]``. First stage only."""
+        """Return embedding rows ``[R, T, H]`` of ``tokens [R, T]``. First stage only."""
         return self.embedding.word_embeddings(tokens)
 
     def hidden(
@@ -111,7 +112,7 @@ class GPTDecoder(GPTModel):
         inference_context=None,
         speech: Tensor | None = None,
     ) -> Tensor:
-        """Runs this stage's layers.
+        """Run this stage's layers.
 
         Args:
             embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others (they take ``set_input_tensor``).
@@ -144,12 +145,12 @@ class GPTDecoder(GPTModel):
         return hidden
 
     def _padded(self, positions: Tensor) -> Tensor:
-        """``[T, R, n]`` with positions added until tensor-parallel processes can share them, if they do."""
+        """Return ``[T, R, n]`` with positions added until tensor-parallel processes can share them, if they do."""
         missing = -len(positions) % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
         return F.pad(positions, (0, 0, 0, 0, 0, missing))
 
     def logits(self, hidden: Tensor, index: Tensor, gather: bool = False) -> Tensor:
-        """Applies the head at some positions. Last stage only.
+        """Apply the head at some positions. Last stage only.
 
         Args:
             hidden: ``[T, R, H]``.
@@ -171,14 +172,14 @@ class GPTDecoder(GPTModel):
 
 
 def padded_vocabulary(size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding table: every tensor-parallel process has the same number."""
+    """Return the rows of the embedding table, of which every tensor-parallel process has the same number."""
     return -(-size // tensor_parallel) * tensor_parallel
 
 
 def build_decoder(
     config: DecoderConfig, dtype: torch.dtype = torch.float32, transformer_engine: bool = HAVE_TE, **overrides: Any
 ) -> list[GPTDecoder]:
-    """This process's runs of layers under the layout in force: one, or several with virtual pipeline stages."""
+    """Return this process's runs of layers under the layout in force: one, or several with virtual stages."""
     virtual = groups.layout().virtual_pipeline_model_parallel_size
     chunks = [None] if virtual is None else range(virtual)
     return [GPTDecoder(config, dtype, chunk, transformer_engine, **overrides) for chunk in chunks]

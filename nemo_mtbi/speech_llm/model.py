@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
 from nemo_mtbi.config.loss import LossConfig
-from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
+from nemo_mtbi.encoders.base import EncoderShape
 from nemo_mtbi.encoders.cache import EncoderCache
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.layouts.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.llm.decoder import GPTDecoder
 from nemo_mtbi.llm.full_finetune import unfreeze
@@ -194,7 +195,7 @@ class SpeechLLM(LayoutDecoder):
 
     def __init__(
         self,
-        encoder: SpeechEncoder | None,
+        encoder: AnyEncoder | None,
         connector: ConnectorConfig,
         decoder: GPTDecoder | Sequence[GPTDecoder],
         shape: EncoderShape | None = None,

@@ -24,7 +24,7 @@ from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
 from nemo_mtbi.config.loss import LossConfig
 from nemo_mtbi.encoders.base import SpeechEncoder
-from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.paired import AnyEncoder, PairedEncoder
 from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.llm.architecture import DecoderConfig
@@ -184,7 +184,7 @@ def refusing_asr(
 
 def load_speech_encoder(
     name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
-) -> SpeechEncoder | PairedEncoder:
+) -> AnyEncoder:
     """Load front end (float32) and encoder (``dtype``), or two of them.
 
     Args:
@@ -197,8 +197,12 @@ def load_speech_encoder(
     """
     encoder = open_encoder(name, config)
     encoder.set_trainable(dtype, config)
-    second = getattr(config, "beside", None)
-    return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
+    second: SecondEncoder | None = getattr(config, "beside", None)
+    if second is None:
+        return encoder
+    beside = open_encoder(second.path, second)
+    beside.set_trainable(dtype, second)
+    return PairedEncoder(encoder, beside)
 
 
 def open_encoder(name: str | Path, config: EncoderConfig | None, weights: bool = True) -> SpeechEncoder:
