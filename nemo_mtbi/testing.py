@@ -218,13 +218,13 @@ def tiny_speech_llm(
         **overrides: keys of :class:`nemo_mtbi.llm.architecture.DecoderConfig`.
     """
     from nemo_mtbi.config.connector import ConnectorConfig
-    from nemo_mtbi.encoders.nemo import SpeechEncoder
+    from nemo_mtbi.encoders.nemo import NemoEncoder
     from nemo_mtbi.speech_llm.model import SpeechLLM
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     with tempfile.TemporaryDirectory() as folder, _seeded(seed):
         text = load_text_llm(tiny_text_llm(Path(folder) / "llm", seed, **overrides), dtype)
-        encoder = SpeechEncoder(tiny_asr_model(Path(folder) / "asr", seed))
+        encoder = NemoEncoder(tiny_asr_model(Path(folder) / "asr", seed))
         model = SpeechLLM(encoder, connector or ConnectorConfig(hidden_size=24), text.chunks)
     encoder.encoder.to(dtype)
     model.connector.to(dtype)

@@ -107,12 +107,29 @@ install_package() {
     python -m pip install -c "$pins" "nemo_toolkit[asr]==$NEMO_VERSION" $requirements
 }
 
+# The file in a virtual environment that says what is installed there: requirements_digest, and the extras.
+stamp_of() { printf '%s\n' "$1/.nemo_mtbi_install"; }
+
+# The digest of all that decides what is installed.
+requirements_digest() {
+    {
+        [[ ! -f $REPO/setup.py ]] || cat "$REPO/setup.py"
+        cat "$REPO/pyproject.toml" "$CONSTRAINTS"
+        echo "$REPO ${TORCH_SPEC:-} ${NEMO_VERSION:-}"
+    } | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
+}
+
+# remove_stale_venv DIR: removes a virtual environment that holds the requirements of another commit, or half of them.
+remove_stale_venv() {
+    [[ ! -e $1 || $(head -n 1 "$(stamp_of "$1")" 2>/dev/null) == "$(requirements_digest)" ]] || rm -rf "$1"
+}
+
 # ensure_install EXTRAS: installs this repository with EXTRAS (comma-separated) into the active virtual environment,
 # unless that is already done for these very requirements.
 ensure_install() {
-    local stamp="$VIRTUAL_ENV/.nemo_mtbi_install" wanted="" have=() missing="" extra pins
-    wanted=$({ cat "$REPO/setup.py" "$REPO/pyproject.toml" "$CONSTRAINTS"; echo "$REPO ${TORCH_SPEC:-} ${NEMO_VERSION:-}"; } |
-        python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    local stamp wanted have=() missing="" extra pins
+    stamp=$(stamp_of "$VIRTUAL_ENV")
+    wanted=$(requirements_digest)
     [[ -f $stamp ]] && mapfile -t have <"$stamp"
     if [[ ${have[0]:-} == "$wanted" ]]; then
         for extra in ${1//,/ }; do

@@ -3,7 +3,6 @@
 
 import inspect
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,12 +26,72 @@ def _quiet_loggers() -> None:
     quiet()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that none of them is begun when the other workers have nothing left."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the long matrices too (marker `full`)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long matrices, keep jobs of several processes on one worker, and begin with what takes long.
+
+    Slow files come first, so that none of them is begun when the other workers have nothing left; those that start
+    processes of their own come before all others, and are one group.
+    """
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.stash[_LEFT_OUT] = len(left_out)
     slow: dict[Path, int] = {}
+    several = {item.path for item in items if _starts_processes(item)}
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
-    items.sort(key=lambda item: -slow[item.path])
+        if item.path in several:
+            item.add_marker(pytest.mark.xdist_group(_PROCESSES))
+    items.sort(key=lambda item: (item.path not in several, -slow[item.path]))
+
+
+_LEFT_OUT = pytest.StashKey[int]()
+_PROCESSES = "processes"
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    return item.get_closest_marker(_PROCESSES) is not None or "_pool" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``--dist=loadgroup``: a file is a unit, and all files that start processes are one.
+
+    Two jobs of four processes each would compete for the CPUs; one beside the tests of a single process does not.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None  # the usual one
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _PROCESSES if nodeid.endswith(f"@{_PROCESSES}") else super()._split_scope(nodeid)
+
+    return Files(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Keep what a worker of pytest-xdist has left out: all of them collect the same."""
+    node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how much was left out."""
+    if number := terminalreporter.config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{number} tests of the long matrices left out: scripts/test.sh --full")
 
 
 # ------------------------------------------------------------------------------------------------ shared tiny models
@@ -90,14 +149,6 @@ def model_section(tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------- several processes
 
-_WORKER = """\
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-getattr(module, sys.argv[2])(*sys.argv[3:])
-"""
-
 
 @pytest.fixture(scope="session")
 def _pool(tmp_path_factory):
@@ -112,44 +163,13 @@ def _pool(tmp_path_factory):
 def processes(_pool):
     """``processes(function, *arguments, count=2, timeout=180)`` runs a function of a test file in processes on gloo.
 
-    The function stands at the top of its file and takes strings. The processes live as long as the session, so that
-    NeMo is imported once in each; process groups are ended after each job. The test fails with what the processes
-    report if one of them fails or the time is over.
+    The function stands at the top of its file and takes strings. The processes live as long as the session, unless
+    ``fresh=True`` wants new ones, and are forked from one that has imported NeMo; process groups are ended after each
+    job. The test fails with what the processes report if one of them fails or the time is over.
     """
 
-    def run(function, *arguments, count=2, timeout=180):
-        _pool.run(inspect.getfile(function), function.__name__, [str(a) for a in arguments], count, timeout)
+    def run(function, *arguments, count=2, timeout=180, fresh=False):
+        arguments = [str(argument) for argument in arguments]
+        _pool.run(inspect.getfile(function), function.__name__, arguments, count, timeout, fresh)
 
     return run
-
-
-@pytest.fixture
-def torchrun(tmp_path):
-    """``torchrun(function, *arguments, processes=2, timeout=180)`` runs a function of a test file in processes.
-
-    The function stands at the top of its file and takes strings; gloo is all it has. The test fails with what the
-    processes printed if one of them fails, and none outlives the time limit.
-    """
-
-    def launch(function, *arguments, processes=2, timeout=180):
-        script = tmp_path / "worker.py"
-        script.write_text(_WORKER)
-        root = Path(__file__).resolve().parent.parent
-        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        command += [f"--nproc-per-node={processes}", str(script), inspect.getfile(function), function.__name__]
-        command += [str(argument) for argument in arguments]
-        with open(tmp_path / "worker.log", "w+") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-            try:
-                status = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = f"no end after {timeout} s"
-            finally:
-                process.terminate()  # torchrun then ends its workers, at the latest after 30 s
-                process.wait()
-            log.seek(0)
-            assert status == 0, f"{status}\n{log.read()[-8000:]}"
-
-    return launch

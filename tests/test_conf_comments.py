@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_mtbi.config.connector import KINDS
-from nemo_mtbi.config.interleave import FIRST, LEVELS, UNITS
-from nemo_mtbi.config.loss import DIVERGENCES
+from nemo_mtbi.config.checks import choices
+from nemo_mtbi.config.connector import ConnectorConfig
+from nemo_mtbi.config.interleave import InterleaveConfig
+from nemo_mtbi.config.loss import LossConfig
 from nemo_mtbi.config.model import parse_model_config
-from nemo_mtbi.evaluation.settings import KINDS as SYSTEMS
+from nemo_mtbi.evaluation.settings import SystemConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("conf/**/*.yaml"))
@@ -41,17 +42,23 @@ def test_files_and_sections_that_are_cited_exist(path):
 
 
 @pytest.mark.parametrize(
-    ("key", "known"),
-    [("kind: conv", KINDS), ("unit:", UNITS), ("first:", FIRST), ("level:", LEVELS), ("divergence:", DIVERGENCES)],
+    ("line", "section", "name"),
+    [
+        ("kind: conv", ConnectorConfig, "kind"),
+        ("unit:", InterleaveConfig, "unit"),
+        ("first:", InterleaveConfig, "first"),
+        ("level:", InterleaveConfig, "level"),
+        ("divergence:", LossConfig, "divergence"),
+    ],
 )
-def test_choices_are_all_named(key, known):
-    text = comment(together("mtbi_demo", "mtbi_base"), key)
-    assert [choice for choice in known if not re.search(rf"\b{choice}\b", text)] == []
+def test_choices_are_all_named(line, section, name):
+    text = comment(together("mtbi_demo", "mtbi_base"), line)
+    assert [choice for choice in choices(section, name) if not re.search(rf"\b{choice}\b", text)] == []
 
 
 def test_kinds_of_systems_are_all_shown():
     systems = yaml.safe_load((ROOT / "conf" / "mtbi_eval.yaml").read_text(encoding="utf-8"))["systems"]
-    assert {system["kind"] for system in systems.values()} == set(SYSTEMS)
+    assert {system["kind"] for system in systems.values()} == set(choices(SystemConfig, "kind"))
 
 
 @pytest.mark.parametrize("name", ["mtbi_demo", "mtbi_large"])

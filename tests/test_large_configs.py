@@ -19,8 +19,8 @@ from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.demo.encoder import configuration
 from nemo_mtbi.llm.directory import open_text_llm
 from nemo_mtbi.planning import memory
+from nemo_mtbi.planning.build import make_plan
 from nemo_mtbi.planning.footprint import read_encoder
-from nemo_mtbi.planning.plan import make_plan
 
 CONF = Path(nemo_mtbi.__file__).resolve().parents[1] / "conf"
 GIB = 2**30

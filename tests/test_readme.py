@@ -13,12 +13,13 @@ import pytest
 import torch
 from hf_models import hf_encoder, hf_llm
 from safetensors.torch import load_file
+from workers import run_script
 
 import nemo_mtbi
 from nemo_mtbi.demo.corpora.corpus import load_corpus
 from nemo_mtbi.demo.corpora.synthetic import build_synthetic
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PART, LLM, ASR = "train-clean-100", "Qwen2.5-7B-Instruct", "stt_en_fastconformer_ctc_large.nemo"
@@ -77,15 +78,27 @@ def place(tmp_path_factory):
 
 
 def run(place, command, *more):
-    """Runs a command as it stands, with what makes it short."""
+    """Run a command as it stands, with what makes it short; what it printed.
+
+    A plain ``python`` is forked from a process that has imported NeMo, all else is started as it is.
+    """
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py"))
-    words = [sys.executable if word == "python" else str(ROOT / word) if word == script else word for word in words]
+    words = [str(ROOT / word) if word == script else word for word in words]
     words += [*SHORT.get(Path(script).name, ()), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    log = place / "output.log"
+    log.unlink(missing_ok=True)
+    if words[0] == "python":
+        status = run_script(words[1:], place, log, 400)
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(log, "wb") as output:
+            status = subprocess.run(
+                words, cwd=place, env=environment, stdout=output, stderr=output, timeout=400
+            ).returncode
+    printed = log.read_text(errors="replace")
+    assert status == 0, f"{command}\n{printed[-4500:]}"
+    return printed
 
 
 @pytest.fixture(scope="module")
@@ -109,40 +122,55 @@ def test_a_corpus(corpus, place):
     assert list(place.glob("nemo_experiments/mtbi_qwen2.5-7b_fastconformer/**/*.nemo"))
 
 
-def test_an_llm(corpus, place):
-    train, to_megatron, to_hf, lora, whole = commands("Your own LLM")
-    asr = f"model.pretrained_asr={ASR}"
-    run(place, train, asr, "+model.targets={allow_foreign: true}", *DATA)  # a system prompt of its own
+def test_an_llm_is_converted(corpus, place):
+    _, to_megatron, to_hf, *_ = commands("Your own LLM")
     run(place, to_megatron)
     run(place, to_hf)
     same = [load_file(place / name / "model.safetensors") for name in (LLM, "Qwen2.5-7B-again")]
     assert all(torch.equal(value, same[1][name]) for name, value in same[0].items())
+
+
+@pytest.mark.full
+def test_an_llm(corpus, place):
+    train, _, _, lora, whole = commands("Your own LLM")
+    asr = f"model.pretrained_asr={ASR}"
+    run(place, train, asr, "+model.targets={allow_foreign: true}", *DATA)  # a system prompt of its own
     for learning in (lora, whole):
         run(place, learning, asr, f"model.pretrained_llm={LLM}", *DATA)
 
 
+def test_an_encoder_that_trains(corpus, place):
+    _, freeze, _ = commands("Your own encoder")
+    run(place, freeze, f"model.pretrained_asr={ASR}", f"model.pretrained_llm={LLM}", *DATA)
+
+
+@pytest.mark.full
 def test_an_encoder(corpus, place):
-    layers, freeze, beside = commands("Your own encoder")
+    layers, _, beside = commands("Your own encoder")
     models = [f"model.pretrained_llm={LLM}", *DATA]
     run(place, layers.replace("16, -1", "1, -1"), *models)  # three layers here
-    run(place, freeze, f"model.pretrained_asr={ASR}", *models)
     run(place, beside.replace("6, -1", "1, -1"), f"model.pretrained_asr={ASR}", *models)
 
 
+CLUSTER = [f"model.pretrained_llm={LLM}", f"model.pretrained_asr={ASR}", *DATA]
+
+
+def test_a_plan_of_a_cluster(corpus, place):
+    plan, *_ = commands("On a cluster")
+    assert "nothing of this would be refused" in run(place, plan, *CLUSTER)
+
+
+@pytest.mark.full
 def test_a_cluster(corpus, place):
-    plan, train, targets = commands("On a cluster")
-    models = [f"model.pretrained_llm={LLM}", f"model.pretrained_asr={ASR}"]
-    assert "nothing of this would be refused" in run(place, plan, *models, *DATA)
-    run(place, in_pieces(train, 4), *models, *DATA)
-    (place / "targets").rename(place / "targets-before")
-    said = run(
-        place,
-        in_pieces(targets, 2),
-        f"pretrained_llm={LLM}",
-        "tasks=tasks.yaml",
-        "cuts_path=aligned/cuts.jsonl.gz",
-    )
-    assert "train on: model.train_ds.cuts_path=" in said
+    _, train, _ = commands("On a cluster")
+    run(place, in_pieces(train, 4), *CLUSTER)
+
+
+def test_targets_on_a_cluster(corpus, place):
+    *_, targets = commands("On a cluster")
+    (place / "targets").rename(place / "targets-before")  # the others train on either
+    own = [f"pretrained_llm={LLM}", "tasks=tasks.yaml", "cuts_path=aligned/cuts.jsonl.gz"]
+    assert "train on: model.train_ds.cuts_path=" in run(place, in_pieces(targets, 2), *own)
 
 
 def in_pieces(command, processes):

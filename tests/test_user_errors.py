@@ -210,7 +210,10 @@ SECTIONS = {"name": "run", "seed": 0, "trainer": {}, "exp_manager": {}}
             {"model": {"connector": {"frame_rte": 1}}},
             "unknown key model.connector.frame_rte: did you mean 'frame_rate'",
         ),
-        ({"model": {"train_ds": {"rows_per_cuts": 1}}}, "unknown data key 'rows_per_cuts': did you mean rows_per_cut"),
+        (
+            {"model": {"train_ds": {"rows_per_cuts": 1}}},
+            "unknown data key 'rows_per_cuts': did you mean 'rows_per_cu",
+        ),
         ({"trainer": {"max_epoch": 1}}, "unknown key trainer.max_epoch: did you mean 'max_epochs'"),
         ({"benchmark": {"cut": "x"}}, "unknown key benchmark.cut: did you mean 'cuts'"),
         ({"exp_manager": {"exp_dri": "x"}}, "unknown key exp_manager.exp_dri: did you mean 'exp_dir'"),
@@ -230,7 +233,7 @@ def task(**changes):
 @pytest.mark.parametrize(
     "tasks, message",
     [
-        ([task(scoring="bleurt")], "task 'say': unknown scoring kind 'bleurt'; use one of wer, cer, exact"),
+        ([task(scoring="bleurt")], "task 'say': scoring is 'bleurt'; it must be one of wer, cer, exact"),
         ([task(), task(scoring="exact")], "duplicate task name 'say'.*rename or remove one"),
     ],
 )

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import torch
 import yaml
-from omegaconf import OmegaConf
 
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.config.schema import read_section
-from nemo_mtbi.encoders.nemo import SpeechEncoder
-from nemo_mtbi.encoders.nemo_parts import CLASSES, build_encoder, check_encoder, fill_encoder, section_class
+from nemo_mtbi.encoders.base import SpeechEncoder
+from nemo_mtbi.encoders.nemo_parts import fill_encoder
+from nemo_mtbi.encoders.registry import ENCODERS, NEMO, name_of
 from nemo_mtbi.io.nemo_tar import NemoFile, read_yaml
 from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors
+from nemo_mtbi.io.untrusted_yaml import shown
 from nemo_mtbi.llm.architecture import DecoderConfig, parameter_count
 from nemo_mtbi.llm.directory import SETTINGS, TOKENIZER_FILES
 from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
@@ -20,6 +21,7 @@ from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
 # Names in an archive. Unpacked, llm/ is a text LLM directory like any other.
 LLM_SETTINGS, LLM_WEIGHTS = f"llm/{SETTINGS}", f"llm/{LLM_FILE}"
 TOKENIZERS = tuple(f"llm/{name}" for name in TOKENIZER_FILES)
+_KIND = "kind"  # of an encoder, in its settings; NeMo's have none
 ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
 
 
@@ -39,16 +41,15 @@ def check_architecture(settings: bytes, tensors: StoredTensors) -> None:
 
 
 def encoder_settings(encoder: SpeechEncoder) -> bytes:
-    """What it takes to build front end and encoder, as YAML.
+    """Return the values that front end and encoder are built from, as YAML.
 
     Raises:
-        ValueError: for an encoder that is none of NeMo.
+        ValueError: for an encoder that a full ``.nemo`` can't hold.
     """
-    if not isinstance(encoder, SpeechEncoder):
+    if not isinstance(encoder, SpeechEncoder):  # two of them
         raise ValueError("a full .nemo holds one encoder of NeMo: save a small one, with full=False")
-    parts = {name: getattr(encoder, name)._cfg for name in ("preprocessor", "encoder")}
-    parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
-    return yaml.safe_dump({"sample_rate": encoder.shape.sample_rate, **parts}, sort_keys=False).encode()
+    settings, name = encoder.settings(), name_of(type(encoder))
+    return yaml.safe_dump(settings if name == NEMO else {_KIND: name, **settings}, sort_keys=False).encode()
 
 
 def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | None = None) -> SpeechEncoder:
@@ -63,12 +64,11 @@ def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | Non
         ValueError: if they are damaged, or their frames can't be counted.
     """
     settings, tensors = file.settings(ENCODER_SETTINGS), file.tensors(ENCODER_WEIGHTS)
-    for name in CLASSES:
-        section_class(settings.get(name), name)
-    if {*CLASSES, "sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
-        raise ArchiveError(f"{ENCODER_SETTINGS} must hold preprocessor, encoder and sample_rate, and no more")
-    check_encoder(settings, tensors.shapes, ENCODER_SETTINGS, ENCODER_WEIGHTS)
-    encoder = SpeechEncoder(build_encoder(settings, ENCODER_SETTINGS), config)
+    name = settings.get(_KIND, NEMO)
+    if not isinstance(name, str) or name not in ENCODERS:
+        raise ArchiveError(f"{ENCODER_SETTINGS} names the encoder kind {shown(name)}: import what registers it first")
+    own = {key: value for key, value in settings.items() if key != _KIND}
+    encoder = ENCODERS[name].from_settings(own, config, tensors.shapes, ENCODER_SETTINGS, ENCODER_WEIGHTS)
     fill_encoder(encoder, tensors.tensor)
-    encoder.settle(dtype, config)
+    encoder.set_trainable(dtype, config)
     return encoder

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import yaml
 from lhotse import CutSet
@@ -17,8 +17,8 @@ from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, FrozenDtype, RaiseOrSkip, Section
 from nemo_mtbi.config.generation import GenerationConfig
-from nemo_mtbi.config.model import FROZEN_DTYPES
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.data.gate import read_gated
@@ -33,25 +33,27 @@ from nemo_mtbi.parallel.device import pick_device
 from nemo_mtbi.parallel.settings import check_same
 from nemo_mtbi.parallel.stop import Remedies, explained
 from nemo_mtbi.targets.generate import BAD_ENTRY, LEAVE_OUT, generate_targets
-from nemo_mtbi.targets.plan import TargetPlan
+from nemo_mtbi.targets.plan import Split, TargetPlan
 from nemo_mtbi.targets.source import shar_fields, shar_shard_size, whole_and_absolute
 from nemo_mtbi.targets.store import JOINED, SHAR_CONFIG, join_shards, read_targets, seal, written_files
 
 
 @dataclass
-class PlanConfig:
+class PlanConfig(Section):
     """The tasks and prompts that are drawn for each cut; see :class:`nemo_mtbi.targets.plan.TargetPlan`."""
 
-    tasks_per_cut: int | None = None
+    SECTION: ClassVar[str] = "plan"
+
+    tasks_per_cut: Count | None = None
     always_tasks: list[str] = field(default_factory=list)
-    prompts_per_task: int = 1
-    split: str = "train"
-    wordings: str = "train"
+    prompts_per_task: Count = 1
+    split: Split = "train"
+    wordings: Split = "train"
     seed: int = 0
 
 
 @dataclass
-class GenerateTargetsConfig:
+class GenerateTargetsConfig(Section):
     """Everything that ``conf/mtbi_generate_targets.yaml`` may hold.
 
     Attributes:
@@ -78,7 +80,7 @@ class GenerateTargetsConfig:
     output_dir: str = MISSING
     pretrained_llm: str = "demo"
     chat: ChatConfig | None = None
-    frozen_dtype: str = "float32"
+    frozen_dtype: FrozenDtype = "float32"
     tasks: str = "demo"
     cuts_path: Any = None
     manifest_filepath: Any = None
@@ -91,11 +93,11 @@ class GenerateTargetsConfig:
     allow_commands: bool = False
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
-    shard_size: int = 1000
-    on_missing_text: str = "raise"
+    shard_size: Count = 1000
+    on_missing_text: RaiseOrSkip = "raise"
     overwrite: bool = False
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     rank: int | None = None
     world_size: int | None = None
     cuda: int | None = None
@@ -133,8 +135,6 @@ def parse_generate_config(cfg: Mapping) -> GenerateTargetsConfig:
         ValueError: unknown, missing or contradictory key; names the remedy.
     """
     config = read_section(GenerateTargetsConfig, cfg)
-    if config.frozen_dtype not in FROZEN_DTYPES:
-        raise ValueError(f"frozen_dtype is {config.frozen_dtype!r}; it must be {' or '.join(FROZEN_DTYPES)}")
     given = [key for key in LOCATION_KEYS if getattr(config, key) is not None]
     if len(given) != 1:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from nemo_mtbi.config.checks import Count, RaiseOrSkip, Section
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.io.paths import is_file, refuse_overwriting, user_path
 from nemo_mtbi.io.text import is_writable_text, read_json_lines, read_lines
@@ -22,7 +23,7 @@ LONGEST = 1e12  # seconds; no number of a manifest beyond it is a time
 
 
 @dataclass
-class TranscribeConfig:
+class TranscribeConfig(Section):
     """Everything that ``conf/mtbi_transcribe.yaml`` may hold; the names are those of NeMo's ``transcribe_speech.py``.
 
     Attributes:
@@ -53,10 +54,10 @@ class TranscribeConfig:
     prompts_file: str | None = None
     output_filename: str | None = None
     overwrite_transcripts: bool = True
-    batch_size: int = 32
-    on_bad_audio: str = "raise"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    batch_size: Count = 32
+    on_bad_audio: RaiseOrSkip = "raise"
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     cuda: int | None = None
     show: int = 5
 
@@ -75,10 +76,6 @@ def parse_transcribe_config(cfg: Mapping) -> TranscribeConfig:
         raise ValueError(f"set exactly one of {', '.join(SOURCES)}; set are: {', '.join(given) or 'none'}")
     if config.prompt is not None and config.prompts_file is not None:
         raise ValueError("prompt and prompts_file are both set: keep one (the file may hold the prompt, too)")
-    if config.on_bad_audio not in ("raise", "skip"):
-        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or skip")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be at least 1")
     return config
 
 

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-AUDIO_PLACES = ("after", "before")
+from nemo_mtbi.config.checks import OneOf, Section
 
 
 @dataclass
-class ChatConfig:
-    """How a prompt and speech are put into the LLM's chat format.
+class ChatConfig(Section):
+    """Chat format of the LLM, and the place of the speech in it.
 
     Attributes:
         format: name of one of NeMo's prompt formatters, such as ``llama3``, ``qwen`` or ``mistral``; ``null``: the
@@ -22,15 +22,16 @@ class ChatConfig:
         options: variables of the tokenizer's template, such as ``enable_thinking: false`` for Qwen3.
     """
 
+    SECTION: ClassVar[str] = "model.chat"
+
     format: str | None = None
     system: str | None = None
-    audio: str = "after"
+    audio: Annotated[str, OneOf("after", "before")] = "after"
     separator: str = "\n"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.audio not in AUDIO_PLACES:
-            raise ValueError(f"model.chat.audio is {self.audio!r}; it must be {' or '.join(AUDIO_PLACES)}")
+        super().__post_init__()
         if self.format and self.options:
             raise ValueError(
                 "model.chat.options are of the tokenizer's own template: leave them out, or model.chat.format"

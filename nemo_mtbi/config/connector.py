@@ -3,14 +3,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-KINDS = ("conv", "stack", "qformer", "conformer", "cif")
-_POWERS_OF_TWO = ("conv", "conformer")  # kinds made of stages of stride 2
+from nemo_mtbi.config.checks import Count, Number, OneOf, Section
+
+ANY_FACTOR = range(1, 65)
+POWERS_OF_TWO = tuple(2**n for n in range(7))
+
+
+@dataclass(frozen=True)
+class ConnectorKind:
+    """Constraints that a kind of connector puts on its section.
+
+    Attributes:
+        factors: allowed numbers of encoder frames per connector frame, ascending.
+        uses_heads: whether it has attention, whose ``heads`` must divide ``hidden_size``.
+    """
+
+    factors: Sequence[int] = ANY_FACTOR
+    uses_heads: bool = False
+
+
+# By the value of ``kind``. nemo_mtbi.speech_llm.connector, which is above this folder, holds the classes.
+KINDS: dict[str, ConnectorKind] = {
+    "conv": ConnectorKind(POWERS_OF_TWO),
+    "stack": ConnectorKind(),
+    "qformer": ConnectorKind(uses_heads=True),
+    "conformer": ConnectorKind(POWERS_OF_TWO, uses_heads=True),
+    "cif": ConnectorKind(),
+}
 
 
 @dataclass
-class ConnectorConfig:
+class ConnectorConfig(Section):
     """Shape of the connector.
 
     Attributes:
@@ -28,33 +55,32 @@ class ConnectorConfig:
         dropout: on hidden layers.
     """
 
+    SECTION: ClassVar[str] = "model.connector"
+
     kind: str = "conv"
     frame_rate: float = 6.25
     hidden_size: int = 512
-    kernel_size: int = 3
-    layers: int = 2
+    kernel_size: Annotated[int, Number(lambda size: size % 2 == 1, "odd to keep frames centred")] = 3
+    layers: Count = 2
     heads: int = 8
     dropout: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"model.connector.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"model.connector.kernel_size is {self.kernel_size}; it must be odd to keep frames centred"
-            )
-        if self.layers < 1:
-            raise ValueError(f"model.connector.layers is {self.layers}; it must be at least 1")
-        if self.kind in ("qformer", "conformer") and (self.heads < 1 or self.hidden_size % self.heads):
+        super().__post_init__()
+        OneOf(*KINDS).check(f"{self.SECTION}.kind", self.kind)
+        if KINDS[self.kind].uses_heads and (self.heads < 1 or self.hidden_size % self.heads):
             raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
 
     def reduction(self, encoder_rate: float) -> int:
-        """Encoder frames per connector frame.
+        """Return the number of encoder frames per connector frame.
+
+        Args:
+            encoder_rate: encoder frames per second.
 
         Raises:
             ValueError: if no allowed reduction comes within 20% of the wanted rate.
         """
-        factors = [2**n for n in range(7)] if self.kind in _POWERS_OF_TWO else range(1, 65)
+        factors = KINDS[self.kind].factors
         best = min(factors, key=lambda factor: abs(encoder_rate / factor - self.frame_rate))
         if abs(encoder_rate / best - self.frame_rate) > 0.2 * self.frame_rate:
             reachable = ", ".join(f"{encoder_rate / factor:g}" for factor in factors[:5])

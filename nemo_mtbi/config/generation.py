@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from nemo_mtbi.config.checks import Count, Section
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
+@dataclass
+class GenerationConfig(Section):
     """Decoding parameters. They are part of a target's provenance.
 
     Attributes:
@@ -15,9 +18,7 @@ class GenerationConfig:
         batch_tokens: bound on rows x (longest prompt + ``max_new_tokens``) of a batch; limits the cache's memory.
     """
 
-    max_new_tokens: int = 64
-    batch_tokens: int = 16384
+    SECTION: ClassVar[str] = "model.generation"
 
-    def __post_init__(self):
-        if self.max_new_tokens < 1 or self.batch_tokens < 1:
-            raise ValueError(f"generation needs max_new_tokens and batch_tokens of at least 1, got {self}")
+    max_new_tokens: Count = 64
+    batch_tokens: Count = 16384

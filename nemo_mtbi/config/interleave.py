@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
-UNITS = ("word", "span", "sentence")
-FIRST = ("any", "text", "speech")
-LEVELS = ("embedding", "wave")
+from nemo_mtbi.config.checks import Count, OneOf, Section, Share, between
 
 
-@dataclass(frozen=True)
-class InterleaveSchedule:
-    """Where interleaving starts from; it goes in a straight line to the values of :class:`InterleaveConfig`.
+@dataclass
+class InterleaveSchedule(Section):
+    """First values of interleaving; they go in a straight line to those of :class:`InterleaveConfig`.
 
     Attributes:
         epochs: passes over the data until those are reached. Long data are cut into passes by
@@ -20,14 +19,16 @@ class InterleaveSchedule:
         probability, text_share: in the first pass; ``None``: as later.
     """
 
-    epochs: int = 1
-    probability: float | None = None
-    text_share: float | None = None
+    SECTION: ClassVar[str] = "model.interleave.schedule"
+
+    epochs: Count = 1
+    probability: Share | None = None
+    text_share: Share | None = None
 
 
-@dataclass(frozen=True)
-class InterleaveConfig:
-    """How often and how much of an utterance is given as text.
+@dataclass
+class InterleaveConfig(Section):
+    """Shares of rows and words that are given as text.
 
     Attributes:
         probability: share of the rows that are interleaved; the others stay all speech.
@@ -45,41 +46,28 @@ class InterleaveConfig:
         ValueError: if a value is out of range.
     """
 
-    probability: float = 0.5
-    all_text: float = 0.0
-    unit: str = "span"
-    text_share: float = 0.5
-    mean_span: float = 3.0
-    first: str = "any"
-    level: str = "embedding"
+    SECTION: ClassVar[str] = "model.interleave"
+
+    probability: Share = 0.5
+    all_text: Share = 0.0
+    unit: Annotated[str, OneOf("word", "span", "sentence")] = "span"
+    text_share: Share = 0.5
+    mean_span: Annotated[float, between(1, 100)] = 3.0
+    first: Annotated[str, OneOf("any", "text", "speech")] = "any"
+    level: Annotated[str, OneOf("embedding", "wave")] = "embedding"
     schedule: InterleaveSchedule | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         start = self.schedule or InterleaveSchedule()
-        for name, value in (
-            ("probability", self.probability),
-            ("all_text", self.all_text),
-            ("text_share", self.text_share),
-            ("schedule.probability", start.probability),
-            ("schedule.text_share", start.text_share),
-        ):
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"interleave.{name} is a share and must lie between 0 and 1, got {value}")
-        for name, known in (("unit", UNITS), ("first", FIRST), ("level", LEVELS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"interleave.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if max(self.probability, start.probability or 0.0) + self.all_text > 1.0 + 1e-9:
             raise ValueError(
-                f"interleave.probability {self.probability} (schedule: {start.probability}) and all_text "
+                f"model.interleave.probability {self.probability} (schedule: {start.probability}) and all_text "
                 f"{self.all_text} are shares of the same rows: together they must be at most 1"
             )
-        if not 1.0 <= self.mean_span <= 100.0:
-            raise ValueError(f"interleave.mean_span counts words and must lie between 1 and 100, got {self.mean_span}")
-        if start.epochs < 1:
-            raise ValueError(f"interleave.schedule.epochs must be at least 1, got {start.epochs}")
 
     def at(self, epoch: int) -> InterleaveConfig:
-        """The values that hold in a pass over the data, numbered from 0."""
+        """Return the values that hold in a pass over the data, numbered from 0."""
         if self.schedule is None:
             return self
         way = min(epoch / self.schedule.epochs, 1.0)

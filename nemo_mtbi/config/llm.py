@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from nemo_mtbi.config.checks import Count, Section, above, at_least
 from nemo_mtbi.config.freezing import check_freeze, check_pattern
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Section):
     """Adapters in the LLM.
 
     Attributes:
@@ -19,17 +20,18 @@ class LoraConfig:
         target_modules: regular expressions, each searched for in names such as
             ``decoder.layers.3.self_attention.linear_qkv``; the linear layers are ``linear_qkv``, ``linear_proj``,
             ``linear_fc1`` and ``linear_fc2``.
-        speech_only: adapters see the positions of speech only: what the LLM does with text stays what it was.
+        speech_only: adapters act on the positions of speech only: the LLM does with text what it did before.
     """
 
-    rank: int = 16
+    SECTION: ClassVar[str] = "model.lora"
+
+    rank: Count = 16
     alpha: float = 32.0
     target_modules: list[str] = field(default_factory=lambda: ["linear_qkv", "linear_proj"])
     speech_only: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"model.lora.rank is {self.rank}; it must be at least 1")
+        super().__post_init__()
         if not self.target_modules:
             raise ValueError("model.lora.target_modules is empty: name linear layers, or leave model.lora out")
         for pattern in self.target_modules:
@@ -37,35 +39,35 @@ class LoraConfig:
                 check_pattern(pattern)
             except ValueError as error:
                 raise ValueError(
-                    f"model.lora.target_modules has {pattern!r}, no regular expression: {error}"
+                    f"model.lora.target_modules has {pattern!r}, which is not a regular expression: {error}"
                 ) from None
 
     @property
     def scale(self) -> float:
+        """Factor of the product B A x."""
         return self.alpha / self.rank
 
 
 @dataclass
-class LlmConfig:
-    """Whether the LLM itself trains; its optimizer is Megatron's distributed Adam, with the schedule of ``optim``.
+class LlmConfig(Section):
+    """Training of the LLM itself, by Megatron's distributed Adam with the schedule of ``optim``.
 
     Attributes:
-        freeze: ``true``: it stays what it is; ``false``: all of its weights train; or patterns
+        freeze: ``true``: it stays as it is; ``false``: all of its weights train; or patterns
             (Python's ``re``) of the names that stay, such as ``embedding``, while the others train.
         lr: learning rate at the top of the schedule; ``null``: that of ``optim``.
         weight_decay: decoupled; ``null``: that of ``optim``.
     """
 
+    SECTION: ClassVar[str] = "model.llm"
+
     freeze: Any = True
-    lr: float | None = None
-    weight_decay: float | None = None
+    lr: Annotated[float | None, above(0)] = None
+    weight_decay: Annotated[float | None, at_least(0)] = None
 
     def __post_init__(self):
-        check_freeze(self.freeze, "model.llm")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"model.llm.lr is {self.lr}; it must be above 0")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
-            raise ValueError(f"model.llm.weight_decay is {self.weight_decay}; it must be at least 0")
+        super().__post_init__()
+        check_freeze(self.freeze, self.SECTION)
 
     @property
     def trains(self) -> bool:

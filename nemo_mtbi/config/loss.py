@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "js")
+from nemo_mtbi.config.checks import OneOf, Section, above, at_least
 
 
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimized, for each response token: cross entropy, and the distance from the text twin.
+@dataclass
+class LossConfig(Section):
+    """Weights of what is minimized for each response token: cross entropy, and the distance from the text twin.
 
-    The text twin (the teacher) is the same frozen LLM that reads the transcript where the student hears the speech.
+    The text twin (the teacher) is the same frozen LLM that reads the transcript where the student gets the speech.
 
     Attributes:
         ce_weight: of the cross entropy with the response.
@@ -30,32 +30,29 @@ class LossConfig:
         ValueError: if a value is out of range, or belongs to a part that has no weight.
     """
 
-    ce_weight: float = 1.0
-    kl_weight: float = 0.0
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
+    SECTION: ClassVar[str] = "model.loss"
+
+    ce_weight: Annotated[float, at_least(0)] = 1.0
+    kl_weight: Annotated[float, at_least(0)] = 0.0
+    divergence: Annotated[str, OneOf("forward_kl", "reverse_kl", "js")] = "forward_kl"
+    temperature: Annotated[float, above(0)] = 1.0
     scale_by_temperature: bool = True
-    hidden_weight: float = 0.0
+    hidden_weight: Annotated[float, at_least(0)] = 0.0
 
     def __post_init__(self):
-        weights = {name: getattr(self, name) for name in ("ce_weight", "kl_weight", "hidden_weight")}
-        for name, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"model.loss.{name} is {value}; it must be 0 or a positive number")
-        if not any(weights.values()):
+        super().__post_init__()
+        weights = ("ce_weight", "kl_weight", "hidden_weight")
+        if not any(getattr(self, name) for name in weights):
             raise ValueError(
                 f"model.loss has nothing to learn from: give one of {', '.join(weights)} a weight above 0"
             )
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"model.loss.divergence is {self.divergence!r}; it must be {' or '.join(DIVERGENCES)}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"model.loss.temperature is {self.temperature}; it must be a positive number")
         if not self.kl_weight:
-            for name, default in (("divergence", DIVERGENCES[0]), ("temperature", 1.0)):
-                if getattr(self, name) != default:
+            defaults = {field.name: field.default for field in fields(self)}
+            for name in ("divergence", "temperature"):
+                if getattr(self, name) != defaults[name]:
                     raise ValueError(
                         f"model.loss.{name} is {getattr(self, name)}, but model.loss.kl_weight is 0, so that nothing "
-                        f"reads it: set kl_weight, or leave {name} at {default}"
+                        f"reads it: set kl_weight, or leave {name} at {defaults[name]}"
                     )
 
     @property
@@ -65,7 +62,7 @@ class LossConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is measured apart from the loss itself; nothing where the loss is a cross entropy alone."""
+        """Names of the terms that are logged beside the loss; none where the loss is a cross entropy alone."""
         if not self.uses_teacher:
             return ()
         return ("ce", *(["kl"] if self.kl_weight else []), *(["hidden"] if self.hidden_weight else []))

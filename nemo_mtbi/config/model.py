@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, FrozenDtype, OneOf, RaiseOrSkip, Section, above
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderSection
 from nemo_mtbi.config.generation import GenerationConfig
@@ -21,14 +22,13 @@ from nemo_mtbi.config.schema import read_section
 
 FORMAT_VERSION = 3  # of the .nemo
 ADAMS = ("adam", "adamw", "fused_adam")  # beside which the LLM may train
-FROZEN_DTYPES = ("float32", "bfloat16")
 LAYOUT_KEYS = tuple(field.name for field in fields(ParallelConfig))
 RUN_KEYS = (*LAYOUT_KEYS, "dist_timeout", "encoder_cache")  # of a run: a .nemo fits any other
 
 
 @dataclass
 class TargetsConfig:
-    """What training asks of its targets.
+    """Which targets training accepts.
 
     Attributes:
         allow_foreign: train on the answers of another LLM or chat format.
@@ -38,8 +38,8 @@ class TargetsConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Everything that stands under ``model:``.
+class ModelConfig(Section):
+    """The section ``model:``.
 
     Attributes:
         pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, directory of a Hugging Face encoder,
@@ -75,6 +75,7 @@ class ModelConfig:
         targets: see :class:`TargetsConfig`.
         transcription_task: task whose generated answer is scored as a transcript in validation.
         train_ds, validation_ds: NeMo's own data keys and ``rows_per_cut`` (:mod:`nemo_mtbi.data.loader`).
+        test_ds: NeMo's key; it must be ``null``, since ``examples/mtbi_eval.py`` evaluates a trained model.
         optim: NeMo's optimizer and ``sched`` keys; it trains all but weights of the LLM, which follow its schedule.
         nemo_content: ``small``: a ``.nemo`` refers to the frozen parts by path and hash; ``full``: it holds them.
         fingerprints: hashes of the frozen parts, written by us and checked when a ``.nemo`` is restored.
@@ -82,6 +83,8 @@ class ModelConfig:
             written and checked likewise.
         llm_was_trained: written by us: the LLM inside a full ``.nemo`` is not the one of its fingerprint any more.
     """
+
+    SECTION: ClassVar[str] = "model"
 
     pretrained_asr: str = MISSING
     pretrained_llm: str = MISSING
@@ -93,24 +96,24 @@ class ModelConfig:
     interleave: InterleaveConfig | None = field(default_factory=InterleaveConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    micro_batch_tokens: int = 8192
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    micro_batch_tokens: Count = 8192
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: int | None = None
     sequence_parallel: bool = False
-    activations_checkpoint_granularity: str | None = None
-    frozen_dtype: str = "float32"
+    activations_checkpoint_granularity: Annotated[str | None, OneOf("selective", "full")] = None
+    frozen_dtype: FrozenDtype = "float32"
     encoder_cache: str | None = None
-    dist_timeout: float | None = None
-    on_nonfinite: str = "raise"
-    on_bad_audio: str = "raise"
+    dist_timeout: Annotated[float | None, above(0)] = None
+    on_nonfinite: RaiseOrSkip = "raise"
+    on_bad_audio: RaiseOrSkip = "raise"
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     transcription_task: str = "transcribe"
     train_ds: Any = None
     validation_ds: Any = None
     test_ds: Any = None
     optim: Any = None
-    nemo_content: str = "small"
+    nemo_content: Annotated[str, OneOf("small", "full")] = "small"
     fingerprints: dict[str, str] = field(default_factory=dict)
     file_digests: dict[str, list[str]] = field(default_factory=dict)
     llm_was_trained: bool = False
@@ -119,9 +122,51 @@ class ModelConfig:
     target: str | None = None
     nemo_version: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.test_ds is not None:
+            raise ValueError(
+                "model.test_ds is not used: set it to null, and evaluate the trained model with examples/mtbi_eval.py "
+                "(its key sets names the data)"
+            )
+        encoders = [self.encoder, self.encoder and self.encoder.beside]
+        if self.encoder_cache and any(encoder is not None and encoder.freeze is not True for encoder in encoders):
+            raise ValueError(
+                "model.encoder_cache keeps what a frozen encoder gives: remove it, or set model.encoder.freeze=true"
+            )
+        self._check_llm()
+        self.layout  # noqa: B018 (raises for sizes that contradict each other)
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this model has format_version {self.format_version}, but this nemo_mtbi reads up to "
+                f"{FORMAT_VERSION}: install a newer nemo_mtbi"
+            )
+
+    def _check_llm(self) -> None:
+        """Refuse what contradicts an LLM that trains.
+
+        Raises:
+            ValueError: names the remedy.
+        """
+        if self.llm is None or not self.llm.trains:
+            return
+        if self.lora is not None:
+            raise ValueError("model.llm trains the LLM itself and model.lora adapters in it: choose one of them")
+        if self.loss.uses_teacher:
+            raise ValueError(
+                "model.loss compares with the LLM as it was, which model.llm.freeze does not keep: use model.lora, or "
+                "set kl_weight and hidden_weight to 0"
+            )
+        optim = self.optim or {}
+        name = optim.get("_target_") or optim.get("name", "adamw")
+        if name not in ADAMS:
+            raise ValueError(f"model.optim.name is {name}, but the LLM is trained by Adam: set it to adamw")
+        if optim.get("lr") == 0:
+            raise ValueError("model.optim.lr is 0, and the LLM follows its schedule: make it small, such as 1e-8")
+
     @property
     def layout(self) -> ParallelConfig:
-        """How the model is laid out over processes."""
+        """Layout of the model over processes."""
         return ParallelConfig(**{key: getattr(self, key) for key in LAYOUT_KEYS})
 
     @property
@@ -133,7 +178,7 @@ class ModelConfig:
 
 
 def parse_model_config(cfg: Mapping) -> ModelConfig:
-    """Checks a ``model:`` section against the schema.
+    """Return a ``model:`` section, checked.
 
     Args:
         cfg: a ``DictConfig`` or mapping.
@@ -141,54 +186,4 @@ def parse_model_config(cfg: Mapping) -> ModelConfig:
     Raises:
         ValueError: unknown key (with the nearest known one), wrong type, missing key or contradiction.
     """
-    config = read_section(ModelConfig, cfg, "model")
-    if config.micro_batch_tokens < 1:
-        raise ValueError(f"model.micro_batch_tokens is {config.micro_batch_tokens}; it must be at least 1")
-    for name, choices in (
-        ("on_bad_audio", ("raise", "skip")),
-        ("on_nonfinite", ("raise", "skip")),
-        ("frozen_dtype", FROZEN_DTYPES),
-        ("nemo_content", ("small", "full")),
-        ("activations_checkpoint_granularity", (None, "selective", "full")),
-    ):
-        if getattr(config, name) not in choices:
-            known = " or ".join("null" if choice is None else choice for choice in choices)
-            raise ValueError(f"model.{name} is {getattr(config, name)!r}; it must be {known}")
-    if config.dist_timeout is not None and config.dist_timeout <= 0:
-        raise ValueError(f"model.dist_timeout is {config.dist_timeout}; it must be a number of seconds above 0")
-    encoders = [part for part in (config.encoder, getattr(config.encoder, "beside", None)) if part is not None]
-    if config.encoder_cache and any(part.freeze is not True for part in encoders):
-        raise ValueError(
-            "model.encoder_cache keeps what a frozen encoder gives: remove it, or set model.encoder.freeze=true"
-        )
-    _check_llm(config)
-    config.layout  # noqa: B018 (raises for sizes that contradict each other)
-    if config.format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"this model has format_version {config.format_version}, but this nemo_mtbi reads up to {FORMAT_VERSION}: "
-            "install a newer nemo_mtbi"
-        )
-    return config
-
-
-def _check_llm(config: ModelConfig) -> None:
-    """What does not go with an LLM that trains.
-
-    Raises:
-        ValueError: names the remedy.
-    """
-    if config.llm is None or not config.llm.trains:
-        return
-    if config.lora is not None:
-        raise ValueError("model.llm trains the LLM itself and model.lora adapters in it: choose one of them")
-    if config.loss.uses_teacher:
-        raise ValueError(
-            "model.loss compares with the LLM as it was, which model.llm.freeze does not keep: use model.lora, or set "
-            "kl_weight and hidden_weight to 0"
-        )
-    optim = config.optim or {}
-    name = optim.get("_target_") or optim.get("name", "adamw")
-    if name not in ADAMS:
-        raise ValueError(f"model.optim.name is {name}, but the LLM is trained by Adam: set it to adamw")
-    if optim.get("lr") == 0:
-        raise ValueError("model.optim.lr is 0, and the LLM follows its schedule: make it small, such as 1e-8")
+    return read_section(ModelConfig, cfg, "model")

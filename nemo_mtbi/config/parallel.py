@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one model is laid out over processes."""
+"""Layout of one model over processes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_mtbi.config.checks import Count, Section
+
 
 @dataclass(frozen=True)
-class ParallelConfig:
-    """How one model is laid out over processes; NeMo's and Megatron's names.
+class ParallelConfig(Section):
+    """Layout of one model over processes, in NeMo's and Megatron's names.
 
     Attributes:
         tensor_model_parallel_size: processes that share each layer.
@@ -20,15 +22,13 @@ class ParallelConfig:
         ValueError: for sizes that contradict each other.
     """
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: int | None = None
     sequence_parallel: bool = False
 
     def __post_init__(self):
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise ValueError(
@@ -49,7 +49,7 @@ class ParallelConfig:
         return self.virtual_pipeline_model_parallel_size or 1
 
     def replicas(self, world: int) -> int:
-        """Model replicas among ``world`` processes.
+        """Return the number of model replicas among ``world`` processes.
 
         Raises:
             ValueError: if they do not divide.
@@ -62,7 +62,7 @@ class ParallelConfig:
         return world // self.model_parallel_size
 
     def check_architecture(self, num_layers: int, num_attention_heads: int, num_query_groups: int, ffn: int) -> None:
-        """Checks that an LLM can be split this way.
+        """Check that an LLM can be split this way.
 
         Raises:
             ValueError: names the size that does not divide.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts of NeMo's manifest reader, as their entries say."""
+"""Corrects cuts of NeMo's manifest reader that are shorter than their entries say."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def promised_seconds(cut: DataCut) -> float | None:
 
     ``None`` where the entry had no offset, or the cut does not come from NeMo's reader.
     """
-    found = re.fullmatch(r"-(\d{6,})-(\d{6,})", cut.id.removeprefix(cut.recording.id))
-    return int(found[2]) / 1e2 if found and int(found[1]) == round(cut.start * 1e2) else None
+    times = re.fullmatch(r"-(\d{6,})-(\d{6,})", cut.id.removeprefix(cut.recording.id))
+    return int(times[2]) / 1e2 if times and int(times[1]) == round(cut.start * 1e2) else None

@@ -6,14 +6,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 from filelock import FileLock
 from lhotse import CutSet
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, OneOf, Section, at_least
 from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.schema import read_section
@@ -35,30 +36,20 @@ from nemo_mtbi.targets.plan import rows_at_once
 from nemo_mtbi.targets.reference import reference_targets
 from nemo_mtbi.targets.tasks import TaskPool
 
-KINDS = ("synthetic", "digits")
-TARGETS = ("behavior", "reference")
-LEAST = {
-    "train_utterances": 1,
-    "validation_utterances": 1,
-    "test_utterances": 1,
-    "tasks_per_cut": 1,
-    "prompts_per_task": 1,
-    "synthetic_utterances": 0,
-    "adapt.steps": 0,
-}
-
 
 @dataclass
-class AdaptConfig:
+class AdaptConfig(Section):
     """CTC training of the encoder on the training utterances before MTBI (``steps: 0``: none)."""
 
-    steps: int = 0
+    SECTION: ClassVar[str] = "data.adapt"
+
+    steps: Annotated[int, at_least(0)] = 0
     learning_rate: float = 5e-4
     batch_duration: float = 60.0
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     """Everything that stands under ``data:``.
 
     Attributes:
@@ -79,20 +70,22 @@ class DataConfig:
         adapt: encoder adaptation.
     """
 
-    kind: str = "synthetic"
+    SECTION: ClassVar[str] = "data"
+
+    kind: Annotated[str, OneOf("synthetic", "digits", remedy=", or remove data: whole")] = "synthetic"
     cache_dir: str = "~/.cache/nemo_mtbi"
     tasks: str = "demo"
     seed: int = 0
-    train_utterances: int = 3000
-    validation_utterances: int = 50
-    test_utterances: int = 150
-    synthetic_utterances: int = 0
-    tasks_per_cut: int | None = 8
+    train_utterances: Count = 3000
+    validation_utterances: Count = 50
+    test_utterances: Count = 150
+    synthetic_utterances: Annotated[int, at_least(0)] = 0
+    tasks_per_cut: Count | None = 8
     always_tasks: list[str] = field(default_factory=list)
     train_tasks: list[str] | None = None
-    targets: str = "behavior"
+    targets: Annotated[str, OneOf("behavior", "reference")] = "behavior"
     reference_format: str = "{}"
-    prompts_per_task: int = 1
+    prompts_per_task: Count = 1
     digits_dir: str | None = None
     heldout_speakers: list[str] = field(default_factory=list)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
@@ -116,13 +109,7 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
         ValueError: unknown key, wrong type or contradiction.
     """
     config = read_section(DataConfig, cfg, "data")
-    if config.kind not in KINDS:
-        raise ValueError(f"data.kind is {config.kind!r}; it must be one of {', '.join(KINDS)}, or remove data: whole")
     _check_targets(config)
-    for name, least in LEAST.items():
-        value = attrgetter(name)(config)
-        if value is not None and value < least:
-            raise ValueError(f"data.{name} is {value}; it must be at least {least}")
     if config.kind == "synthetic":
         for name in ("digits_dir", "heldout_speakers", "synthetic_utterances"):
             if getattr(config, name):
@@ -179,8 +166,6 @@ def _answer(
 
 
 def _check_targets(config: DataConfig) -> None:
-    if config.targets not in TARGETS:
-        raise ValueError(f"data.targets is {config.targets!r}; it must be one of {', '.join(TARGETS)}")
     if config.reference_format.count("{}") != 1:
         raise ValueError(
             f"data.reference_format is {config.reference_format!r}; it must hold {{}} once, for the answer"

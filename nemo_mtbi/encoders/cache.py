@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.base import SpeechEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class EncoderCache:
     def __init__(self, folder: str | Path, fingerprint: str, dtype: torch.dtype, memory_bytes: int = 2**30):
         name = f"{fingerprint.removeprefix('sha256:')}-{str(dtype).removeprefix('torch.')}"
         self.folder = Path(folder).expanduser() / name
+        # of versions that wrote no digests: what they have encoded is not encoded again
+        self._older = self.folder.with_name(f"{fingerprint[:16]}-{str(dtype).removeprefix('torch.')}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.memory_bytes = memory_bytes
         self.hits = self.misses = self.damaged = 0
@@ -77,32 +79,36 @@ class EncoderCache:
         longest = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)(audio.shape[1])
         return torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in frames]), counts
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def _path(self, key: str, folder: Path) -> Path:
+        return folder / key[:2] / f"{key}.safetensors"
 
     def _find(self, key: str) -> Tensor | None:
         if key in self._held:
             return self._held[key]
-        path = self._path(key)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise RuntimeError(f"{path} can't be read ({error}): make it readable, or remove it") from error
-        frames = self._parse(key, content)
-        if frames is None:
+        for folder in (self.folder, self._older):
+            path = self._path(key, folder)
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise RuntimeError(f"{path} can't be read ({error}): make it readable, or remove it") from error
+            frames = self._parse(key, content, with_digest=folder == self.folder)
+            if frames is not None:
+                self._hold(key, frames)
+                return frames
             self.damaged += 1
             logger.warning(f"{path} is damaged: the utterance is encoded again")
-            return None
-        self._hold(key, frames)
-        return frames
+        return None
 
-    def _parse(self, key: str, content: bytes) -> Tensor | None:
+    def _parse(self, key: str, content: bytes, with_digest: bool) -> Tensor | None:
         """The frames of an entry; ``None`` if it is not the one that was written for these samples."""
         try:
+            frames = load(content)[FRAMES]
+            if not with_digest:
+                return frames
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            digest, frames = header["__metadata__"][_DIGEST], load(content)[FRAMES]
+            digest = header["__metadata__"][_DIGEST]
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         return frames if digest == self._digest(key, frames) else None
@@ -114,7 +120,7 @@ class EncoderCache:
         return hashlib.sha256(name.encode() + data.numpy().tobytes()).hexdigest()
 
     def _store(self, key: str, frames: Tensor) -> None:
-        path = self._path(key)
+        path = self._path(key, self.folder)
         path.parent.mkdir(exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")  # other runs may write the same
         frames = frames.cpu()

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech encoders of Hugging Face: Whisper's, and those on the raw wave (WavLM, HuBERT, wav2vec 2.0)."""
+"""Speech encoders of Hugging Face: Whisper's, and those on raw audio (WavLM, HuBERT, wav2vec 2.0)."""
 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.config.encoder import EncoderConfig
-from nemo_mtbi.encoders.base import Hearing
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
 from nemo_mtbi.encoders.hf_files import build_empty, load_weights, read_extractor
-from nemo_mtbi.encoders.nemo import EncoderShape
 from nemo_mtbi.encoders.windows import Windows
 from nemo_mtbi.io.text import read_json_object
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
@@ -27,13 +27,8 @@ _SHORTEST = 400  # samples that its short-time Fourier transform takes at least
 _WHISPER_STAGES = (LengthStage(160, 160), LengthStage(3, 1, 2), LengthStage(3, 2, 2))
 
 
-def is_hf_encoder(path: Path) -> bool:
-    """Whether a path is a directory of Hugging Face."""
-    return path.is_dir() and (path / CONFIG).is_file()
-
-
 def read_hf_config(path: Path) -> Mapping[str, Any]:
-    """The ``config.json`` of an encoder.
+    """Return the ``config.json`` of an encoder.
 
     Raises:
         ValueError: if it can't be read, or is of another kind.
@@ -45,7 +40,7 @@ def read_hf_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-class HFSpeechEncoder(Hearing, ABC):
+class HFSpeechEncoder(SpeechEncoder):
     """Front end (float32) and encoder of a Hugging Face model, always in ``eval()``.
 
     Args:
@@ -57,7 +52,7 @@ class HFSpeechEncoder(Hearing, ABC):
         stages: from samples to frames.
 
     Attributes:
-        first_channels: of the first convolution, whose output is the largest.
+        first_channels: of the first convolution.
 
     Raises:
         ValueError: if a layer is not there, or windows overlap by less than what frames at their ends need.
@@ -67,7 +62,7 @@ class HFSpeechEncoder(Hearing, ABC):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         extractor: Any,
         config: EncoderConfig,
         size: int,
@@ -75,43 +70,74 @@ class HFSpeechEncoder(Hearing, ABC):
         stages: tuple[LengthStage, ...],
     ):
         super().__init__()
-        self.encoder, self._extractor, self._config = model, extractor, config
+        self.encoder, self._extractor = model, extractor
         wrong = [layer for layer in config.layers if not -num_layers - 1 <= layer <= num_layers]
         if wrong:
-            raise ValueError(f"{config.key}.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
+            raise ValueError(f"{config.SECTION}.layers has {wrong[0]}, but the encoder has layers 0 to {num_layers}")
         self._layers = [layer % (num_layers + 1) for layer in config.layers or (num_layers,)]
         self.shape = EncoderShape(size * max(len(config.layers), 1), int(extractor.sampling_rate), stages)
-        self._windows = Windows(FrameCounter(stages, self.shape.sample_rate), config, self.shape.size)
+        self._windows = self.windows = Windows(FrameCounter(stages, self.shape.sample_rate), config, self.shape.size)
         self.requires_grad_(False)
         self.eval()
 
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Return whether a path is a directory with a configuration of Hugging Face."""
+        return path.is_dir() and (path / CONFIG).is_file()
+
+    @classmethod
+    def load(cls, path: Path, config: EncoderConfig | None) -> HFSpeechEncoder:
+        """Return the encoder of a directory of Hugging Face: see :func:`load_hf_encoder`."""
+        return load_hf_encoder(path, config)
+
+    @classmethod
+    def empty(cls, path: Path, config: EncoderConfig | None) -> HFSpeechEncoder:
+        """Return the encoder of a directory of Hugging Face without its weights.
+
+        Raises:
+            ValueError: as :func:`load_hf_encoder`, as far as it shows without weights.
+        """
+        with FakeTensorMode():
+            return _assemble(path, config, build_empty)
+
+    @classmethod
+    def files(cls, path: Path) -> list[Path]:
+        """Return configuration, front end and weights."""
+        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        return [path / name for name in FILES if (path / name).is_file()] + weights
+
     @abstractmethod
     def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        """Hidden states ``[W, E, D]`` of windows of equal length ``[W, N]``.
+        """Return hidden states ``[W, E, D]`` of windows of equal length.
 
         Args:
-            samples: of the windows.
-            wanted: numbers of layers: 0 is what enters the first one; a norm behind the last is part of it.
+            samples: ``[W, N]``.
+            wanted: numbers of layers: 0 is the input of the first one; a norm behind the last is part of it.
 
         Returns:
             One for each of ``wanted``; ``E`` may be larger than the windows' count.
         """
 
-    def heard(self, samples: int) -> int:
-        """Samples that the encoder hears of a window: more than it has where it is padded."""
+    def padded_samples(self, samples: int) -> int:
+        """Return the length to which a window of ``samples`` is filled up."""
         return samples
 
+    def first_convolution(self) -> int:
+        """Return numbers for two steps of the first stage, each of which gives all channels."""
+        return 2 * self.first_channels
+
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Encode utterances in windows.
+
         Args:
-            audio: ``[U, N]`` samples at ``sample_rate``.
+            audio: ``[U, N]`` samples at ``shape.sample_rate``.
             lengths: ``[U]`` valid samples.
 
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
         with self.running(audio.device):
-            return self._windows.encode(audio, lengths, self._encode, self.heard)
+            return self._windows.encode(audio, lengths, self._encode, self.padded_samples)
 
     def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
         samples = nn.utils.rnn.pad_sequence(list(pieces), batch_first=True)
@@ -121,25 +147,30 @@ class HFSpeechEncoder(Hearing, ABC):
 class WhisperEncoder(HFSpeechEncoder):
     """Whisper's encoder (arXiv 2212.04356)."""
 
-    def __init__(self, model: nn.Module, extractor: Any, config: EncoderConfig):
+    def __init__(self, model: Any, extractor: Any, config: EncoderConfig):
         if config.window > extractor.chunk_length:
             raise ValueError(
-                f"{config.key}.window_seconds is {config.window:g}; Whisper hears {extractor.chunk_length} s"
+                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper takes {extractor.chunk_length} s "
+                "at most"
             )
         sizes = model.config
         super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)
         self.first_channels = sizes.d_model
-        # transformers before 5 ask for it
-        asked = inspect.signature(type(model.layers[0]).forward).parameters
-        self._masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in asked}
+        self.padded = config.pad
+        # transformers before 5 require these
+        parameters = inspect.signature(type(model.layers[0]).forward).parameters
+        self._masks = {name: None for name in ("attention_mask", "layer_head_mask") if name in parameters}
 
-    def heard(self, samples: int) -> int:
-        return self._extractor.n_samples if self._config.pad else samples
+    def padded_samples(self, samples: int) -> int:
+        """Return the length of Whisper's own windows, if the configuration wants them."""
+        return self._extractor.n_samples if self.padded else samples
 
     def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        encoder, device = self.encoder, samples.device
+        """Return hidden states, layer by layer, since the model's own forward takes 30 s only."""
+        encoder: Any = self.encoder
+        device = samples.device
         samples = nn.functional.pad(samples, (0, max(_SHORTEST - samples.shape[1], 0)))
-        padding = {"padding": "max_length"} if self._config.pad else {"padding": "longest", "truncation": False}
+        padding = {"padding": "max_length"} if self.padded else {"padding": "longest", "truncation": False}
         with torch.autocast(device.type, enabled=False):  # the front end is float32
             features = self._extractor(
                 list(samples.cpu().numpy()),
@@ -148,7 +179,6 @@ class WhisperEncoder(HFSpeechEncoder):
                 device=str(device),
                 **padding,
             ).input_features.to(device, next(encoder.parameters()).dtype)  # [W, mels, T]
-        # The model's own forward takes 30 s only.
         x = nn.functional.gelu(encoder.conv1(features))
         x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)  # [W, E, D]
         x = x + encoder.embed_positions.weight[: x.shape[1]]
@@ -165,25 +195,27 @@ class WhisperEncoder(HFSpeechEncoder):
 class WaveEncoder(HFSpeechEncoder):
     """Encoders on the raw wave: wav2vec 2.0 (arXiv 2006.11477), HuBERT (2106.07447) and WavLM (2110.13900)."""
 
-    def __init__(self, model: nn.Module, extractor: Any, config: EncoderConfig):
+    def __init__(self, model: Any, extractor: Any, config: EncoderConfig):
         sizes = model.config
         stages = tuple(map(LengthStage, sizes.conv_kernel, sizes.conv_stride))
         super().__init__(model, extractor, config, sizes.hidden_size, sizes.num_hidden_layers, stages)
         self.first_channels = sizes.conv_dim[0]
 
     def encode(self, samples: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        """Return hidden states of the model's own forward."""
+        encoder: Any = self.encoder
         if self._extractor.do_normalize:
             # that of the extractor, on the device
             mean, variance = samples.mean(1, keepdim=True), samples.var(1, unbiased=False, keepdim=True)
             samples = (samples - mean) / (variance + 1e-7).sqrt()
-        dtype = next(self.encoder.parameters()).dtype
-        last = self.encoder.config.num_hidden_layers
-        found = self.encoder(samples.to(dtype), output_hidden_states=set(wanted) != {last})
+        dtype = next(encoder.parameters()).dtype
+        last = encoder.config.num_hidden_layers
+        output = encoder(samples.to(dtype), output_hidden_states=set(wanted) != {last})
         # of the last one transformers 5 gives the state without the norm behind it
-        return [found.last_hidden_state if n == last else found.hidden_states[n] for n in wanted]
+        return [output.last_hidden_state if n == last else output.hidden_states[n] for n in wanted]
 
 
-KINDS: dict[str, type[HFSpeechEncoder]] = {
+KINDS: dict[str, type[WhisperEncoder] | type[WaveEncoder]] = {
     "whisper": WhisperEncoder,
     "wav2vec2": WaveEncoder,
     "hubert": WaveEncoder,
@@ -204,18 +236,15 @@ def load_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeech
     return _assemble(path, config, load_weights)
 
 
-def empty_hf_encoder(path: Path, config: EncoderConfig | None = None) -> HFSpeechEncoder:
-    """The same with the weights that it is built with."""
-    return _assemble(path, config, build_empty)
-
-
 def _assemble(
     path: Path, config: EncoderConfig | None, build: Callable[[Path, Mapping[str, Any]], nn.Module]
 ) -> HFSpeechEncoder:
-    found = read_hf_config(path)
+    """Return an encoder around the module that ``build`` makes of the directory and its ``config.json``."""
+    settings = read_hf_config(path)
+    kind = settings["model_type"]
     try:
-        model, extractor = build(path, found), read_extractor(path, found["model_type"])
+        model, extractor = build(path, settings), read_extractor(path, kind)
     except Exception as error:  # damaged files raise what the libraries below happen to raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the encoder in {path} can't be read: {reason}") from error
-    return KINDS[found["model_type"]](model, extractor, config or EncoderConfig())
+    return KINDS[kind](model, extractor, config or EncoderConfig())

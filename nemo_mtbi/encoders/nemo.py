@@ -1,91 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The speech encoder: front end and encoder of any NeMo ASR model."""
+"""Speech encoders of NeMo: front end and encoder of any NeMo ASR model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from nemo_mtbi.config.encoder import EncoderConfig
-from nemo_mtbi.encoders.base import Hearing
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
+from nemo_mtbi.encoders.nemo_parts import CLASSES, build_encoder, check_encoder, section_class
 from nemo_mtbi.encoders.windows import Windows
+from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
 
 
-@dataclass(frozen=True)
-class EncoderShape:
-    """What the other parts must know of an encoder, also in processes that do not hold it.
-
-    Attributes:
-        size: width of its frames.
-        sample_rate: in hertz.
-        stages: what turns a number of samples into a number of frames.
-    """
-
-    size: int
-    sample_rate: int
-    stages: tuple[LengthStage, ...]
-
-    @property
-    def frame_rate(self) -> float:
-        """Encoder frames per second."""
-        return 1.0 / FrameCounter(self.stages, self.sample_rate).frame_seconds
-
-
-class SpeechEncoder(Hearing):
+class NemoEncoder(SpeechEncoder):
     """Front end (float32) and encoder of a NeMo ASR model, always in ``eval()``.
 
     Args:
-        asr_model: any NeMo ASR model with ``preprocessor`` and ``encoder``; its decoder is not kept.
-        config: how it is used; ``None``: every utterance is heard as a whole.
+        asr_model: any NeMo ASR model with ``preprocessor``, ``encoder`` and ``cfg.sample_rate``; its decoder is not
+            kept.
+        config: how it is used; ``None``: every utterance is encoded as a whole.
+        check: whether to run the modules, whose lengths are compared with those that are counted; impossible for
+            tensors that hold nothing.
 
     Raises:
         ValueError: if ``config`` asks for layers, or the lengths that the modules report can't be counted exactly
             without running them.
     """
 
-    def __init__(self, asr_model: nn.Module, config: EncoderConfig | None = None):
+    title = "NeMo ASR checkpoint"
+    embeds = True
+
+    def __init__(self, asr_model: Any, config: EncoderConfig | None = None, check: bool = True):
         super().__init__()
-        self.preprocessor = asr_model.preprocessor
-        self.encoder = asr_model.encoder
-        stages = (*front_end_stages(self.preprocessor), *subsampling_stages(self.encoder))
-        self.shape = EncoderShape(int(self.encoder.d_model), int(asr_model.cfg.sample_rate), stages)
+        self.preprocessor: nn.Module = asr_model.preprocessor
+        encoder: Any = asr_model.encoder
+        self.encoder = encoder
+        stages = (*front_end_stages(self.preprocessor), *subsampling_stages(encoder))
+        self.shape = EncoderShape(int(encoder.d_model), int(asr_model.cfg.sample_rate), stages)
         # NeMo asks all processes for the longest audio, also those that have no encoder. What it is for, one table of
         # positions for all of them, is not needed: each process makes its own longer when it must.
-        self.encoder.sync_max_audio_length = False
+        encoder.sync_max_audio_length = False
         self.requires_grad_(False)
         self.eval()
-        self._windows: Windows | None = None
-        self._check_stages()
-        self._windows = windows_of(self.shape, config)
+        if check:
+            self._check_stages()
+        self.windows = _windows_of(self.shape, config)
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Return whether there is a file: its content is judged when it is read."""
+        return path.is_file()
+
+    @classmethod
+    def load(cls, path: Path, config: EncoderConfig | None) -> NemoEncoder:
+        """Return the encoder of a NeMo ASR ``.nemo``.
+
+        Raises:
+            ArchiveError: if it is damaged, harmful or not the archive of an ASR model.
+        """
+        from nemo_mtbi.encoders.asr_archive import AsrFile
+
+        return cls(AsrFile(path).encoder(), config)
+
+    @classmethod
+    def empty(cls, path: Path, config: EncoderConfig | None) -> NemoEncoder:
+        """Return the encoder of a NeMo ASR ``.nemo`` without its weights.
+
+        Raises:
+            ArchiveError: as :meth:`load`, as far as it shows without weights.
+        """
+        from nemo_mtbi.encoders.asr_archive import AsrFile
+
+        try:
+            return cls(AsrFile(path).probe(weights=False), config, check=False)
+        except AttributeError as error:  # of modules that are not built like those of an ASR model
+            raise ArchiveError(str(error)) from error
+
+    def settings(self) -> dict[str, Any]:
+        """Return the sections of front end and encoder, and the sample rate."""
+        parts: dict[str, Any] = {name: getattr(self, name)._cfg for name in CLASSES}
+        parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
+        return {"sample_rate": self.shape.sample_rate, **parts}
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Mapping[str, Any],
+        config: EncoderConfig | None,
+        shapes: Mapping[str, tuple[int, ...]],
+        file: str,
+        weights: str,
+    ) -> NemoEncoder:
+        """Build front end and encoder of a full ``.nemo``.
+
+        Raises:
+            ArchiveError: if a class is not allowed, or the settings are not those of the weights.
+        """
+        for name in CLASSES:
+            section_class(settings.get(name), name)
+        if {*CLASSES, "sample_rate"} != settings.keys() or type(settings["sample_rate"]) is not int:
+            raise ArchiveError(f"{file} must hold preprocessor, encoder and sample_rate, and no more")
+        check_encoder(settings, shapes, file, weights)
+        return cls(build_encoder(settings, file), config)
+
+    def first_convolution(self) -> int:
+        """Return numbers for two feature frames: that convolution halves their rate and their bands."""
+        subsampling: Any = self.encoder.pre_encode
+        return subsampling._conv_channels * (subsampling._feat_in // 2)
 
     @property
     def _counter(self) -> FrameCounter:
         return FrameCounter(self.shape.stages, self.shape.sample_rate)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Encode utterances, longer ones in windows; padding is masked, so that short ones need none.
+
         Args:
-            audio: ``[U, N]`` samples at ``sample_rate``.
+            audio: ``[U, N]`` samples at ``shape.sample_rate``.
             lengths: ``[U]`` valid samples.
 
         Returns:
             ``[U, E, D]`` encoder frames and their ``[U]`` valid lengths.
         """
         with self.running(audio.device):
-            if self._windows and not self._windows.hold(audio.shape[1]):  # what is short needs none: padding is masked
-                return self._windows.encode(audio, lengths, self._encode)
-            return self._hear(audio, lengths)
+            if self.windows and not self.windows.hold(audio.shape[1]):
+                return self.windows.encode(audio, lengths, self._encode_windows)
+            return self._encode_whole(audio, lengths)
 
-    def _encode(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Windows of equal length."""
+    def _encode_windows(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return frames ``[W, E, D]`` of windows of equal length."""
         samples = torch.stack(list(pieces))
-        return self._hear(samples, torch.full((len(pieces),), samples.shape[1], device=samples.device))[0]
+        return self._encode_whole(samples, torch.full((len(pieces),), samples.shape[1], device=samples.device))[0]
 
-    def _hear(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_whole(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(audio.device.type, enabled=False):
             features, feature_lengths = self.preprocessor(input_signal=audio.float(), length=lengths)
         features = features.to(next(self.encoder.parameters()).dtype)
@@ -93,7 +147,7 @@ class SpeechEncoder(Hearing):
         return encoded.transpose(1, 2), encoded_lengths.long()
 
     def _check_stages(self) -> None:
-        """Compares the counted frames with those of the modules at lengths around every rounding edge."""
+        """Compare the counted frames with those of the modules at lengths around every rounding edge."""
         counter = self._counter
         step = counter.samples_per_frame
         samples = [8 * step + offset for offset in (-1, 0, 1, step // 2, step - 1, step)]
@@ -108,22 +162,26 @@ class SpeechEncoder(Hearing):
             )
 
 
-def windows_of(shape: EncoderShape, config: EncoderConfig | None) -> Windows | None:
-    """The windows in which an encoder of NeMo hears long audio.
+def _windows_of(shape: EncoderShape, config: EncoderConfig | None) -> Windows | None:
+    """Return the windows in which long audio is encoded, if ``config`` wants any.
 
     Raises:
-        ValueError: if ``config`` asks for what is not there.
+        ValueError: if ``config`` asks for layers, or windows overlap by too little.
     """
     if config is not None and config.layers:
-        raise ValueError(f"{config.key}.layers is for encoders of Hugging Face: leave it out for one of NeMo")
+        raise ValueError(f"{config.SECTION}.layers is for encoders of Hugging Face: leave it out for one of NeMo")
     if config is None or config.window_seconds is None:
         return None
     return Windows(FrameCounter(shape.stages, shape.sample_rate), config, shape.size)
 
 
 def front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
-    """The short-time Fourier transform as NeMo counts it (``FilterbankFeatures.get_seq_len``)."""
-    featurizer = getattr(preprocessor, "featurizer", None)
+    """Yield the short-time Fourier transform as NeMo counts it (``FilterbankFeatures.get_seq_len``).
+
+    Raises:
+        ValueError: if the front end is of another kind.
+    """
+    featurizer: Any = getattr(preprocessor, "featurizer", None)
     if not hasattr(featurizer, "get_seq_len"):
         raise ValueError(
             f"the frames of {type(preprocessor).__name__} can't be counted; use an ASR model whose front end is "
@@ -139,8 +197,12 @@ def front_end_stages(preprocessor: nn.Module) -> Iterable[LengthStage]:
 
 
 def subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
-    """The strided convolutions in front of a (Fast)Conformer."""
-    subsampling = getattr(encoder, "pre_encode", None)
+    """Yield the strided convolutions in front of a (Fast)Conformer.
+
+    Raises:
+        ValueError: if the encoder has none whose lengths can be counted.
+    """
+    subsampling: Any = getattr(encoder, "pre_encode", None)
     try:
         for _ in range(subsampling._sampling_num):
             yield LengthStage(

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_mtbi.io.tensor_file import ArchiveError, misfits
+from nemo_mtbi.io.tensor_file import ArchiveError, mismatches
 from nemo_mtbi.io.untrusted_yaml import entries, shown
 
 FRONT_END, ENCODER = "preprocessor", "encoder"
@@ -106,7 +106,7 @@ def check_encoder(
             for name, module in modules.items()
             for key, value in module.state_dict().items()
         }
-    wrong = misfits(expected, shapes) if shapes is not None else []
+    wrong = mismatches(expected, shapes) if shapes is not None else []
     if any("adapter_layer." in name for name in wrong):
         raise ArchiveError("its encoder has NeMo's adapters, which are not read: give the model without them")
     if wrong:

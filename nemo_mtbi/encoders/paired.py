@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two encoders side by side, such as one for words and one for all else that is to be heard (SALMONN, 2310.13289)."""
+"""Two encoders side by side, such as one for words and one for all other sounds (SALMONN, arXiv 2310.13289)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from nemo_mtbi.encoders.base import Hearing
-from nemo_mtbi.encoders.nemo import EncoderShape
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 
 
@@ -23,15 +22,17 @@ class PairedEncoder(nn.Module):
         ValueError: if sample rates differ, or neither frame rate is a multiple of the other.
     """
 
-    def __init__(self, first: Hearing, second: Hearing):
+    def __init__(self, first: SpeechEncoder, second: SpeechEncoder):
         super().__init__()
         self.first, self.second = first, second
+        self.shape: EncoderShape
         self.shape, self._stack, self._repeat = paired_shape(first.shape, second.shape)
 
     def forward(self, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Encode utterances by both.
+
         Args:
-            audio: ``[U, N]`` samples at ``sample_rate``.
+            audio: ``[U, N]`` samples at ``shape.sample_rate``.
             lengths: ``[U]`` valid samples.
 
         Returns:
@@ -42,21 +43,25 @@ class PairedEncoder(nn.Module):
         steps = torch.arange(others.shape[1], device=others.device)
         others = others.masked_fill((steps >= other_counts[:, None])[..., None], 0.0)
         others = others.repeat_interleave(self._repeat, 1)
-        wanted = frames.shape[1] * self._stack
-        others = nn.functional.pad(others, (0, 0, 0, max(wanted - others.shape[1], 0)))[:, :wanted]
+        steps_needed = frames.shape[1] * self._stack
+        others = nn.functional.pad(others, (0, 0, 0, max(steps_needed - others.shape[1], 0)))[:, :steps_needed]
         others = others.reshape(*frames.shape[:2], -1)  # [U, E, stack * D2]
         return torch.cat([frames, others.to(frames.dtype)], -1), counts
 
 
 def paired_shape(first: EncoderShape, second: EncoderShape) -> tuple[EncoderShape, int, int]:
-    """The shape of both, how many frames of the second are stacked, and how often each is repeated.
+    """Return the shape of both together, how many frames of the second are stacked, and how often each is repeated.
+
+    Args:
+        first: shape of the encoder that gives the frame rate.
+        second: shape of the other one.
 
     Raises:
         ValueError: if they can't be brought together.
     """
     if first.sample_rate != second.sample_rate:
         raise ValueError(
-            f"model.encoder.beside hears {second.sample_rate} Hz, and model.pretrained_asr {first.sample_rate} Hz: "
+            f"model.encoder.beside takes {second.sample_rate} Hz, and model.pretrained_asr {first.sample_rate} Hz: "
             "give encoders of one sample rate"
         )
     steps = (FrameCounter(shape.stages, shape.sample_rate).samples_per_frame for shape in (first, second))

@@ -39,8 +39,8 @@ class Windows:
         missing = self._window // step - counter(self._window)  # frames that reach beyond the end of a window
         if self._overlap // 2 < missing * step:
             raise ValueError(
-                f"{config.key}.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap by "
-                f"{2 * missing * step / rate:g} s or more"
+                f"{config.SECTION}.overlap_seconds is {config.overlap_seconds}; windows of this encoder must overlap "
+                f"by {2 * missing * step / rate:g} s or more"
             )
 
     def hold(self, samples: int) -> bool:

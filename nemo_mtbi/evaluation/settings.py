@@ -6,22 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.config.checks import Count, FrozenDtype, OneOf, Section, at_least
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.evaluation.formats import FORMATS
 from nemo_mtbi.evaluation.items import EvalSet, check_references, from_cuts
 from nemo_mtbi.io.sources import SourcePolicy
 from nemo_mtbi.targets.tasks import TaskPool
 
-KINDS = ("speech", "cascade", "text")
-
 
 @dataclass
-class SystemConfig:
+class SystemConfig(Section):
     """One row of the tables.
 
     Attributes:
@@ -30,7 +29,7 @@ class SystemConfig:
         nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
-        chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
+        chat: chat format of ``llm`` (``model.chat`` in training); ``null``: that of its directory.
         frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
         asr: for ``cascade``: a NeMo ``.nemo`` with CTC, a Hugging Face directory of Whisper with its
             decoder, or ``demo``, in place of the encoder of ``of``.
@@ -44,12 +43,12 @@ class SystemConfig:
         logs: folders with TensorBoard logs of its training, for learning curves.
     """
 
-    kind: str = "speech"
+    kind: Annotated[str, OneOf("speech", "cascade", "text")] = "speech"
     nemo: Any = None
     of: str | None = None
     llm: str | None = None
     chat: ChatConfig | None = None
-    frozen_dtype: str = "float32"
+    frozen_dtype: FrozenDtype = "float32"
     asr: str | None = None
     hypotheses: str | None = None
     adapted: bool = False
@@ -65,7 +64,7 @@ class SystemConfig:
 
 
 @dataclass
-class SetConfig:
+class SetConfig(Section):
     """One set of questions: ``cuts`` under a task pool, or the file of a public benchmark.
 
     Attributes:
@@ -85,10 +84,10 @@ class SetConfig:
     cuts: str | None = None
     tasks: str = "demo"
     only: list[str] | None = None
-    wordings: int | None = 2
+    wordings: Count | None = 2
     seed: int = 0
     limit: int | None = None
-    format: str | None = None
+    format: Annotated[str | None, OneOf(*FORMATS)] = None
     path: str | None = None
     audio_dir: str | None = None
     part: str | None = None
@@ -96,19 +95,19 @@ class SetConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Everything that ``conf/mtbi_eval.yaml`` may hold.
+class EvalConfig(Section):
+    """The configuration of an evaluation: all keys of ``conf/mtbi_eval.yaml``.
 
     Attributes:
         output_dir: folder of answers and results; a run that was killed goes on in it.
         title: of the report.
         systems: rows of the tables, by name.
-        sets: what is asked, by name.
+        sets: sets of questions, by name.
         compare_with: system that all others are compared with; ``null``: the first speech system.
         compare: further pairs, each a system and the one that is subtracted from it.
         batch_size: utterances that are loaded and encoded at once.
-        batch_tokens: rows x positions that the LLM takes at once; ``null``: as the model says.
-        max_new_tokens: longest answer; ``null``: as the model says.
+        batch_tokens: rows x positions that the LLM takes at once; ``null``: that of the model.
+        max_new_tokens: longest answer in tokens; ``null``: that of the model.
         cache_gib: memory for encoded utterances, which are then not encoded again for each task.
         kl_utterances: utterances of each set, by id, that the KL divergence from the text is measured on: two forward
             passes for each answer. ``null``: all; 0: none.
@@ -120,7 +119,7 @@ class EvalConfig:
         seed: of their draws.
         examples: answers side by side in the report, for each set.
         tensor_model_parallel_size, pipeline_model_parallel_size: processes that share each model.
-        overwrite: ask again where the folder holds answers of other systems or to other questions.
+        overwrite: replace answers of other systems or to other questions in the folder.
         cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
     """
 
@@ -130,30 +129,30 @@ class EvalConfig:
     sets: dict[str, SetConfig] = MISSING
     compare_with: str | None = None
     compare: list[list[str]] = field(default_factory=list)
-    batch_size: int = 32
-    batch_tokens: int | None = None
-    max_new_tokens: int | None = None
+    batch_size: Count = 32
+    batch_tokens: Count | None = None
+    max_new_tokens: Count | None = None
     cache_gib: float = 2.0
-    kl_utterances: int | None = None
-    on_bad_audio: str = "raise"
+    kl_utterances: Annotated[int | None, at_least(0)] = None
+    on_bad_audio: Annotated[str, OneOf("raise", "abstain")] = "raise"
     allow_remote: bool = False
     allow_commands: bool = False
-    resamples: int = 2000
+    resamples: Count = 2000
     seed: int = 0
     examples: int = 6
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
     overwrite: bool = False
     cuda: int | None = None
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """What is compared: each a system and the one that is subtracted from it."""
+        """Pairs that are compared: each a system and the one that is subtracted from it."""
         first = [(name, self.compare_with) for name in self.systems if self.compare_with not in (None, name)]
-        return list(dict.fromkeys([*first, *map(tuple, self.compare)]))
+        return list(dict.fromkeys([*first, *((system, other) for system, other in self.compare)]))
 
     def models(self, name: str) -> list[str]:
-        """The ``.nemo`` files that a system answers with, one for each seed; empty if it needs none."""
+        """Return the ``.nemo`` files that a system answers with, one for each seed; empty if it needs none."""
         system = self.systems[name]
         if system.kind == "speech":
             return system.nemos
@@ -161,14 +160,14 @@ class EvalConfig:
         return nemos if system.adapted else nemos[:1]  # without adapters the LLM is the same for all of them
 
     def seeds(self, name: str) -> int:
-        """How many seeds a system has."""
+        """Return the number of seeds of a system."""
         return max(1, len(self.models(name)))
 
     def text_of(self, name: str) -> str | None:
-        """The text system that a system's behavior is measured against; None for text systems, or without any."""
+        """Return the text system that a system's behavior is measured against; None for text systems."""
         system = self.systems[name]
-        # not the LLM with adapters: that is what speech has made of it, not what there is to imitate
-        texts = [other for other, found in self.systems.items() if found.kind == "text" and not found.adapted]
+        # the LLM with adapters is not the behavior to imitate: the training on speech has changed it
+        texts = [other for other, of_other in self.systems.items() if of_other.kind == "text" and not of_other.adapted]
         if system.kind == "text" or not texts:
             return None
         owner = system.of or name
@@ -176,28 +175,21 @@ class EvalConfig:
 
 
 def parse_eval_config(cfg: Mapping) -> EvalConfig:
-    """Checks a configuration, and that the files it names are there.
+    """Return a checked configuration, whose files exist.
 
     Raises:
-        ValueError: unknown, missing or contradictory key, or a missing system; names the remedy.
+        ValueError: a key is unknown, missing or contradictory, or a file does not exist; names the remedy.
     """
     config = read_section(EvalConfig, cfg)
     if not config.systems or not config.sets:
         raise ValueError("systems and sets must each name at least one: see conf/mtbi_eval.yaml")
     for name, system in config.systems.items():
         _check_system(config, name, system)
-    if config.on_bad_audio not in ("raise", "abstain"):
-        raise ValueError(f"on_bad_audio is {config.on_bad_audio!r}; it must be raise or abstain")
-    for key in ("batch_size", "resamples"):
-        if getattr(config, key) < 1:
-            raise ValueError(f"{key} is {getattr(config, key)}; it must be at least 1")
-    if (config.kl_utterances or 0) < 0:
-        raise ValueError(f"kl_utterances is {config.kl_utterances}; it must be 0, a positive number or null")
     if config.compare_with is None:
         speech = [name for name, system in config.systems.items() if system.kind == "speech"]
         config.compare_with = speech[0] if speech else None
     elif config.compare_with not in config.systems:
-        raise ValueError(f"compare_with={config.compare_with} is no system: use one of {', '.join(config.systems)}")
+        raise ValueError(f"compare_with={config.compare_with} is not a system: use one of {', '.join(config.systems)}")
     for pair in config.compare:
         if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(config.systems):
             raise ValueError(f"compare holds {list(pair)}; each pair must name two of {', '.join(config.systems)}")
@@ -206,8 +198,6 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
 
 def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
     where, known = f"systems.{name}", ", ".join(config.systems)
-    if system.kind not in KINDS:
-        raise ValueError(f"{where}.kind is {system.kind!r}; it must be one of {', '.join(KINDS)}")
     if not all(isinstance(path, str) for path in system.nemos):
         raise ValueError(f"{where}.nemo must be a path or a list of paths, got {system.nemo!r}")
     for path in system.nemos:
@@ -217,7 +207,7 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
         other = getattr(system, key)
         wanted = "speech" if key == "of" else "text"
         if other is not None and (other not in config.systems or config.systems[other].kind != wanted):
-            raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
+            raise ValueError(f"{where}.{key}={other} is not a system of kind {wanted}; the systems are: {known}")
     _check_llm(where, system)
     if system.kind == "speech":
         if not system.nemos or system.of or system.llm or system.asr or system.hypotheses:
@@ -242,10 +232,8 @@ def _check_recognizer(where: str, system: SystemConfig) -> None:
 
 
 def _check_llm(where: str, system: SystemConfig) -> None:
-    if system.frozen_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"{where}.frozen_dtype is {system.frozen_dtype!r}; it must be float32 or bfloat16")
     if system.chat and not system.llm:
-        raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
+        raise ValueError(f"{where}.chat is the chat format of an llm of its own: set llm too, or leave it out")
     if system.adapted and (system.kind != "text" or not system.of or system.llm):
         raise ValueError(
             f"{where}.adapted is for the text system of a speech system: set kind to text and of, not llm"
@@ -253,7 +241,7 @@ def _check_llm(where: str, system: SystemConfig) -> None:
 
 
 def read_sets(config: EvalConfig) -> list[EvalSet]:
-    """The sets of a configuration, with checked references.
+    """Read the sets of a configuration and check their references.
 
     Raises:
         ValueError: a set names both or neither of ``cuts`` and ``format``, or its files are missing or malformed.
@@ -273,11 +261,11 @@ def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: b
         pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
         pool = pool if settings.only is None else pool.subset(settings.only)
         drawn = (settings.wordings, settings.seed, settings.limit)
-        found = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
+        chosen = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
     else:
-        if settings.format not in FORMATS or settings.path is None:
-            raise ValueError(f"{where}: format must be one of {', '.join(FORMATS)}, and path its file")
+        if settings.format is None or settings.path is None:
+            raise ValueError(f"{where}.path is missing: give the file of the format {settings.format}")
         read = FORMATS[settings.format]
-        found = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
-    check_references(found)
-    return found
+        chosen = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
+    check_references(chosen)
+    return chosen

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From samples to connector frames without running a model.
+"""The number of connector frames of an utterance, computed without running a model.
 
 Every stage between the waveform and the connector's output (short-time Fourier transform, strided convolutions, frame
 stacking) maps a length ``n`` to ``floor((n + padding - kernel) / stride) + 1``. The data side chains the stages
@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LengthStage:
-    """One strided stage. ``padding`` is the sum of both sides; ``ceil`` rounds up instead of down."""
+    """One strided stage.
+
+    Attributes:
+        kernel: width, in values of the stage's input.
+        stride: values of the input from one output to the next.
+        padding: sum of both sides.
+        ceil: round up instead of down.
+    """
 
     kernel: int
     stride: int
@@ -21,6 +28,7 @@ class LengthStage:
     ceil: bool = False
 
     def __call__(self, length: int) -> int:
+        """Return the length of the output for an input of ``length``; at least 0."""
         span = length + self.padding - self.kernel
         steps = -(-span // self.stride) if self.ceil else span // self.stride
         return max(steps + 1, 0)
@@ -33,7 +41,6 @@ class FrameCounter:
     Attributes:
         stages: from the waveform to the connector's output.
         sample_rate: in hertz.
-        samples_per_frame: product of the strides.
     """
 
     stages: tuple[LengthStage, ...]
@@ -41,6 +48,7 @@ class FrameCounter:
 
     @property
     def samples_per_frame(self) -> int:
+        """Product of the strides."""
         product = 1
         for stage in self.stages:
             product *= stage.stride
@@ -52,7 +60,7 @@ class FrameCounter:
         return self.samples_per_frame / self.sample_rate
 
     def __call__(self, num_samples: int) -> int:
-        """Number of frames of ``num_samples`` samples; 0 if the audio is too short to own one."""
+        """Return the number of frames of ``num_samples`` samples; 0 if the audio is too short to own one."""
         length = num_samples
         for stage in self.stages:
             length = stage(length)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ IGNORE = -100  # label of a position that predicts no response token
 
 
 def speech(first: int, count: int) -> list[int]:
-    """Layout values of ``count`` speech frames that begin with frame ``first``."""
+    """Return the layout values of ``count`` speech frames that begin with frame ``first``."""
     return [-(frame + 1) for frame in range(first, first + count)]
 
 
@@ -31,10 +32,10 @@ class Row:
         layout: what the decoder reads, ``T`` values (the last token of the sequence is only a label: not here).
         labels: ``T`` values: the token that position ``t`` must predict, or :data:`IGNORE`.
         utterance: index of the utterance in the step, or ``None`` for a row without speech.
-        twin: the same prompt with the transcript as text, and the same response: what the LLM reads where this row
-            hears. ``None`` where the row is text itself, or nobody compares them.
-        pieces: utterances of the step that the row hears, from ``utterance`` on: its frames are numbered on through
-            all of them.
+        twin: the same prompt with the transcript in place of the speech, and the same response. ``None`` where the row
+            is text itself, or nothing compares them.
+        pieces: utterances of the step that the row points into, from ``utterance`` on: its frames are numbered on
+            through all of them.
     """
 
     layout: tuple[int, ...]
@@ -49,13 +50,18 @@ class Row:
         return [label for label in self.labels if label != IGNORE]
 
     @property
-    def hears(self) -> bool:
-        """Whether anything of it is speech."""
+    def has_speech(self) -> bool:
+        """Whether the layout holds a speech frame."""
         return min(self.layout) < 0
 
 
 def make_row(prompt: Sequence[int], response: Sequence[int], utterance: int | None = None) -> Row:
-    """Joins a prompt layout and the response tokens (with the end token, unless the response was cut) to a row.
+    """Return the row of a prompt and a response.
+
+    Args:
+        prompt: layout values.
+        response: token ids, with the end token unless the response was cut.
+        utterance: index of the utterance in the step; ``None`` without speech.
 
     Raises:
         ValueError: if either is empty: there would be nothing to predict, or nothing to predict it from.
@@ -70,7 +76,7 @@ def make_row(prompt: Sequence[int], response: Sequence[int], utterance: int | No
     return Row(layout, labels, utterance)
 
 
-def _nowhere() -> Tensor:
+def _no_positions() -> Tensor:
     return torch.zeros(0, dtype=torch.int64)
 
 
@@ -82,12 +88,12 @@ class MicroBatch:
     labels: Tensor  # [R, T] int64; IGNORE where nothing is predicted
     lengths: Tensor  # [R] int64
     response_index: Tensor  # [n] int64: positions with a label, as t * R + r (Megatron's hidden states are [T, R, H])
-    paired: Tensor = field(default_factory=_nowhere)  # [m] int64: which of the n belong to rows with a text twin
-    twin_index: Tensor = field(default_factory=_nowhere)  # [m] int64: the same tokens among those of all twins
+    paired: Tensor = field(default_factory=_no_positions)  # [m] int64: which of the n belong to rows with a text twin
+    twin_index: Tensor = field(default_factory=_no_positions)  # [m] int64: the same tokens among those of all twins
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], offsets: Sequence[int]) -> MicroBatch:
-        """Pads ``rows`` and moves their speech values to the step's frames.
+        """Return ``rows`` padded, with speech values that count over the whole step.
 
         Args:
             rows: the rows.
@@ -111,13 +117,14 @@ class MicroBatch:
         """The response tokens in the order of ``response_index``, ``[n]``."""
         return self.labels.t().reshape(-1)[self.response_index]
 
-    def to(self, device, **kwargs) -> MicroBatch:
+    def to(self, device: torch.device | str, **kwargs: Any) -> MicroBatch:
+        """Return a copy with all tensors on ``device``; ``kwargs`` as for :meth:`torch.Tensor.to`."""
         return replace(self, **{name: value.to(device, **kwargs) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What generation-based validation needs to know of a row, in the order in which the rows were made.
+    """Facts about a row for validation by generation.
 
     Attributes:
         utterance: index of the utterance in the step.
@@ -142,7 +149,7 @@ class RowInfo:
 
 @dataclass
 class StepBatch:
-    """One optimizer step of one data-parallel rank: each utterance once, its rows grouped by length.
+    """Data of one optimizer step of one data-parallel rank: each utterance once, its rows grouped by length.
 
     Attributes:
         audio: ``[U, N]`` float32 samples at the encoder's rate, zero padded on the right.
@@ -151,13 +158,13 @@ class StepBatch:
         microbatches: the rows; their layouts point into the ``frame_lengths.sum()`` frames of the step.
         num_targets: response tokens of all rows; the loss is a sum over them divided by their global number.
         cut_ids: for messages.
-        rows: one entry per row, for validation only; empty in training.
+        rows: one entry per row, in the order in which rows were made, for validation only; empty in training.
         stats: counts of what was read, by name (``no_alignment``, ``interleaved_rows``).
         skipped: counts of what was left out, by reason. A batch of nothing but skipped cuts has no utterance, no
             microbatch and 0 targets (:meth:`empty`).
-        twins: the text twins of the rows that hear, grouped by their own lengths. Their response tokens, microbatch by
-            microbatch in the order of ``response_index``, are what ``MicroBatch.twin_index`` points into. Empty if no
-            row hears, ``None`` if the rows came without twins.
+        twins: the text twins of the rows with speech, grouped by their own lengths. Their response tokens, microbatch
+            by microbatch in the order of ``response_index``, are what ``MicroBatch.twin_index`` points into. Empty if
+            no row has speech, ``None`` if the rows came without twins.
     """
 
     audio: Tensor
@@ -173,16 +180,17 @@ class StepBatch:
 
     @classmethod
     def empty(cls, skipped: dict[str, int]) -> StepBatch:
-        """A step whose cuts were all left out: it adds nothing to loss and gradients but takes part in collectives."""
+        """Return a step whose cuts were all left out: it adds nothing to the loss but takes part in collectives."""
         lengths = torch.zeros(0, dtype=torch.int64)
         return cls(torch.zeros(0, 0), lengths, lengths.clone(), [], 0, skipped=skipped, twins=[])
 
     @property
     def num_frames(self) -> int:
+        """Connector frames of all utterances."""
         return int(self.frame_lengths.sum())
 
-    def to(self, device, **kwargs) -> StepBatch:
-        """Moves tensors to ``device``; lengths that only Python reads stay where they are."""
+    def to(self, device: torch.device | str, **kwargs: Any) -> StepBatch:
+        """Return a copy with tensors on ``device``; lengths that only Python reads stay where they are."""
         return replace(
             self,
             audio=self.audio.to(device, **kwargs),
@@ -193,7 +201,7 @@ class StepBatch:
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups indices so that rows of a group are similar in length and ``rows * longest`` stays within ``max_tokens``.
+    """Return groups of indices, similar in length, with ``rows * longest`` of each within ``max_tokens``.
 
     Deterministic: longest first, ties by index; a row that is longer than ``max_tokens`` gets a group of its own.
     """
@@ -213,7 +221,7 @@ def collate(
     micro_batch_tokens: int,
     cut_ids: Sequence[str] = (),
 ) -> StepBatch:
-    """Builds a :class:`StepBatch`.
+    """Return a step from audio and rows.
 
     Args:
         audio: one ``[n]`` float tensor per utterance.
@@ -261,8 +269,8 @@ def collate(
 
 
 def _check_twin(row: Row, name: str) -> None:
-    """Refuses a text twin that does not predict the tokens of its row, or hears."""
-    if row.twin is not None and (row.twin.response != row.response or row.twin.hears):
+    """Refuse a text twin that does not predict the tokens of its row, or has speech."""
+    if row.twin is not None and (row.twin.response != row.response or row.twin.has_speech):
         raise ValueError(
             f"the text twin of {name} must be text and predict the same {len(row.response)} response tokens: make "
             "both from the same behavior"
@@ -272,7 +280,11 @@ def _check_twin(row: Row, name: str) -> None:
 def pair_twins(
     rows: Sequence[Row], groups: Sequence[Sequence[int]], microbatches: Sequence[MicroBatch], micro_batch_tokens: int
 ) -> list[MicroBatch] | None:
-    """Builds the microbatches of the text twins, and fills ``paired`` and ``twin_index`` of those of the rows.
+    """Return the microbatches of the text twins, and fill ``paired`` and ``twin_index`` of those of the rows.
+
+    Rows and twins are grouped by their own lengths, so a row and its twin stand in different microbatches at different
+    places. Student and teacher are compared token by token: the number of a response token in the step, row after row,
+    is the name by which both sides find it.
 
     Args:
         rows: all rows of a step.
@@ -281,34 +293,39 @@ def pair_twins(
         micro_batch_tokens: bound on ``twins * longest twin`` of a microbatch.
 
     Returns:
-        The twins; ``None`` if the rows have none, though some hear.
+        The twins; ``None`` if the rows have none, though some have speech.
 
     Raises:
-        ValueError: if only some of the rows that hear have a twin.
+        ValueError: if only some of the rows with speech have a twin.
     """
-    owners = [index for index, row in enumerate(rows) if row.twin is not None]
-    if any(row.hears and row.twin is None for row in rows):
-        if owners:
+    twin_rows = {index: row.twin for index, row in enumerate(rows) if row.twin is not None}
+    if any(row.has_speech and row.twin is None for row in rows):
+        if twin_rows:
             raise ValueError("only some rows with speech have a text twin: give one to all of them, or to none")
         return None
-    lengths = [len(rows[index].twin.layout) for index in owners]
+    # 1. Group the twins by their own lengths; ``members`` holds the indices of their rows.
+    owners = list(twin_rows)
+    lengths = [len(twin.layout) for twin in twin_rows.values()]
     members = [[owners[k] for k in group] for group in group_by_length(lengths, micro_batch_tokens)]
-    twins = [MicroBatch.from_rows([rows[index].twin for index in group], []) for group in members]
-    counts = torch.tensor([len(row.response) for row in rows])
-    firsts = counts.cumsum(0) - counts  # number of each row's first response token among those of all rows
-    place = torch.full((int(counts.sum()),), -1)  # where each response token of the step stands among those of twins
+    twins = [MicroBatch.from_rows([twin_rows[index] for index in group], []) for group in members]
+    # 2. Number the response tokens of the step, row after row.
+    counts = torch.tensor([len(row.response) for row in rows])  # [R]
+    firsts = counts.cumsum(0) - counts  # [R]: the number of each row's first response token
+    # 3. For each number, its position among the response tokens of all twins; -1 for rows without a twin.
+    position = torch.full((int(counts.sum()),), -1)
     if twins:
-        order = torch.cat([_numbers(twin, group, firsts) for twin, group in zip(twins, members, strict=True)])
-        place[order] = torch.arange(len(order))
+        order = torch.cat([_token_numbers(twin, group, firsts) for twin, group in zip(twins, members, strict=True)])
+        position[order] = torch.arange(len(order))
+    # 4. Look up the tokens of each microbatch of rows.
     for microbatch, group in zip(microbatches, groups, strict=True):
-        found = place[_numbers(microbatch, group, firsts)]
-        microbatch.paired = (found >= 0).nonzero().squeeze(1)
-        microbatch.twin_index = found[microbatch.paired]
+        in_twins = position[_token_numbers(microbatch, group, firsts)]  # [n], in the order of response_index
+        microbatch.paired = (in_twins >= 0).nonzero().squeeze(1)
+        microbatch.twin_index = in_twins[microbatch.paired]
     return twins
 
 
-def _numbers(microbatch: MicroBatch, group: Sequence[int], firsts: Tensor) -> Tensor:
-    """``[n]``: the number in the step of each response token of a microbatch, whose rows are ``group``."""
-    place = (microbatch.labels != IGNORE).cumsum(1) - 1  # [R, T]: which of its row's tokens a position predicts
-    row = microbatch.response_index % len(group)
-    return firsts[torch.tensor(group)][row] + place.t().reshape(-1)[microbatch.response_index]
+def _token_numbers(microbatch: MicroBatch, group: Sequence[int], firsts: Tensor) -> Tensor:
+    """Return ``[n]``: the number in the step of each response token of a microbatch, whose rows are ``group``."""
+    within_row = (microbatch.labels != IGNORE).cumsum(1) - 1  # [R, T]: which of its row's tokens a position predicts
+    row = microbatch.response_index % len(group)  # response_index is t * R + r
+    return firsts[torch.tensor(group)][row] + within_row.t().reshape(-1)[microbatch.response_index]

@@ -38,19 +38,28 @@ LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear
 
 @dataclass
 class LoraState:
-    """What all adapters of a run of layers go by.
+    """Runtime state shared by all adapters of a model chunk.
 
     Attributes:
-        config: theirs.
+        config: of the adapters.
         active: ``False`` while the LLM is to be what it was.
         merged: whether the weights of the LLM hold them.
-        speech: ``[T, R, 1]``, true where positions are speech; ``None``: nowhere.
+        speech: during a forward, ``[T, R, 1]``, true where positions are speech; ``None``: nowhere, or no forward.
     """
 
     config: LoraConfig
     active: bool = True
     merged: bool = False
     speech: Tensor | None = None
+
+    @contextmanager
+    def positions(self, speech: Tensor | None) -> Iterator[None]:
+        """Mark the positions of speech for one forward; Megatron's layers have no argument that would carry them."""
+        self.speech = speech
+        try:
+            yield
+        finally:
+            self.speech = None
 
 
 def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
@@ -191,23 +200,6 @@ def adapters(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
         if isinstance(module, Lora)
         for part, value in module.named_parameters()
     }
-
-
-def adapter_parameters(architecture: DecoderConfig, config: LoraConfig, tensor: int, layers: Sequence[int]) -> int:
-    """Numbers of the adapters on one process.
-
-    Args:
-        architecture: of the LLM.
-        config: of the adapters.
-        tensor: tensor-parallel size.
-        layers: that the process holds.
-    """
-    held = tuple(f"decoder.layers.{layer}." for layer in layers)
-    return sum(
-        math.prod(shape) // (tensor if sharing_of(name) else 1)
-        for name, shape in adapter_shapes(architecture, config).items()
-        if name.startswith(held)
-    )
 
 
 def is_merged(chunks: Sequence[GPTDecoder]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.architecture import DecoderConfig, check_layers, weight_shapes
-from nemo_mtbi.llm.decoder import GPTDecoder
+from nemo_mtbi.llm.decoder import GPTDecoder, padded_vocabulary
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.rank_layout import stage_runs
 
@@ -247,17 +247,26 @@ def _join(name: str, shares: list[Tensor], vocabulary: int) -> Tensor:
     return whole.narrow(axis, 0, vocabulary) if name in VOCABULARY else whole
 
 
-def stage_sizes(architecture: DecoderConfig, layout: ParallelConfig, stage: int, names: set[str]) -> list[int]:
-    """Sizes of some weights on one process of a stage."""
+def stage_sizes(
+    architecture: DecoderConfig, layout: ParallelConfig, stage: int, shapes: Mapping[str, tuple[int, ...]]
+) -> list[int]:
+    """Return the numbers of elements of weights or adapters on one process of a stage.
+
+    Args:
+        architecture: of the LLM.
+        layout: that can split it.
+        stage: of the pipeline.
+        shapes: whole shapes by names that no layout changes; those that other stages hold are left out.
+    """
     runs, tensor = stage_runs(layout, architecture.num_layers, stage), layout.tensor_model_parallel_size
     held = tuple(f"decoder.layers.{layer}." for run in runs for layer in run)
     first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
     sizes = []
-    for name, shape in weight_shapes(architecture).items():
+    for name, shape in shapes.items():
         here = name.startswith(held)
         here |= first and name == VOCABULARY[0] or last and name in ("decoder.final_layernorm.weight", VOCABULARY[1])
         here |= last and name == VOCABULARY[0] and architecture.tie_embeddings  # the copy that is the head
-        if name in names and here:
-            rows = -(-shape[0] // tensor) * tensor if name in VOCABULARY else shape[0]  # padded
+        if here:
+            rows = padded_vocabulary(shape[0], tensor) if name in VOCABULARY else shape[0]
             sizes.append(math.prod((rows, *shape[1:])) // (tensor if sharing_of(name) else 1))
     return sizes

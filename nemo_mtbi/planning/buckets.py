@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets for training data, found once for a large corpus instead of at the start of each run."""
+"""Buckets for training data, estimated once for a large corpus instead of at the start of each run."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from rich.table import Table
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import cost_bins, training_costs
-from nemo_mtbi.planning.plan import Plan, check_model, frame_counter, read_encoder, read_llm
+from nemo_mtbi.planning.checks import check_model, read_llm
+from nemo_mtbi.planning.data_checks import section_of
+from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.plan import Plan
+from nemo_mtbi.speech_llm.connector import frame_counter
 
 
 @dataclass(frozen=True)
 class Bins:
-    """Buckets of cuts by what they cost: positions of the decoder over all rows of a cut.
+    """Buckets of cuts by their cost: positions of the decoder over all rows of a cut.
 
     Attributes:
         bounds: upper bounds of all buckets but the last.
-        costs: of the cuts that they were found from.
+        costs: of the cuts that they were estimated from.
     """
 
     bounds: tuple[int, ...]
     costs: tuple[int, ...]
 
     def buckets(self) -> list[list[int]]:
-        """The costs in each bucket."""
-        found: list[list[int]] = [[] for _ in range(len(self.bounds) + 1)]
+        """Return the costs in each bucket."""
+        buckets: list[list[int]] = [[] for _ in range(len(self.bounds) + 1)]
         for cost in self.costs:
-            found[bisect_left(self.bounds, cost)].append(cost)  # a bound belongs to its bucket
-        return found
+            buckets[bisect_left(self.bounds, cost)].append(cost)  # a bound belongs to its bucket
+        return buckets
 
     @property
     def fill(self) -> float:
@@ -42,7 +46,7 @@ class Bins:
         return sum(self.costs) / sum(len(bucket) * max(bucket) for bucket in self.buckets() if bucket)
 
     def render(self, console: Console) -> None:
-        """A table, and the lines for ``model.train_ds``."""
+        """Print a table, and the lines for ``model.train_ds``."""
         table = Table(box=box.SIMPLE_HEAD, title=f"{len(self.costs)} cuts · positions of all rows of a cut")
         for name in ("bucket", "from", "to", "cuts", "fill"):
             table.add_column(name, justify="right")
@@ -62,19 +66,19 @@ class Bins:
 
 
 def find_bins(costs: Sequence[int], num_buckets: int) -> Bins:
-    """Buckets that hold about the same total cost each."""
+    """Return buckets that hold about the same total cost each."""
     return Bins(tuple(cost_bins(list(costs), num_buckets)), tuple(costs))
 
 
 def estimate_bins(cfg: DictConfig) -> Bins:
-    """Reads the first cuts of a run's training data, without weights and audio.
+    """Estimate buckets from the first cuts of a run's training data, without weights and audio.
 
     Args:
         cfg: a training configuration. ``model.train_ds.num_buckets`` and ``num_cuts_for_bins_estimate`` say how many
             buckets and cuts.
 
     Raises:
-        ValueError: what the plan of such a run would refuse.
+        ValueError: if the plan of such a run has problems.
     """
     OmegaConf.resolve(cfg)
     if cfg.get("data"):
@@ -84,9 +88,11 @@ def estimate_bins(cfg: DictConfig) -> Bins:
     plan = Plan()
     config = check_model(plan, cfg.model)
     llm = read_llm(plan, cfg.model.get("pretrained_llm"), config.chat if config else None)
-    encoder = plan.attempt(read_encoder, cfg.model.get("pretrained_asr"), config.encoder if config else None)
+    encoder = plan.attempt(read_encoder, str(cfg.model.get("pretrained_asr")), config.encoder if config else None)
     if not (config and llm and llm.chat and encoder):
         raise ValueError("; ".join(plan.problems))
-    dataset = MTBIDataset(llm.chat, frame_counter(encoder, config), config.micro_batch_tokens, on_bad_audio="skip")
-    costs, full = training_costs(OmegaConf.to_container(cfg.model.train_ds), dataset)
+    dataset = MTBIDataset(
+        llm.chat, frame_counter(encoder.shape, config.connector), config.micro_batch_tokens, on_bad_audio="skip"
+    )
+    costs, full = training_costs(section_of(cfg.model, "train_ds"), dataset)
     return find_bins(costs, full.num_buckets)

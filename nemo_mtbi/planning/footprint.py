@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the speech side of a model takes up, found out without its weights.
+"""Memory of the speech side of a model, counted without its weights.
 
 Modules are built from their configuration with tensors that have shapes but hold nothing.
 """
@@ -15,18 +15,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_mtbi.config.connector import ConnectorConfig
-from nemo_mtbi.config.encoder import EncoderConfig
-from nemo_mtbi.encoders.base import unfrozen
-from nemo_mtbi.encoders.hf import empty_hf_encoder, is_hf_encoder
-from nemo_mtbi.encoders.nemo import EncoderShape, front_end_stages, subsampling_stages, windows_of
+from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
+from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder, unfrozen
 from nemo_mtbi.encoders.paired import paired_shape
 from nemo_mtbi.encoders.windows import AT_ONCE
-from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.planning.memory import FLOAT32, SpeechParts, Term, total
 from nemo_mtbi.speech_llm.connector import build_connector
-from nemo_mtbi.speech_llm.pretrained import key_of_encoder, refusing_asr, resolve
+from nemo_mtbi.speech_llm.pretrained import open_encoder
 
-UTTERANCE = 15.0  # seconds, of those that a step is thought to hold
+UTTERANCE = 15.0  # assumed seconds of the utterances of a step
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,13 @@ class EncoderFacts:
 
     Attributes:
         shape: as the model's.
-        parameters: of encoder and front end.
-        numbers: parameters and buffers of the encoder that take its dtype.
-        fixed_bytes: of what keeps its dtype.
+        parameters: number of parameters of encoder and front end.
+        numbers: number of elements of the encoder's parameters and buffers that take the model's dtype.
+        fixed_bytes: bytes of parameters and buffers that keep their dtype.
         convolution: numbers that the first convolution gives for each pair of feature frames.
-        windowed: whether it hears windows, of which only some are encoded at once.
+        windowed: whether audio is cut into windows, of which only some are encoded at once.
         padded: whether each window is filled up to 30 s.
-        trained: parameters of the encoder that train.
+        trained: number of the encoder's parameters that train.
         beside: a second encoder; ``shape`` is then that of both.
     """
 
@@ -57,84 +54,63 @@ class EncoderFacts:
 
     @property
     def parts(self) -> list[EncoderFacts]:
-        """Each encoder."""
+        """Facts of each encoder alone."""
         return [self] if self.beside is None else [self, self.beside]
 
-    def frozen_bytes(self, number: int) -> int:
-        """Of what does not train; an encoder that trains in part is kept in float32 as a whole."""
-        return (self.numbers - self.trained) * (max(number, FLOAT32) if self.trained else number) + self.fixed_bytes
+    def frozen_bytes(self, bytes_per_param: int) -> int:
+        """Return the bytes of frozen weights; an encoder that trains in part is float32 as a whole."""
+        stored = max(bytes_per_param, FLOAT32) if self.trained else bytes_per_param
+        return (self.numbers - self.trained) * stored + self.fixed_bytes
 
     def at_once(self, features: int) -> int:
-        """Feature frames that are encoded together, of those of a step."""
+        """Return how many of a step's feature frames are encoded together."""
         most = AT_ONCE * self.shape.sample_rate // self.shape.stages[0].stride
         if self.padded:
             return most
         return min(features, most) if self.windowed else features
 
 
-def read_encoder(name: str, config: EncoderConfig | None = None) -> EncoderFacts:
-    """Builds front end and encoder from their configuration, or two of them, with tensors that hold nothing.
+def read_encoder(name: str | Path, config: EncoderConfig | None = None) -> EncoderFacts:
+    """Return facts about an encoder, or two of them, which are built with tensors that hold nothing.
 
     Args:
-        name: NeMo ASR ``.nemo``, Hugging Face directory, or ``demo``.
+        name: path that a kind of encoder recognizes, or ``demo``.
         config: how it is used.
 
     Raises:
-        ValueError: if it is neither, an encoder whose frames can't be counted, or used as it can't be.
+        ValueError: if it can't be read, its frames can't be counted, or ``config`` does not fit it.
     """
-    second = getattr(config, "beside", None)
-    first = _read_one(name, config)
+    first = _facts_of(open_encoder(name, config, weights=False), config)
+    second: SecondEncoder | None = getattr(config, "beside", None)
     if second is None:
         return first
-    facts = _read_one(second.path, second)
-    return replace(first, shape=paired_shape(first.shape, facts.shape)[0], beside=facts)
+    beside = _facts_of(open_encoder(second.path, second, weights=False), second)
+    return replace(first, shape=paired_shape(first.shape, beside.shape)[0], beside=beside)
 
 
-def _read_one(name: str, config: EncoderConfig | None) -> EncoderFacts:
-    path = resolve(name, key_of_encoder(config), "encoder.nemo")
-    if is_hf_encoder(path):
-        with FakeTensorMode():
-            encoder = empty_hf_encoder(path, config)
-        values = [*encoder.parameters(), *encoder.buffers()]
-        numbers = sum(value.numel() for value in values)
-        padded = encoder.heard(1) > 1
-        facts = EncoderFacts(encoder.shape, numbers, numbers, 0, 2 * encoder.first_channels, True, padded)
-        return replace(facts, trained=_trained(encoder.encoder, config))
-    facts, encoder = _read_nemo(name, path)
-    windowed = windows_of(facts.shape, config) is not None
-    return replace(facts, windowed=windowed, trained=_trained(encoder, config))
-
-
-def _trained(encoder: nn.Module, config: EncoderConfig | None) -> int:
-    values = dict(encoder.named_parameters())
-    return sum(values[name].numel() for name in unfrozen(list(values), config))
-
-
-def _read_nemo(name: str, path: Path) -> tuple[EncoderFacts, nn.Module]:
-    from nemo_mtbi.encoders.asr_archive import AsrFile
-
-    with refusing_asr(name, path):
-        try:
-            probe = AsrFile(path).probe(weights=False)
-            front, encoder = probe.preprocessor, probe.encoder
-            stages = (*front_end_stages(front), *subsampling_stages(encoder))
-            shape = EncoderShape(int(encoder.d_model), int(probe.cfg.sample_rate), stages)
-        except AttributeError as error:
-            raise ArchiveError(str(error)) from error
-    values = [*encoder.parameters(), *encoder.buffers()]
-    kept = [*front.parameters(), *front.buffers(), *(value for value in values if not value.is_floating_point())]
-    facts = EncoderFacts(
-        shape,
-        sum(value.numel() for part in (front, encoder) for value in part.parameters()),
-        sum(value.numel() for value in values if value.is_floating_point()),
-        sum(value.numel() * value.element_size() for value in kept),
-        encoder.pre_encode._conv_channels * (encoder.pre_encode._feat_in // 2),
+def _facts_of(module: SpeechEncoder, config: EncoderConfig | None) -> EncoderFacts:
+    """Return the facts of one encoder; floating-point numbers of ``module.encoder`` alone take the model's dtype."""
+    weights = dict(module.encoder.named_parameters())
+    cast = [value for value in (*weights.values(), *module.encoder.buffers()) if value.is_floating_point()]
+    held = [*module.parameters(), *module.buffers()]
+    return EncoderFacts(
+        shape=module.shape,
+        parameters=sum(value.numel() for value in module.parameters()),
+        numbers=sum(value.numel() for value in cast),
+        fixed_bytes=sum(_bytes(value) for value in held) - sum(_bytes(value) for value in cast),
+        convolution=module.first_convolution(),
+        windowed=module.windows is not None,
+        padded=module.padded,
+        trained=sum(weights[name].numel() for name in unfrozen(list(weights), config)),
     )
-    return facts, encoder
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return value.numel() * value.element_size()
 
 
 def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """Bytes that autograd keeps of a forward, without the module's own parameters."""
+    """Return the bytes that autograd keeps of a forward, without the module's own parameters."""
     seen = {value.untyped_storage()._cdata: 0 for value in module.parameters()}
     kept: list[torch.Tensor] = []  # alive until all are counted, so that no two have one id
 
@@ -149,17 +125,24 @@ def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
 
 
 def speech_parts(
-    encoder: EncoderFacts, config: ConnectorConfig, hidden: int, *, frames: int, number: int, share: int, states: int
+    encoder: EncoderFacts,
+    config: ConnectorConfig,
+    hidden: int,
+    *,
+    frames: int,
+    bytes_per_param: int,
+    share: int,
+    states: int,
 ) -> SpeechParts:
-    """What the first stage holds for the LLM.
+    """Count encoder and connector, which the first stage holds.
 
     Args:
-        encoder: of what trains in it only weights, gradients and optimizer states are counted.
-        config: of the connector.
-        hidden: size of an LLM embedding.
-        frames: of the connector, in a step.
-        number: bytes of a number of the encoder.
-        share: tensor-parallel processes that share the encoder's work.
+        encoder: facts; of weights in it that train, what backward keeps of their layers is not counted.
+        config: the section ``model.connector``.
+        hidden: width of an LLM embedding.
+        frames: connector frames of a step.
+        bytes_per_param: bytes of a frozen parameter of the encoder.
+        share: number of tensor-parallel processes that share the encoder's work.
         states: numbers that the optimizer keeps for each parameter.
     """
     shape = encoder.shape
@@ -172,7 +155,8 @@ def speech_parts(
         kept = kept_bytes(connector, torch.zeros(utterances, steps, shape.size), torch.tensor([steps] * utterances))
         parameters = sum(value.numel() for value in connector.parameters())
     parts, samples = encoder.parts, frames * connector.reduction * math.prod(stage.stride for stage in shape.stages)
-    at_work = [_work(part, samples, number, share) for part in parts]  # one after the other
+    # the encoders run one after the other
+    at_work = [convolution_term(part, samples, bytes_per_param, share) for part in parts]
     work = (
         Term("kept of the connector", ((kept, "B"),)),
         Term("frames and gradient", ((2, "tensors"), (frames, "frames"), (hidden, "channels"), (FLOAT32, "B"))),
@@ -180,12 +164,19 @@ def speech_parts(
     )
     trained = sum(part.trained for part in parts)
     frozen = sum(part.parameters for part in parts) - trained
-    held = sum(part.frozen_bytes(number) for part in parts)
+    held = sum(part.frozen_bytes(bytes_per_param) for part in parts)
     return SpeechParts(frozen, held, parameters + trained, states, work)
 
 
-def _work(part: EncoderFacts, samples: int, number: int, share: int) -> Term:
-    """Of an encoder that hears so many samples."""
+def convolution_term(part: EncoderFacts, samples: int, bytes_per_param: int, share: int) -> Term:
+    """Return the activation bytes of an encoder's first convolution.
+
+    Args:
+        part: facts of one encoder.
+        samples: of a step.
+        bytes_per_param: bytes of a number in the encoder's dtype.
+        share: number of tensor-parallel processes that share the work.
+    """
     steps = part.at_once(samples // part.shape.stages[0].stride) // 2
-    factors = ((2, "tensors"), (steps, "steps"), (part.convolution, "numbers"), (number, "B"))
+    factors = ((2, "tensors"), (steps, "steps"), (part.convolution, "numbers"), (bytes_per_param, "B"))
     return Term("encoder's first convolution", factors, share)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each process must hold: arithmetic alone, nothing is allocated.
+"""Memory of each process: arithmetic alone, nothing is allocated.
 
 Activations are counted as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
 (arXiv 2205.05198): what autograd keeps of each layer, for each microbatch that is in flight. Three things differ from
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.architecture import DecoderConfig, weight_shapes
+from nemo_mtbi.llm.decoder import padded_vocabulary
 from nemo_mtbi.llm.weights import stage_sizes
 from nemo_mtbi.speech_llm.losses import COMPARED_AT_ONCE
 
-FLOAT32 = 4  # bytes; of norms, losses, and of whatever trains
+FLOAT32 = 4  # bytes of a number in norms and losses, and of trained parameters
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -30,21 +31,16 @@ def decoder_parameters(config: DecoderConfig, layout: ParallelConfig, stage: int
     return sum(stage_sizes(config, layout, stage, weight_shapes(config)))
 
 
-def _vocabulary_share(config: DecoderConfig, layout: ParallelConfig) -> int:
-    """Rows of the embedding table on one process: the vocabulary is padded until all have the same number."""
-    return -(-config.vocab_size // layout.tensor_model_parallel_size)
-
-
 # ------------------------------------------------------------------------------------------------- bytes of each stage
 
 
 @dataclass(frozen=True)
 class Term:
-    """One product of the sum. What is shown is what is computed.
+    """One product in a sum of bytes; the text that is shown is the product that is computed.
 
     Attributes:
-        name: what the bytes are.
-        factors: numbers and what they count; the last counts bytes.
+        name: of the quantity.
+        factors: numbers, each with its unit; the last unit is bytes.
         share: number of processes that share it.
     """
 
@@ -55,29 +51,29 @@ class Term:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(number for number, _ in self.factors) // self.share
+        return math.prod(count for count, _ in self.factors) // self.share
 
     def __str__(self) -> str:
-        product = " x ".join(f"{number} {what}" for number, what in self.factors)
+        product = " x ".join(f"{count} {unit}" for count, unit in self.factors)
         return product if self.share == 1 else f"{product} / {self.share}"
 
 
 def total(terms: Iterable[Term]) -> int:
-    """Bytes of all of them."""
+    """Return the bytes of all terms."""
     return sum(term.size for term in terms)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What goes through the model.
+    """Sizes of what goes through the model.
 
     Attributes:
         positions: rows x longest row of the largest microbatch.
-        microbatches: of a step.
+        microbatches: number in a step.
         responses: positions of the largest microbatch that predict a response token.
         cached: rows x positions of a batch of generation.
         longest: positions of the longest row, answer included.
-        compared: response tokens of a step whose distributions are compared with the text twin's.
+        compared: number of response tokens of a step whose distributions are compared with the text twin's.
     """
 
     positions: int
@@ -90,12 +86,12 @@ class Load:
 
 @dataclass(frozen=True)
 class SpeechParts:
-    """What only the first stage holds.
+    """Encoder and connector, which only the first stage holds.
 
     Attributes:
-        encoder_parameters: those that are frozen.
-        encoder_bytes: frozen weights and buffers of encoder and front end.
-        trained_parameters: of connector and encoder, in float32.
+        encoder_parameters: number of frozen parameters of the encoder.
+        encoder_bytes: bytes of frozen weights and buffers of encoder and front end.
+        trained_parameters: number of trained parameters of connector and encoder, in float32.
         optimizer_states: float32 numbers that the optimizer keeps for each of them.
         work: memory of a step: what autograd keeps of the connector, frames and their gradient, the encoder at work.
     """
@@ -109,15 +105,16 @@ class SpeechParts:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What adapters in the LLM add. Channels are those of a layer, on average over all layers.
+    """Memory that adapters, or weights of the LLM that train, add. Channels are averages over all layers.
 
     Attributes:
-        parameters: trained, in float32, on one process of each stage.
+        parameters: number of adapter parameters, in float32, on one process of each stage.
         whole: input channels of adapted layers that are whole on each tensor-parallel process.
-        shared: input channels of those that tensor-parallel processes share.
-        attended: how many of these attention gives, which keeps them itself unless it is recomputed.
-        gathered, scattered: channels between A and B of the former and the latter.
-        normed: channels of norms that train, which keep what they have normed.
+        shared: input channels of adapted layers that tensor-parallel processes share.
+        attended: part of ``shared`` that attention outputs, and keeps itself unless it is recomputed.
+        gathered: channels between A and B of adapters on ``whole`` inputs.
+        scattered: channels between A and B of adapters on ``shared`` inputs.
+        normed: channels of norms that train, which keep their output before it is scaled.
         heads_normed: the same of the norms of queries and keys.
         final_normed: the same of the final norm.
     """
@@ -135,30 +132,31 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Learning:
-    """What trains of the LLM itself, with Megatron's distributed optimizer.
+    """Weights of the LLM that train, with Megatron's distributed optimizer.
 
     Attributes:
-        parameters: on one process of each stage.
-        largest: of its weights, in numbers: its gradient comes in the LLM's dtype before it is added in float32.
-        replicas: data-parallel processes, which share the optimizer's numbers.
+        parameters: number of them on one process of each stage.
+        largest: number of elements of the largest weight there, whose gradient comes in the LLM's dtype before it is
+            added in float32.
+        replicas: number of data-parallel processes, which share the optimizer's numbers.
     """
 
     parameters: tuple[int, ...]
     largest: tuple[int, ...]
     replicas: int = 1
 
-    def terms(self, stage: int, number: int) -> list[Term]:
-        """Gradients, and the optimizer's moments, with weights in float32 where the LLM's are not.
+    def terms(self, stage: int, bytes_per_param: int) -> list[Term]:
+        """Return gradients and optimizer states, with weights in float32 where the LLM's are not.
 
         Args:
             stage: of the pipeline.
-            number: bytes of a weight.
+            bytes_per_param: bytes of a parameter of the LLM.
         """
-        factor, kept = (self.parameters[stage], "parameters"), 2 + (number < FLOAT32)
+        count, kept = (self.parameters[stage], "parameters"), 2 + (bytes_per_param < FLOAT32)
         return [
-            Term("gradients of the LLM", (factor, (FLOAT32, "B"))),
-            Term("gradient of a weight at work", ((self.largest[stage], "parameters"), (number, "B"))),
-            Term("optimizer of the LLM", (factor, (kept, "numbers"), (FLOAT32, "B")), self.replicas),
+            Term("gradients of the LLM", (count, (FLOAT32, "B"))),
+            Term("gradient of a weight at work", ((self.largest[stage], "parameters"), (bytes_per_param, "B"))),
+            Term("optimizer of the LLM", (count, (kept, "numbers"), (FLOAT32, "B")), self.replicas),
         ]
 
 
@@ -168,7 +166,8 @@ class StageMemory:
 
     Attributes:
         stage: of the pipeline.
-        frozen, trained: parameters.
+        frozen: number of frozen parameters.
+        trained: number of trained parameters.
         weights: frozen weights.
         training: trained weights, gradients and optimizer states.
         activations: at the fullest moment of a step.
@@ -187,7 +186,7 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
-        """A step and generation take turns, so the larger one counts."""
+        """Bytes at the fullest moment: a step and generation take turns, so the larger one counts."""
         busy = max(total(self.activations) + total(self.logits), total(self.generation))
         return total(self.weights) + total(self.training) + busy
 
@@ -199,28 +198,28 @@ def stage_memory(
     *,
     load: Load,
     speech: SpeechParts,
-    number: int = FLOAT32,
+    bytes_per_param: int = FLOAT32,
     granularity: str | None = None,
     adapted: Adapted | None = None,
     learning: Learning | None = None,
 ) -> StageMemory:
-    """What one process of a stage holds.
+    """Return the memory of one process of a stage.
 
     Args:
         config: architecture of the LLM.
         layout: that can split it.
         stage: of the pipeline.
-        load: what goes through it.
-        speech: the parts of the first stage.
-        number: bytes of a number of the LLM.
+        load: sizes of what goes through it.
+        speech: encoder and connector.
+        bytes_per_param: bytes of a parameter of the LLM, and of its activations.
         granularity: of recomputation: ``None``, ``selective`` (attention) or ``full`` (layers).
-        adapted: what adapters, or layers that train, add; ``None``: there are none.
-        learning: what trains of the LLM itself; ``None``: nothing.
+        adapted: memory of adapters, or of layers that train; ``None``: there are none.
+        learning: weights of the LLM that train; ``None``: none.
     """
     first, last = stage == 0, stage == layout.pipeline_model_parallel_size - 1
     llm = decoder_parameters(config, layout, stage)
-    weights = [Term("LLM", ((llm, "parameters"), (number, "B")))]
-    activations = activation_terms(config, layout, stage, load, number, granularity, adapted)
+    weights = [Term("LLM", ((llm, "parameters"), (bytes_per_param, "B")))]
+    activations = activation_terms(config, layout, stage, load, bytes_per_param, granularity, adapted)
     trained = (speech.trained_parameters if first else 0) + (adapted.parameters[stage] if adapted else 0)
     training = [
         Term(
@@ -230,7 +229,7 @@ def stage_memory(
     ]
     training = training if trained else []
     if learning and learning.parameters[stage]:
-        training += learning.terms(stage, number)
+        training += learning.terms(stage, bytes_per_param)
         trained += learning.parameters[stage]
         llm -= learning.parameters[stage]
     if first:
@@ -243,35 +242,35 @@ def stage_memory(
         weights=tuple(weights),
         training=tuple(training),
         activations=tuple(activations),
-        logits=tuple(logit_terms(config, layout, load, number)) if last else (),
-        generation=tuple(generation_terms(config, layout, load, number)),
+        logits=tuple(logit_terms(config, layout, load, bytes_per_param)) if last else (),
+        generation=tuple(generation_terms(config, layout, load, bytes_per_param)),
     )
 
 
 def layer_terms(
     config: DecoderConfig,
     layout: ParallelConfig,
-    number: int,
+    bytes_per_param: int,
     granularity: str | None,
     adapted: Adapted | None = None,
 ) -> list[Term]:
-    """Bytes that autograd keeps of one frozen layer for each position."""
-    tensor, hidden, wide = layout.tensor_model_parallel_size, config.hidden_size, max(number, FLOAT32)
+    """Return the bytes that autograd keeps of one layer for each position."""
+    tensor, hidden, wide = layout.tensor_model_parallel_size, config.hidden_size, max(bytes_per_param, FLOAT32)
     split = tensor if layout.sequence_parallel else 1  # norms and residuals
     if granularity == "full":
-        return [Term("layer inputs", ((hidden, "channels"), (number, "B")), split)]
+        return [Term("layer inputs", ((hidden, "channels"), (bytes_per_param, "B")), split)]
     channels, heads, groups = config.head_channels, config.num_attention_heads, config.num_query_groups
-    # what the projection gave (the values are part of it), rotated queries and keys, and the output, which
+    # the projection's output (values are part of it), rotated queries and keys, and attention's output, which
     # recomputation does not keep
     kept = 2 * heads + 3 * groups if granularity == "selective" else 3 * heads + 3 * groups
     terms = [
         Term("norms", ((2, "norms"), (hidden + 1, "channels"), (wide, "B")), split),
-        Term("attention", ((kept, "heads"), (channels, "channels"), (number, "B")), tensor),
-        Term("rotary tables", ((4, "tables"), (channels, "channels"), (number, "B"))),
+        Term("attention", ((kept, "heads"), (channels, "channels"), (bytes_per_param, "B")), tensor),
+        Term("rotary tables", ((4, "tables"), (channels, "channels"), (bytes_per_param, "B"))),
         # with experts about as much for each of those that a position goes through
         Term(
             "feed-forward",
-            ((4 * config.experts_per_token, "copies"), (config.ffn_hidden_size, "channels"), (number, "B")),
+            ((4 * config.experts_per_token, "copies"), (config.ffn_hidden_size, "channels"), (bytes_per_param, "B")),
             tensor,
         ),
     ]
@@ -279,7 +278,7 @@ def layer_terms(
         terms.append(Term("sums of attention", ((heads, "heads"), (wide, "B")), tensor))
     if config.qk_layernorm:
         # both are cast before their norm; where nothing is cast, queries of several groups are still copied
-        cast = number < wide
+        cast = bytes_per_param < wide
         kept = heads * (1 + channels * (cast or groups > tensor)) + groups * (1 + channels * cast)
         terms.append(Term("norms of heads", ((kept, "numbers"), (wide, "B")), tensor))
     if adapted:  # a frozen layer does not need its input
@@ -291,7 +290,7 @@ def layer_terms(
             ("between A and B, of shared inputs", adapted.scattered, split),
         ):
             if channels:
-                terms.append(Term(name, ((channels, "channels"), (number, "B")), share))
+                terms.append(Term(name, ((channels, "channels"), (bytes_per_param, "B")), share))
         for channels, share in ((adapted.normed, split), (adapted.heads_normed, tensor)):
             if channels:
                 terms.append(Term("norms that train", ((channels, "channels"), (wide, "B")), share))
@@ -299,9 +298,10 @@ def layer_terms(
 
 
 def in_flight(layout: ParallelConfig, stage: int, microbatches: int) -> int:
-    """Passes through a run of layers that a stage has begun and not undone, at most: one for each microbatch and run.
+    """Return how many passes through a run of layers a stage has begun and not undone, at most.
 
-    One forward, one backward (1F1B): as many as there are stages from this one on. Interleaved: Megatron's warm-up.
+    There is one for each microbatch and run of layers. One forward, one backward (1F1B): as many as there are stages
+    from this one on. Interleaved: Megatron's warm-up.
     """
     stages, chunks = layout.pipeline_model_parallel_size, layout.chunks
     if chunks == 1:
@@ -316,15 +316,15 @@ def activation_terms(
     layout: ParallelConfig,
     stage: int,
     load: Load,
-    number: int,
+    bytes_per_param: int,
     granularity: str | None,
     adapted: Adapted | None = None,
 ) -> list[Term]:
-    """What a stage's layers keep of all microbatches in flight, and one layer at work."""
+    """Return what a stage's layers keep of all microbatches in flight, and one layer at work."""
     stages, passes = layout.pipeline_model_parallel_size, in_flight(layout, stage, load.microbatches)
     layers, hidden = config.num_layers // (stages * layout.chunks), config.hidden_size
-    kept = total(layer_terms(config, layout, number, granularity, adapted))
-    at_work = total(layer_terms(config, layout, number, None, adapted))
+    kept = total(layer_terms(config, layout, bytes_per_param, granularity, adapted))
+    at_work = total(layer_terms(config, layout, bytes_per_param, None, adapted))
     flying = (passes, "in flight")
     terms = [
         Term("kept", (flying, (layers, "layers"), (load.positions, "positions"), (kept, "B"))),
@@ -332,39 +332,44 @@ def activation_terms(
     ]
     split = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     if stages > 1:
-        factors = ((2, "tensors"), flying, (load.positions, "positions"), (hidden, "channels"), (number, "B"))
-        terms.append(Term("received and sent", factors, split))
+        sent = ((2, "tensors"), flying, (load.positions, "positions"), (hidden, "channels"), (bytes_per_param, "B"))
+        terms.append(Term("received and sent", sent, split))
     if stage == stages - 1:
         width = hidden + 1 + (adapted.final_normed if adapted else 0)
-        factors = ((load.positions, "positions"), (width, "channels"), (max(number, FLOAT32), "B"))
-        terms.append(Term("final norm", factors, split))
+        normed = ((load.positions, "positions"), (width, "channels"), (max(bytes_per_param, FLOAT32), "B"))
+        terms.append(Term("final norm", normed, split))
     return terms
 
 
-def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
-    """The loss works on copies in float32: probabilities and gradient, and two more if the vocabulary is split."""
-    tensor, wide = layout.tensor_model_parallel_size, max(number, FLOAT32)
-    rows, columns = (load.responses, "responses"), (_vocabulary_share(config, layout), "tokens")
+def logit_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, bytes_per_param: int) -> list[Term]:
+    """Return the memory of the loss of one microbatch.
+
+    It works on copies in float32: probabilities and gradient, and two more if the vocabulary is split.
+    """
+    tensor, wide = layout.tensor_model_parallel_size, max(bytes_per_param, FLOAT32)
+    share = padded_vocabulary(config.vocab_size, tensor) // tensor
+    rows, columns = (load.responses, "responses"), (share, "tokens")
     terms = [Term("loss", ((2 if tensor == 1 else 4, "copies"), rows, columns, (wide, "B")))]
-    if number < wide:
-        terms.append(Term("logits before they are cast", (rows, columns, (number, "B"))))
+    if bytes_per_param < wide:
+        terms.append(Term("logits before they are cast", (rows, columns, (bytes_per_param, "B"))))
     if load.compared:
-        share = _vocabulary_share(config, layout)
         piece = min(load.responses * share, COMPARED_AT_ONCE)
         terms += [
-            Term("text twins", ((load.compared, "responses"), (config.hidden_size, "channels"), (number, "B"))),
+            Term(
+                "text twins", ((load.compared, "responses"), (config.hidden_size, "channels"), (bytes_per_param, "B"))
+            ),
             Term("gradient of the divergence", (rows, columns, (wide, "B"))),
             Term("both distributions at work", ((8, "copies"), (piece, "logits"), (wide, "B"))),
         ]
     return terms
 
 
-def generation_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, number: int) -> list[Term]:
-    """Keys and values of all layers of a stage, and the mask of the prompts."""
+def generation_terms(config: DecoderConfig, layout: ParallelConfig, load: Load, bytes_per_param: int) -> list[Term]:
+    """Return keys and values of all layers of a stage, and the mask of the prompts."""
     layers = config.num_layers // layout.pipeline_model_parallel_size
     width = config.num_query_groups * config.head_channels
     pair = ((2, "of keys and values"), (layers, "layers"), (load.cached, "positions"), (width, "channels"))
     return [
-        Term("cache", (*pair, (number, "B")), layout.tensor_model_parallel_size),
-        Term("masks", ((load.cached, "positions"), (load.longest, "keys"), (2 + number, "B"))),
+        Term("cache", (*pair, (bytes_per_param, "B")), layout.tensor_model_parallel_size),
+        Term("masks", ((load.cached, "positions"), (load.longest, "keys"), (2 + bytes_per_param, "B"))),
     ]

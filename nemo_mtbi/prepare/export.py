@@ -20,8 +20,8 @@ from lhotse import CutSet, MonoCut, Recording
 from lhotse.cut.data import DataCut
 from lhotse.utils import fastcopy
 
+from nemo_mtbi.config.checks import RAISE_OR_SKIP, OneOf, at_least
 from nemo_mtbi.data.audio import LOADING_ERRORS
-from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.io.paths import make_folder
 from nemo_mtbi.io.reading import Reading
@@ -29,7 +29,7 @@ from nemo_mtbi.io.sources import FILES, ForbiddenSourceError, SourcePolicy, chec
 from nemo_mtbi.io.text import in_one_line
 from nemo_mtbi.targets.store import split_into_shards
 
-FORMATS = ("shar", "tarred")
+FORMS = OneOf("shar", "tarred")
 
 
 def export(
@@ -60,13 +60,11 @@ def export(
         RuntimeError: another run writes into the folder.
     """
     out_dir = Path(out_dir).absolute()
-    if form not in FORMATS:
-        raise ValueError(f"the form is {form!r}; it must be {' or '.join(FORMATS)}")
-    if shard_size < 1:
-        raise ValueError(f"the shard size is {shard_size}; it must be at least 1")
+    FORMS.check("form", form)
+    at_least(1).check("shard_size", shard_size)
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty: give another folder, or old shards would be read with the new")
-    check_policy(on_bad_audio)
+    RAISE_OR_SKIP.check("on_bad_audio", on_bad_audio)
     make_folder(out_dir, "--out")
     whole = _loaded(cuts, on_bad_audio, Counter() if counts is None else counts, policy)
     with exclusive(out_dir, "--out", out_dir / "export"):

@@ -22,9 +22,10 @@ from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
-from nemo_mtbi.encoders.hf import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
-from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.config.loss import LossConfig
+from nemo_mtbi.encoders.base import SpeechEncoder
 from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.llm.architecture import DecoderConfig
 from nemo_mtbi.llm.decoder import GPTDecoder, build_decoder
@@ -161,13 +162,16 @@ def load_asr_model(name: str | Path) -> Any:
 
 
 @contextmanager
-def refusing_asr(name: str | Path, path: Path, key: str = ASR_KEY) -> Iterator[None]:
-    """Say of errors in the body that a file is not a NeMo ASR checkpoint.
+def refusing_asr(
+    name: str | Path, path: Path, key: str = ASR_KEY, title: str = "NeMo ASR checkpoint"
+) -> Iterator[None]:
+    """Say of errors in the body that a file is not a NeMo ASR checkpoint, or not an encoder of another kind.
 
     Args:
         name: as it was given.
         path: of the file.
         key: of the configuration that names it.
+        title: of the kind.
 
     Raises:
         ValueError: names file and reason.
@@ -175,39 +179,44 @@ def refusing_asr(name: str | Path, path: Path, key: str = ASR_KEY) -> Iterator[N
     try:
         yield
     except (ArchiveError, OSError, KeyError, tarfile.TarError) as error:
-        raise ValueError(f"{key}={name}: {path} is no NeMo ASR checkpoint ({error})") from error
+        raise ValueError(f"{key}={name}: {path} is no {title} ({error})") from error
 
 
 def load_speech_encoder(
     name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
-) -> SpeechEncoder | HFSpeechEncoder | PairedEncoder:
-    """Front end (float32) and encoder (``dtype``), or two of them.
+) -> SpeechEncoder | PairedEncoder:
+    """Load front end (float32) and encoder (``dtype``), or two of them.
 
     Args:
-        name: NeMo ASR ``.nemo``, directory of a Hugging Face encoder, or ``demo``.
+        name: path that a kind of encoder recognizes (:mod:`nemo_mtbi.encoders.registry`), or ``demo``.
         dtype: of the encoder's weights; those that train are float32 and compute in it.
         config: how it is used; ``None``: Hugging Face's by the defaults, NeMo's on whole utterances.
 
     Raises:
         ValueError: if it can't be read, or ``config`` asks for what it does not have.
     """
-    path = resolve(name, key_of_encoder(config), "encoder.nemo")
-    if is_hf_encoder(path):
-        encoder = load_hf_encoder(path, config)
-    else:
-        from nemo_mtbi.encoders.asr_archive import AsrFile
-
-        with refusing_asr(name, path, key_of_encoder(config)):
-            parts = AsrFile(path).encoder()
-        encoder = SpeechEncoder(parts, config)
-    encoder.settle(dtype, config)
+    encoder = open_encoder(name, config)
+    encoder.set_trainable(dtype, config)
     second = getattr(config, "beside", None)
     return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
 
 
-def key_of_encoder(config: EncoderConfig | None) -> str:
-    """The configuration's key for the path of an encoder."""
-    return "model.encoder.beside.path" if isinstance(config, SecondEncoder) else ASR_KEY
+def open_encoder(name: str | Path, config: EncoderConfig | None, weights: bool = True) -> SpeechEncoder:
+    """Read one encoder by the class of its kind, in the dtype of its file.
+
+    Args:
+        name: path of the encoder, or ``demo``.
+        config: how it is used; of a second encoder: :class:`SecondEncoder`.
+        weights: ``False`` gives tensors that have shapes and hold nothing.
+
+    Raises:
+        ValueError: as :func:`load_speech_encoder`.
+    """
+    key = "model.encoder.beside.path" if isinstance(config, SecondEncoder) else ASR_KEY
+    path = resolve(name, key, "encoder.nemo")
+    kind = kind_of(path)
+    with refusing_asr(name, path, key, kind.title):
+        return kind.load(path, config) if weights else kind.empty(path, config)
 
 
 def load_speech_llm(
@@ -218,6 +227,7 @@ def load_speech_llm(
     lora: LoraConfig | None = None,
     llm: LlmConfig | None = None,
     encoder_config: EncoderConfig | None = None,
+    loss: LossConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
     """Joins frozen parts and a new connector: this process's share of them under the layout in force.
@@ -230,9 +240,10 @@ def load_speech_llm(
         lora: adapters in the LLM; ``None``: none.
         llm: what trains of the LLM itself; ``None``: nothing.
         encoder_config: how the encoder is used, and what of it trains.
+        loss: what is minimized; ``None``: the default.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
     encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
-    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm), text
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm, loss=loss), text

@@ -29,6 +29,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
 
 from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.checks import RAISE_OR_SKIP, at_least
 from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE, Behavior, transcript
 from nemo_mtbi.data.gate import GatedCuts
 from nemo_mtbi.data.manifest_lines import EntryFilter
@@ -145,10 +146,8 @@ def generate_targets(
 
 
 def _check_arguments(shard_size: int, on_missing_text: str, rank: int, world_size: int) -> None:
-    if shard_size < 1:
-        raise ValueError(f"shard_size must be ≥ 1, got {shard_size}")
-    if on_missing_text not in ("raise", "skip"):
-        raise ValueError(f"on_missing_text must be raise or skip, got {on_missing_text!r}")
+    at_least(1).check("shard_size", shard_size)
+    RAISE_OR_SKIP.check("on_missing_text", on_missing_text)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not below world_size {world_size}: give each process a rank of its own")
 
@@ -218,7 +217,7 @@ class _ShardMaker:
         behaviors: list[list[Behavior]] = [[] for _ in cuts]
         for index, request in enumerate(requests):
             text, truncated, *ids = answers[index]
-            known = tuple(ids[0]) if ids and self.chat.spells(ids[0], text) else None
+            known = tuple(ids[0]) if ids and self.chat.decodes_to(ids[0], text) else None
             behaviors[request.cut].append(Behavior(request.task, request.prompt, text, truncated, known))
         # Empty and truncated: neither a token nor an end to learn from. A cut that has nothing else keeps them, or
         # training would take it for a cut that nobody made targets for; it leaves such a cut out and counts it.

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from lhotse.cut import Cut
 
 from nemo_mtbi.chat.format import ChatFormat
+from nemo_mtbi.config.checks import Count, OneOf, Section
 from nemo_mtbi.data.behaviors import transcript
 from nemo_mtbi.layouts.layout import group_by_length
 from nemo_mtbi.targets.tasks import Task, TaskPool, draw_prompt, draw_tasks
 
-CHOICES = ("train", "heldout", "all")
+Split = Annotated[str, OneOf("train", "heldout", "all")]
 
 
 @dataclass(frozen=True)
-class TargetPlan:
+class TargetPlan(Section):
     """What is asked about each cut.
 
     Attributes:
@@ -35,23 +37,17 @@ class TargetPlan:
         ValueError: if a value is not legal.
     """
 
-    tasks_per_cut: int | None = None
+    tasks_per_cut: Count | None = None
     always_tasks: Sequence[str] = ()
-    prompts_per_task: int = 1
-    split: str = "train"
-    wordings: str = "train"
-    max_new_tokens: int = 64
-    batch_tokens: int = 8192
+    prompts_per_task: Count = 1
+    split: Split = "train"
+    wordings: Split = "train"
+    max_new_tokens: Count = 64
+    batch_tokens: Count = 8192
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("split", "wordings"):
-            if getattr(self, name) not in CHOICES:
-                raise ValueError(f"{name} must be one of {', '.join(CHOICES)}, got {getattr(self, name)!r}")
-        for name in ("tasks_per_cut", "prompts_per_task", "max_new_tokens", "batch_tokens"):
-            value = getattr(self, name)
-            if not (value is None and name == "tasks_per_cut") and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number ≥ 1, got {value!r}")
+        super().__post_init__()
         if self.tasks_per_cut is not None and len(self.always_tasks) > self.tasks_per_cut:
             raise ValueError(
                 f"always_tasks names {len(self.always_tasks)} tasks, more than tasks_per_cut={self.tasks_per_cut}: "

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from nemo_mtbi.config.checks import OneOf
 from nemo_mtbi.io.seeds import stable_rng
 from nemo_mtbi.io.text import read_text
 
@@ -64,8 +65,7 @@ class Task:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a task needs a non-empty string as its name, got {self.name!r}")
         where = f"task '{self.name}'"
-        if self.scoring not in SCORING_KINDS:
-            raise ValueError(f"{where}: unknown scoring kind {self.scoring!r}; use one of {', '.join(SCORING_KINDS)}")
+        OneOf(*SCORING_KINDS).check(f"{where}: scoring", self.scoring)
         if not self.prompts:
             raise ValueError(f"{where}: no train prompt; add at least one wording under prompts.train")
         wordings = self.prompts + self.heldout_prompts
@@ -224,8 +224,7 @@ def _parse_task(item: Any, number: int) -> Task:
     name = item.get("name") if isinstance(item, Mapping) else None
     where = f"task '{name}'" if name else f"task number {number}"
     _check_keys(item, _TASK_KEYS, _TASK_REQUIRED, where)
-    if item["split"] not in SPLITS:
-        raise ValueError(f"{where}: unknown split {item['split']!r}; use one of {', '.join(SPLITS)}")
+    OneOf(*SPLITS).check(f"{where}: split", item["split"])
     prompts = item["prompts"]
     _check_keys(prompts, SPLITS, (), f"{where}, prompts")
     wordings = {}

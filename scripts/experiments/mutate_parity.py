@@ -28,7 +28,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).with_name("parity_mutations.yaml")
 SUITE = "tests/parallel/test_parity.py"
-SUITE_FILES = (SUITE, "tests/parallel/parity_data.py", "tests/conftest.py", "tests/workers.py", "pyproject.toml")
+HELPERS = ("conftest", "matrix", "parity_data", "parity_layouts", "workers")
+SUITE_FILES = (SUITE, *(f"tests/{name}.py" for name in HELPERS), "pyproject.toml")
 PATIENCE = 600  # seconds for the imports and the reference, apart from what each layout may take
 
 
@@ -108,7 +109,7 @@ class Workspace:
         """
         report, started = self.folder / "report.xml", time.monotonic()
         report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--full", "--tb=short", f"--junitxml={report}"]
         command += ["-p", "no:cacheprovider", f"--basetemp={self.folder / 'tmp'}"]
         command += [f"{SUITE}::test_parity[{test}]" for test in tests]
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}

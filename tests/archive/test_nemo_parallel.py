@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lora_values import ALL, draw_adapters, draw_learned
+from matrix import with_core
 
 from nemo_mtbi.config.parallel import ParallelConfig
 
@@ -97,7 +98,7 @@ def write(folder, out, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_core(LAYOUTS, ["pp2_vp2", "tp2_sp_dp2"]))
 def test_every_layout_writes_the_same_file(name, folder, tmp_path, processes):
     """Byte for byte that of a single process, which answers with equal text then."""
     from nemo_mtbi.models.mtbi_model import MTBIModel
@@ -142,7 +143,10 @@ def read(folder, name, how):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, how",
-    [*((name, "layout in force") for name in LAYOUTS), ("tp2_pp2", "trainer"), ("tp2_pp2", "configuration")],
+    with_core(
+        [*((name, "layout in force") for name in LAYOUTS), ("tp2_pp2", "trainer"), ("tp2_pp2", "configuration")],
+        [("tp2_sp_dp2", "layout in force"), ("pp2_vp2", "layout in force"), ("tp2_pp2", "trainer")],
+    ),
 )
 def test_every_layout_reads_the_file_of_a_single_process(name, how, folder, processes):
     processes(read, folder, name, how, count=count(name), timeout=150)

@@ -43,7 +43,7 @@ def test_each_slot_stands_exactly_once(chat, turn):
 
 
 def test_the_end_must_be_one_token(chat):
-    with pytest.raises(ValueError, match="no token of the LLM's vocabulary"):
+    with pytest.raises(ValueError, match="not a token of the LLM's vocabulary"):
         ChatFormat(turn=("{audio}", "{prompt}"), end="the end", tokenizer=chat.tokenizer)
 
 
@@ -88,6 +88,25 @@ def test_the_tokens_of_an_answer_are_labels_where_they_spell_it(ids, used):
     spelled = [i for i in ids or () if i != 2] if used else [ord("f"), ord("o"), ord("o")]
     assert chat.response("foo", ids=ids) == [*spelled, 2]
     assert chat.response("foo", truncated=True, ids=ids) == spelled
+
+
+class Marked(Pairs):
+    """Characters, with SentencePiece's mark in front of each word, be it the first of a text."""
+
+    def text_to_ids(self, text):
+        return [ord(character) for character in "▁" + text.replace(" ", "▁")]
+
+
+@pytest.mark.parametrize("turn", [("<end>", "{prompt}", "<stop>", "{audio}", "<stop>"), ("{prompt}", "|", "{audio}")])
+@pytest.mark.parametrize("frames", [0, 1, 3])
+def test_a_silence_in_front_of_the_first_word_does_not_change_it(turn, frames):
+    chat = ChatFormat(turn, "<end>", Marked())
+    silence = list(range(-frames, 0))
+    words = [text for (text,) in chat.pieces(["the", "quick", "fox"])]
+    whole = chat.prompt("go", "the quick fox")
+    assert [value for value in chat.prompt("go", [*silence, *words]) if value >= 0] == whole
+    heard = chat.prompt("go", [*silence, words[0], -9, words[2]])  # the second word as speech
+    assert [value for value in heard if value >= 0] == chat.prompt("go", "the fox")
 
 
 def test_what_differs_between_two_formats_is_said(chat):

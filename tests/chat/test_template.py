@@ -195,7 +195,7 @@ def test_control_tokens_that_swallow_white_space(tmp_path):
         token["rstrip"] = token["content"] == "<|im_end|>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = HFTokenizer(tmp_path)
-    assert tokenizer.swallows("<|im_end|>") == (False, True)
+    assert tokenizer.strips("<|im_end|>") == (False, True)
     chat = chat_format(tokenizer, ChatConfig())
     assert chat.prompt("What?", "the fox") == by_template(tokenizer, "What?\nthe fox")
     assert chat.more[0] == "<|im_start|>" and chat.turn.count("\n") == 1  # between prompt and speech
@@ -308,7 +308,7 @@ def test_prompts_do_not_change_over_night(tmp_path):
         ("brackets", {"system": "x"}, "template refuses the conversation: only user and assistant roles"),
         ("chatml", {"format": "qwen", "system": "x"}, "qwen has no plain system turn"),
         ("chatml", {"format": "none"}, "model.chat.format: Unknown prompt formatter: 'none' .*llama3"),
-        ("chatml", {"format": "llama3"}, "ends with .*, which is no token of the LLM's vocabulary"),
+        ("chatml", {"format": "llama3"}, "ends with .*, which is not a token of the LLM's vocabulary"),
         ("chatml", {"audio": "first"}, "model.chat.audio is 'first'; it must be after or before"),
         ("chatml", {"format": "qwen", "options": {"a": 1}}, "model.chat.options are of the tokenizer's own"),
     ],

@@ -30,5 +30,5 @@ def test_what_is_not_a_pattern_is_refused(pattern):
     with pytest.raises(ValueError, match="model.llm.freeze is .*it must be true, false or a list of patterns"):
         check_freeze([pattern], "model.llm")
     if isinstance(pattern, str):
-        with pytest.raises(ValueError, match="model.lora.target_modules has .* no regular expression"):
+        with pytest.raises(ValueError, match="model.lora.target_modules has .* which is not a regular expression"):
             LoraConfig(target_modules=[pattern])

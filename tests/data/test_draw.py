@@ -198,7 +198,7 @@ def test_a_padded_cut_carries_its_rows(corpus, chat, frames):
 
 @pytest.mark.parametrize(
     "values, message",
-    [({"rows_per_cut": 0}, "rows_per_cut must be at least 1"), ({"on_bad_audio": "x"}, "raise, skip")],
+    [({"rows_per_cut": 0}, "rows_per_cut is 0; it must be at least 1"), ({"on_bad_audio": "x"}, "raise or skip")],
 )
 def test_settings_are_checked(values, message):
     with pytest.raises(ValueError, match=message):

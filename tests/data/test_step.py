@@ -6,7 +6,7 @@ import pytest
 
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import build_dataloader
-from nemo_mtbi.data.step import Step, assumed_step, count_cuts, judge_step, steps_of_pass
+from nemo_mtbi.data.step import Step, assumed_step, count_cuts, measured_step, steps_of_pass
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
 from nemo_mtbi.layouts.layout import IGNORE
 from nemo_mtbi.testing import tiny_chat, tiny_cuts, tiny_tokenizer
@@ -31,7 +31,7 @@ def test_a_step_is_judged_as_the_batches_turn_out(world, micro_batch_tokens, cha
     dataset = MTBIDataset(chat, FRAMES, micro_batch_tokens)
     loader = build_dataloader(config, dataset, world_size=world, allow_foreign=True)
     chosen = list(loader.sampler)
-    step = judge_step(chosen, chat, FRAMES, micro_batch_tokens, bound=None)
+    step = measured_step(chosen, chat, FRAMES, micro_batch_tokens, bound=None)
     real = [dataset[batch] for batch in chosen]
     microbatches = [part for batch in real for part in batch.microbatches]
     assert step.positions == max(sum(int(part.lengths.sum()) for part in batch.microbatches) for batch in real)
@@ -47,7 +47,7 @@ def test_a_step_is_judged_as_the_batches_turn_out(world, micro_batch_tokens, cha
 def test_the_bound_of_the_configuration_counts_where_it_is_higher(chat, cuts):
     config = {"cuts_path": cuts, "batch_size": 2}
     loader = build_dataloader(config, MTBIDataset(chat, FRAMES, 100), allow_foreign=True)
-    assert judge_step(list(loader.sampler), chat, FRAMES, 100, bound=12345).positions == 12345
+    assert measured_step(list(loader.sampler), chat, FRAMES, 100, bound=12345).positions == 12345
 
 
 def test_a_step_without_data():

@@ -84,10 +84,10 @@ def test_an_empty_section_is_the_synthetic_corpus():
     [
         ({"train_uterances": 5}, "unknown key data.train_uterances: did you mean 'train_utterances'"),
         ({"adapt": {"step": 5}}, "unknown key data.adapt.step: did you mean 'steps'"),
-        ({"targets": "gold"}, "data.targets is 'gold'; it must be one of behavior, reference"),
+        ({"targets": "gold"}, "data.targets is 'gold'; it must be behavior or reference"),
         ({"targets": "reference", "reference_format": "so"}, "data.reference_format is 'so'; it must hold {} once"),
         ({"reference_format": "so {}"}, "data.reference_format words right answers: remove it, or set data.targets"),
-        ({"kind": "tts"}, "data.kind is 'tts'; it must be one of synthetic, digits"),
+        ({"kind": "tts"}, "data.kind is 'tts'; it must be synthetic or digits"),
         ({"train_utterances": "many"}, "data.train_utterances: Value 'many'"),
         ({"train_utterances": 0}, "data.train_utterances is 0; it must be at least 1"),
         ({"test_utterances": -3}, "data.test_utterances is -3"),

@@ -11,9 +11,9 @@ from nemo_mtbi.layouts.frames import FrameCounter
 
 @pytest.fixture(scope="module")
 def encoder(asr_model):
-    from nemo_mtbi.encoders.nemo import SpeechEncoder
+    from nemo_mtbi.encoders.nemo import NemoEncoder
 
-    return SpeechEncoder(asr_model)
+    return NemoEncoder(asr_model)
 
 
 @pytest.fixture

@@ -64,7 +64,8 @@ def test_a_run_depends_on_its_seed_alone(tmp_path, cuts):
 
 def test_several_corpora_are_mixed(tmp_path, cuts):
     other = tiny_cuts(tmp_path / "cuts", 3, seed=1, behaviors=False)
-    train(tmp_path / "asr", [cuts, other], steps=4)
+    both, one = (weights(train(tmp_path / str(len(corpora)), corpora, steps=4)) for corpora in ([cuts, other], [cuts]))
+    assert not torch.equal(both, one), "the second corpus has a share in the training"
 
 
 def test_transcripts_come_in_order_whatever_the_batch(tmp_path, cuts):

@@ -11,7 +11,7 @@ from nemo_models import canary, characters, transducer
 from torch import nn
 
 from nemo_mtbi.config.encoder import EncoderConfig
-from nemo_mtbi.encoders.nemo import SpeechEncoder
+from nemo_mtbi.encoders.nemo import NemoEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.speech_llm.pretrained import load_speech_encoder
 from nemo_mtbi.testing import tiny_asr_model
@@ -19,7 +19,7 @@ from nemo_mtbi.testing import tiny_asr_model
 
 @pytest.fixture(scope="module")
 def encoder(asr_model):
-    return SpeechEncoder(asr_model)
+    return NemoEncoder(asr_model)
 
 
 def sound(lengths, seed=0):
@@ -97,8 +97,8 @@ def test_long_audio_is_heard_in_windows(tmp_path):
         tmp_path, self_attention_model="rel_pos_local_attn", att_context_size=[8, 8], conv_kernel_size=5
     )
     model.preprocessor.featurizer.normalize = None  # by the mean of what is heard, which windows have of their own
-    whole = SpeechEncoder(model)
-    cut = SpeechEncoder(model, EncoderConfig(window_seconds=10.0, overlap_seconds=4.0))
+    whole = NemoEncoder(model)
+    cut = NemoEncoder(model, EncoderConfig(window_seconds=10.0, overlap_seconds=4.0))
     audio, lengths = sound([16000 * 25 + 123, 16000 * 10, 3000, 16000 * 11, 90])
     expected, counts = whole(audio, lengths)
     found, found_counts = cut(audio, lengths)
@@ -109,7 +109,7 @@ def test_long_audio_is_heard_in_windows(tmp_path):
 
 def test_layers_are_for_others(asr_model):
     with pytest.raises(ValueError, match="model.encoder.layers is for encoders of Hugging Face"):
-        SpeechEncoder(asr_model, EncoderConfig(layers=[1]))
+        NemoEncoder(asr_model, EncoderConfig(layers=[1]))
 
 
 @given(st.integers(1, 60 * 16000))
@@ -133,7 +133,7 @@ SUBSAMPLING = [("dw_striding", 8), ("dw_striding", 4), ("striding", 4), ("stridi
 
 @pytest.mark.parametrize("kind, factor", SUBSAMPLING)
 def test_frames_are_those_that_the_counter_counts(tmp_path, kind, factor):
-    encoder = SpeechEncoder(tiny_asr_model(tmp_path, subsampling=kind, subsampling_factor=factor))
+    encoder = NemoEncoder(tiny_asr_model(tmp_path, subsampling=kind, subsampling_factor=factor))
     counter = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)
     assert counter.samples_per_frame == 160 * factor and encoder.shape.frame_rate == 100 / factor
     generator = torch.Generator().manual_seed(1)
@@ -155,7 +155,7 @@ def test_audio_shorter_than_a_frame_gives_none(encoder):
 
 
 def test_the_front_end_stays_in_float32(encoder, tmp_path):
-    half = SpeechEncoder(tiny_asr_model(tmp_path))
+    half = NemoEncoder(tiny_asr_model(tmp_path))
     half.encoder.to(torch.bfloat16)
     seen = []
     half.preprocessor.register_forward_hook(lambda module, args, output: seen.append(output[0]))
@@ -180,18 +180,18 @@ def test_encoders_whose_frames_cannot_be_counted_are_refused(asr_model):
         return SimpleNamespace(**{**own, **parts})
 
     with pytest.raises(ValueError, match="Quartz.*use a Conformer or FastConformer"):
-        SpeechEncoder(model(encoder=Quartz()))
+        NemoEncoder(model(encoder=Quartz()))
     with pytest.raises(ValueError, match="Linear can't be counted; use .* AudioToMelSpectrogramPreprocessor"):
-        SpeechEncoder(model(preprocessor=nn.Linear(2, 2)))
+        NemoEncoder(model(preprocessor=nn.Linear(2, 2)))
 
 
 def test_an_encoder_that_strides_once_more_is_refused(tmp_path):
     """Its pre_encode looks well, but a reduction inside halves the frames again."""
     model = tiny_asr_model(tmp_path, n_layers=2, reduction="pooling", reduction_position=0, reduction_factor=2)
     with pytest.raises(ValueError, match="its configuration says"):
-        SpeechEncoder(model)
+        NemoEncoder(model)
 
 
 def test_stacking_subsampling_is_refused(tmp_path):
     with pytest.raises(ValueError, match="StackingSubsampling has no convolutional subsampling"):
-        SpeechEncoder(tiny_asr_model(tmp_path, subsampling="stacking"))
+        NemoEncoder(tiny_asr_model(tmp_path, subsampling="stacking"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderSection, SecondEncoder
-from nemo_mtbi.encoders.nemo import EncoderShape
+from nemo_mtbi.encoders.base import EncoderShape
 from nemo_mtbi.encoders.paired import PairedEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.planning.footprint import read_encoder, speech_parts
@@ -83,7 +83,7 @@ def test_the_fuller_moment_counts(paths, names):
     """Each hears the same samples, one after the other."""
     first, second = (str(paths[name]) for name in names)
     facts = [read_encoder(first, section(second)), *(read_encoder(path, EncoderSection()) for path in (first, second))]
-    settings = dict(hidden=16, number=2, share=1, states=2)
+    settings = dict(hidden=16, bytes_per_param=2, share=1, states=2)
     moments = []
     for found in facts:
         rate = found.shape.frame_rate  # 60 s, one connector frame for each of the encoder's
@@ -98,7 +98,7 @@ def test_what_does_not_fit_together_is_refused(paths, monkeypatch):
     first, second = (load_speech_encoder(paths[name]) for name in ("nemo", "wavlm"))
     shape = second.shape
     monkeypatch.setattr(second, "shape", EncoderShape(shape.size, 8000, shape.stages))
-    with pytest.raises(ValueError, match="beside hears 8000 Hz, and model.pretrained_asr 16000 Hz"):
+    with pytest.raises(ValueError, match="beside takes 8000 Hz, and model.pretrained_asr 16000 Hz"):
         PairedEncoder(first, second)
     odd = (*shape.stages[:-1], type(shape.stages[-1])(3, 3))
     monkeypatch.setattr(second, "shape", EncoderShape(shape.size, 16000, odd))

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet
+from matrix import with_core
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,14 +54,20 @@ def without_nemo(tmp_path_factory):
     return environment(folder)
 
 
+def children_seconds():
+    """CPU time of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_help_is_answered_before_nemo_is_imported(script, without_nemo, tmp_path):
-    started = time.monotonic()
+    used = children_seconds()
     done = subprocess.run(
         command(script.stem, "--help"), env=without_nemo, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 5
+    assert children_seconds() - used < 5
     assert done.stdout.startswith(ast.get_docstring(ast.parse(script.read_text())))
     assert not os.listdir(tmp_path)
     lead = ("Each key is explained in ", "and in ")
@@ -122,12 +130,14 @@ def lines_of(path):
         return 0
 
 
-def test_targets_killed_at_a_random_moment(keys, tmp_path, capsys):
+@pytest.mark.parametrize("seed", with_core(range(4), [0]))
+def test_targets_killed_at_a_random_moment(seed, keys, tmp_path, capsys):
     from nemo_mtbi.testing import tiny_cuts
 
     # seven shards, so that much is left to do when it is killed in one of the first three
     corpus, out = tiny_cuts(tmp_path / "corpus", 40, behaviors=False), tmp_path / "out"
-    shard, batches, pause = random.randrange(3), random.randrange(10), random.uniform(0, 0.1)
+    rng = random.Random(seed)
+    shard, batches, pause = rng.randrange(3), rng.randrange(10), rng.uniform(0, 0.1)
     # pytest shows it where the test fails
     print(f"killed {pause:.3f} s after batch {batches} of shard {shard}")
     partial = out / f"cuts-{shard:05d}.partial.jsonl"
@@ -233,10 +243,10 @@ def test_shar_shards_are_kept_and_read_beside_their_audio(corpus, keys, targets,
         ({"manifest_filepath": "m.json"}, "exactly one source of .*; set are: cuts_path, manifest_filepath"),
         ({"cuts_path": "no-such.jsonl.gz"}, "there is no 'no-such.jsonl.gz'"),
         ({"output_dir": "???"}, "output_dir is missing"),
-        ({"plan": {"split": "some"}}, "split must be one of train, heldout, all"),
+        ({"plan": {"split": "some"}}, "plan.split is 'some'; it must be one of train, heldout, all"),
         ({"tasks": "no-such.yaml"}, "no-such.yaml"),
         ({"pretrained_llm": "no-such-llm"}, "no-such-llm does not exist"),
-        ({"on_missing_text": "ignore"}, "on_missing_text must be raise or skip"),
+        ({"on_missing_text": "ignore"}, "on_missing_text is 'ignore'; it must be raise or skip"),
         ({"rank": 2, "world_size": 1}, "rank 2 is not below world_size 1"),
         ({"world_size": 2}, "rank and world_size belong together"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lhotse import CutSet
+from matrix import with_core
 from omegaconf import OmegaConf
 
 from nemo_mtbi.data.cut_files import write_cuts
@@ -72,7 +73,7 @@ def folder(model_section, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SIZES if name != "single"])
+@pytest.mark.parametrize("name", with_core([name for name in SIZES if name != "single"], ["tp2", "pp2_dp2"]))
 def test_parity_of_targets(folder, name, processes):
     processes(generate, folder, name, count=SIZES[name][2])
     for path in (folder / "single").iterdir():
@@ -82,7 +83,7 @@ def test_parity_of_targets(folder, name, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2", "pp2"])
+@pytest.mark.parametrize("name", with_core(["tp2", "pp2"], ["tp2"]))
 def test_parity_of_transcripts_and_evaluations(folder, name, processes):
     processes(transcribe, folder, name, count=2)
     lines = (folder / "single.jsonl").read_text()

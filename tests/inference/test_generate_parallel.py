@@ -2,12 +2,12 @@
 """Every parallel layout answers as a single process does, token for token, and on every process."""
 
 import copy
-import os
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from matrix import with_core
 
 from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.config.parallel import ParallelConfig
@@ -24,8 +24,8 @@ LAYOUTS = {  # name: layout and data-parallel size
     "tp2_dp2": (ParallelConfig(2), 2),
     "pp2_dp2": (ParallelConfig(1, 2), 2),
 }
-# The others combine what these have, and are compared with PARITY_FULL only.
-ALWAYS = ("tp2_sp", "pp4", "pp2_vp2", "tp2_pp2_sp", "dp2")
+# The others combine what these have, and run with --full.
+ALWAYS = ("tp2_sp", "pp2_vp2", "tp2_pp2_sp", "dp2")
 MODELS = {"tied": True, "untied": False}
 VOCABULARY = 129  # two processes can't share it evenly
 FRAMES, NEW = 12, 10
@@ -187,7 +187,7 @@ def compare(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("PARITY_FULL") else ALWAYS)
+@pytest.mark.parametrize("layout", with_core(LAYOUTS, ALWAYS))
 def test_parity_of_answers_with_a_single_process(layout, folder, processes):
     config, replicas = LAYOUTS[layout]
     processes(compare, folder, layout, count=config.model_parallel_size * replicas)
@@ -211,7 +211,7 @@ def learn(model, batch):
     parameters = [value for value in model.parameters() if value.requires_grad]
     for value in parameters:
         value.grad = None
-    loss = model.train_step(batch, batch.num_targets)
+    loss = model.train_step(batch, batch.num_targets).loss
     return [loss.detach(), *(value.grad.clone() for value in parameters)]
 
 
@@ -235,7 +235,7 @@ def train_after(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "tp2_pp2_sp"])
+@pytest.mark.parametrize("layout", with_core(["tp2_sp", "pp2_vp2", "tp2_pp2_sp"], ["tp2_pp2_sp"]))
 def test_a_training_step_after_generation_is_as_before(layout, folder, processes):
     processes(train_after, folder, layout, count=LAYOUTS[layout][0].model_parallel_size)
 
@@ -281,7 +281,7 @@ def cached(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vp2", "tp2_pp2"])
+@pytest.mark.parametrize("layout", with_core(["tp2_sp", "pp2_vp2", "tp2_pp2"], ["tp2_sp", "pp2_vp2"]))
 def test_each_process_caches_its_own_layers(layout, folder, processes):
     processes(cached, folder, layout, count=LAYOUTS[layout][0].model_parallel_size)
 
@@ -330,7 +330,7 @@ def too_much():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tp2", "pp2_vp2", "tp2_pp2_sp"])
+@pytest.mark.parametrize("layout", with_core(["tp2", "pp2_vp2", "tp2_pp2_sp"], ["tp2", "pp2_vp2"]))
 def test_every_process_raises_and_none_waits(layout, folder, processes):
     processes(refuse, folder, layout, count=LAYOUTS[layout][0].model_parallel_size)
 
@@ -352,6 +352,6 @@ def in_bfloat16(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["pp2_vp2", "tp2_pp2_sp"])
+@pytest.mark.parametrize("layout", with_core(["pp2_vp2", "tp2_pp2_sp"], ["tp2_pp2_sp"]))
 def test_a_frozen_llm_in_bfloat16_answers_alike_on_all_processes(layout, folder, processes):
     processes(in_bfloat16, folder, layout, count=LAYOUTS[layout][0].model_parallel_size)

@@ -16,7 +16,7 @@ from nemo_mtbi.io.tensor_file import (
     StoredTensors,
     exact_dtypes,
     file_size,
-    misfits,
+    mismatches,
     ordered,
     shortest,
     write_tensors,
@@ -179,8 +179,8 @@ def test_no_flipped_bit_of_a_header_gets_past_us():
 
 def test_misfits_name_what_is_wrong():
     expected, found = {"a": (2, 3), "b": (1,), "d": ()}, {"a": (3, 2), "c": (1,), "d": ()}
-    assert misfits(expected, found) == ["a is [3, 2] instead of [2, 3]", "b is missing", "c is unknown"]
-    assert misfits(expected, expected) == []
+    assert mismatches(expected, found) == ["a is [3, 2] instead of [2, 3]", "b is missing", "c is unknown"]
+    assert mismatches(expected, expected) == []
 
 
 def test_numbers_are_shortened_only_where_nothing_is_lost():

@@ -232,14 +232,18 @@ def test_spans_have_the_mean_length_that_was_asked_for():
         ({"probability": 1.5}, "interleave.probability"),
         ({"text_share": -0.1}, "interleave.text_share"),
         ({"unit": "syllable"}, "must be one of word, span, sentence"),
-        ({"first": "words"}, "interleave.first must be one of any, text, speech"),
-        ({"level": "mel"}, "interleave.level must be one of embedding, wave"),
+        ({"first": "words"}, "interleave.first is 'words'; it must be one of any, text, speech"),
+        ({"level": "mel"}, "interleave.level is 'mel'; it must be embedding or wave"),
         ({"all_text": 0.6}, "together they must be at most 1"),
-        ({"schedule": InterleaveSchedule(probability=2.0)}, "interleave.schedule.probability"),
-        ({"schedule": InterleaveSchedule(epochs=0)}, "interleave.schedule.epochs"),
         ({"mean_span": 0.0}, "interleave.mean_span"),
     ],
 )
 def test_values_out_of_range_are_errors(values, message):
     with pytest.raises(ValueError, match=message):
         InterleaveConfig(**values)
+
+
+@pytest.mark.parametrize("values, key", [({"probability": 2.0}, "probability"), ({"epochs": 0}, "epochs")])
+def test_values_of_a_schedule_out_of_range_are_errors(values, key):
+    with pytest.raises(ValueError, match=f"model.interleave.schedule.{key} is"):
+        InterleaveSchedule(**values)

@@ -152,7 +152,7 @@ def steps_with_twins(draw):
         following += length
         row = make_row(row.layout[: len(row.layout) - length + 1], response, row.utterance)
         text = draw(st.lists(tokens, min_size=1, max_size=9))
-        made.append(replace(row, twin=make_row(text, response)) if row.hears else row)
+        made.append(replace(row, twin=make_row(text, response)) if row.has_speech else row)
     return counts, made
 
 
@@ -166,7 +166,7 @@ def test_student_and_teacher_predict_the_same_token(step, micro_batch_tokens):
         assert tokens_of_rows == [taught[place] for place in micro.twin_index.tolist()]
         assert micro.paired.tolist() == sorted(micro.paired.tolist())
         compared += tokens_of_rows
-    assert sorted(compared) == sorted(taught) == [token for row in step[1] if row.hears for token in row.response]
+    assert sorted(compared) == sorted(taught) == [token for row in step[1] if row.has_speech for token in row.response]
     for twin in batch.twins:
         assert (twin.layout >= 0).all()
         assert len(twin.lengths) == 1 or twin.layout.numel() <= micro_batch_tokens
@@ -176,7 +176,7 @@ def test_student_and_teacher_predict_the_same_token(step, micro_batch_tokens):
 def test_twins_change_nothing_else(step):
     counts, rows = step
     batch, without = build(*step), build(counts, [replace(row, twin=None) for row in rows])
-    assert (without.twins is None) == any(row.hears for row in rows)
+    assert (without.twins is None) == any(row.has_speech for row in rows)
     assert batch.num_targets == without.num_targets
     for one, other in zip(batch.microbatches, without.microbatches, strict=True):
         for name in ("layout", "labels", "lengths", "response_index"):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from llm_steps import microbatches, run
+from matrix import with_core
 
 from nemo_mtbi.config.llm import LlmConfig
 from nemo_mtbi.config.parallel import ParallelConfig
@@ -27,7 +28,7 @@ LAYOUTS = {
     "tp2_pp2_sp": (ParallelConfig(2, 2, sequence_parallel=True), 1),
     "dp4": (ParallelConfig(), 4),
 }
-ALWAYS = ("single", "tp2_sp", "tp2_dp2", "pp2_dp2")  # the others only with PARITY_FULL
+ALWAYS = ("single", "tp2_sp", "pp2_dp2")
 MODELS = {  # what is special in the LLM, and what stays frozen
     "tied": (dict(), False),
     "untied": (dict(tie_embeddings=False, vocab_size=129, add_qkv_bias=True), False),  # does not divide by TP
@@ -127,7 +128,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS if os.environ.get("PARITY_FULL") else ALWAYS)
+@pytest.mark.parametrize("layout", with_core(LAYOUTS, ALWAYS))
 def test_parity_with_torch(folder, layout, processes):
     config, replicas = LAYOUTS[layout]
     count = config.model_parallel_size * replicas

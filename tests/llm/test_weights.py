@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from matrix import with_core
 from safetensors.torch import load_file
 
 from nemo_mtbi.config.parallel import ParallelConfig
@@ -60,7 +61,7 @@ def gather(folder, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", with_core(LAYOUTS, ["one", "tp2", "pp2_vp2", "tp2_pp2"]))
 def test_gathered_weights_are_those_of_the_file(layout, llms, processes):
     config, data_size = LAYOUTS[layout]
     processes(gather, llms, layout, count=config.model_parallel_size * data_size, timeout=150)

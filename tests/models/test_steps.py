@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from matrix import with_core
 from omegaconf import OmegaConf
 
 from nemo_mtbi.config.model import parse_model_config
@@ -159,7 +160,7 @@ def test_a_run_ends_with_the_weights_of_one_without_the_steps_that_were_left_out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2_vp2"])
+@pytest.mark.parametrize("layout", with_core(["dp2", "tp2", "pp2_vp2"], ["dp2", "pp2_vp2"]))
 def test_it_does_so_in_several_processes(folder, layout, processes):
     for learner in LEARNERS:
         processes(compare, folder, layout, learner)

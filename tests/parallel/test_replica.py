@@ -12,6 +12,7 @@ import pytest
 import replica_steps as common
 import torch
 import torch.distributed as dist
+from matrix import with_core
 
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
@@ -24,7 +25,7 @@ check_equal, is_empty, on_all, start, run = (
     common.start,
     common.run,
 )
-ONLY_SKIPPED, ALL = common.ONLY_SKIPPED, pytest.mark.parametrize("name", common.LAYOUTS)
+ONLY_SKIPPED, ALL = common.ONLY_SKIPPED, pytest.mark.parametrize("name", with_core(common.LAYOUTS, ["dp2", "tp2_pp2"]))
 
 
 # Steps -------------------------------------------------------------

@@ -2,14 +2,15 @@
 """The position of the replica loader: where new processes, and Lightning, go on."""
 
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import replica_steps as common
 import torch
 from lhotse import CutSet
+from matrix import with_core
 
-from nemo_mtbi.data.loader import passes
+from nemo_mtbi.data.passes import passes
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 
@@ -66,7 +67,7 @@ def resume(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dp2", "tp2_pp2", "pp2_dp2"])
+@pytest.mark.parametrize("name", with_core(["dp2", "tp2_pp2", "pp2_dp2"], ["dp2", "tp2_pp2"]))
 def test_new_processes_go_on_where_others_stopped(name, processes):
     run(processes, resume, name)
 
@@ -112,7 +113,7 @@ def read_on(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tp2_pp2", "dp2"])
+@pytest.mark.parametrize("name", with_core(["tp2_pp2", "dp2"], ["tp2_pp2"]))
 def test_real_data_are_read_on(name, tmp_path, processes):
     from nemo_mtbi.testing import tiny_cuts, tiny_tokenizer
 
@@ -230,11 +231,18 @@ def fit(loader, folder, checkpoint=None, **trainer):
     return module.seen, {path.stem: path for path in folder.glob("*.ckpt")}
 
 
+RUNS = list(
+    product(
+        [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 8}],
+        [Keys, Sized],
+        [None, 3],
+        [{}, {"limit_val_batches": 0}],
+    )
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("validation", [{}, {"limit_val_batches": 0}])
-@pytest.mark.parametrize("limit", [None, 3])
-@pytest.mark.parametrize("keys", [Keys, Sized])
-@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 8}])
+@pytest.mark.parametrize("length, keys, limit, validation", with_core(RUNS, RUNS[::3]))
 def test_lightning_resumes_at_any_checkpoint(alone, tmp_path, length, keys, limit, validation):
     trainer = {**length, **validation} | ({} if limit is None else {"limit_train_batches": limit})
     count = limit or 4

@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from nemo_mtbi.config.connector import KINDS, ConnectorConfig
+from nemo_mtbi.config.checks import choices
+from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.planning.footprint import kept_bytes, read_encoder, speech_parts
 from nemo_mtbi.planning.memory import total
 from nemo_mtbi.speech_llm.connector import build_connector
@@ -28,10 +29,10 @@ def test_an_encoder_without_weights_is_like_the_loaded_one(archive):
     assert facts.numbers * 2 + facts.fixed_bytes == held
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", choices(ConnectorConfig, "kind"))
 def test_the_connector_counts_as_built(kind, archive):
     facts, config = read_encoder(archive), ConnectorConfig(kind, hidden_size=24)
-    parts = speech_parts(facts, config, 32, frames=10, number=2, share=2, states=2)
+    parts = speech_parts(facts, config, 32, frames=10, bytes_per_param=2, share=2, states=2)
     connector = build_connector(config, facts.shape.size, 32, facts.shape.frame_rate)
     assert parts.trained_parameters == sum(value.numel() for value in connector.parameters())
     steps = 10 * connector.reduction

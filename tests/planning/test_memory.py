@@ -345,7 +345,7 @@ def test_a_large_model_by_hand():
     layout = ParallelConfig(8, 4, sequence_parallel=True)
     load = Load(positions=8192, microbatches=16, responses=4096, cached=16384, longest=8192)
     first, *_, last = (
-        memory.stage_memory(config, layout, stage, load=load, speech=SpeechParts(7, 11, 5, 2), number=2)
+        memory.stage_memory(config, layout, stage, load=load, speech=SpeechParts(7, 11, 5, 2), bytes_per_param=2)
         for stage in range(4)
     )
     # 2 norms x 8193 x 4 / 8, attention 3 x 72 x 128 x 2 / 8, tables 4 x 128 x 2, 4 x 28672 x 2 / 8, sums 64 x 4 / 8

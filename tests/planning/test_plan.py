@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from nemo_mtbi.demo.recipe import load_pool
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.planning import plan as module
+from nemo_mtbi.planning import data_checks
+from nemo_mtbi.planning.build import make_plan
+from nemo_mtbi.planning.checks import check_world, device_names
 from nemo_mtbi.planning.layout_table import own_facts
-from nemo_mtbi.planning.plan import check_world, device_names, make_plan
+from nemo_mtbi.planning.plan import Plan
 from nemo_mtbi.speech_llm.pretrained import DEMO, load_speech_llm
 from nemo_mtbi.testing import VOCABULARY
 
@@ -157,9 +159,9 @@ def test_70b_is_planned_at_once_and_without_memory(large, planned, monkeypatch):
         "targets": {"allow_foreign": True},
     }
     planned({"pretrained_asr": "demo"})  # imports are not counted
-    held, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    held, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     plan = planned(changes, {"devices": 8, "num_nodes": 8}, frozen_dtype="bfloat16")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 200 * 1024  # KiB
     assert plan.problems == [f"model.pretrained_llm={large}: {large} lacks model.safetensors"]
     assert len(plan.ranks) == 64 and plan.replicas == 2
@@ -271,14 +273,14 @@ def test_a_directory_that_is_no_llm(planned, tmp_path):
     ],
 )
 def test_the_number_of_processes(trainer, environ, world, per_node):
-    plan = module.Plan()
+    plan = Plan()
     assert check_world(plan, trainer, environ) == per_node
     assert (plan.world, plan.problems, plan.notes) == (world, [], [])
 
 
 @pytest.mark.parametrize("devices", ["auto", -1])
 def test_a_number_that_only_the_machine_knows_is_noted(devices):
-    plan = module.Plan()
+    plan = Plan()
     check_world(plan, {"devices": devices}, {})
     assert plan.world == 1 and f"trainer.devices is {devices}" in plan.notes[0]
 
@@ -310,7 +312,7 @@ def test_steps_of_an_epoch_are_those_of_the_loader(devices, planned):
 
 
 def test_more_batches_than_are_looked_at_are_estimated(planned, monkeypatch):
-    monkeypatch.setattr(module, "SAMPLED_BATCHES", 1)
+    monkeypatch.setattr(data_checks, "SAMPLED_BATCHES", 1)
     assert planned().steps_per_epoch == "about 2, from 8 utterances"
 
 

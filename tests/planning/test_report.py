@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from nemo_mtbi.planning.plan import Plan, make_plan
+from nemo_mtbi.planning.build import make_plan
+from nemo_mtbi.planning.plan import Plan
 from nemo_mtbi.planning.report import show_plan, size_text
 
 

@@ -147,7 +147,7 @@ def test_a_temperature_evens_the_weights(corpus, dataset):
 
 def test_what_can_not_be_written(corpus, tmp_path):
     cuts = corpus.cuts(2)
-    with pytest.raises(ValueError, match="must be shar or tarred"):
+    with pytest.raises(ValueError, match="it must be shar or tarred"):
         export(cuts, tmp_path / "a", "zip", 3)
     with pytest.raises(ValueError, match="shard size is 0"):
         export(cuts, tmp_path / "a", "shar", 0)

@@ -2,7 +2,6 @@
 """A sample of the corruptions of ``scripts/experiments/corrupt.py``; the script makes 200."""
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -23,6 +22,7 @@ def corrupt(monkeypatch):
 
 
 def job(folder):
+    """Worker: damages what the stores hold."""
     sys.path.insert(0, EXPERIMENTS)
     import corrupt
 
@@ -52,10 +52,9 @@ def harm(rng, place):
 
 
 @pytest.mark.slow
-def test_damage_is_refused_or_does_not_matter(tmp_path):
-    """In a process of its own: forked ones can't use the process groups of another test."""
-    done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_damage_is_refused_or_does_not_matter(tmp_path, processes):
+    """In a new process: those that it forks can't use the process groups of another test."""
+    processes(job, tmp_path, count=1, timeout=600, fresh=True)
 
 
 def test_every_corruption_changes_a_file(corrupt, tmp_path):
@@ -89,7 +88,3 @@ def test_a_message_must_name_what_is_damaged(corrupt, tmp_path):
 def test_the_table_counts_outcomes(corrupt):
     table = corrupt.table({("a", "refused"): 2, ("a", "right"): 1, ("b", "FAILED"): 1})
     assert table.splitlines()[2:] == ["| a | 3 | 2 | 1 | 0 |", "| b | 1 | 0 | 0 | 1 |", "| all | 4 | 2 | 1 | 1 |"]
-
-
-if __name__ == "__main__":
-    job(sys.argv[1])

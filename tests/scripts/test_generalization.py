@@ -109,11 +109,13 @@ def sibling(name):
 
 
 def test_connectors_are_compared_at_one_rate(tmp_path):
-    from nemo_mtbi.config.connector import KINDS
+    from nemo_mtbi.config.checks import choices
+    from nemo_mtbi.config.connector import ConnectorConfig
 
     connectors = sibling("connectors.py")
     found = connectors["runs"]()
-    assert {run.line for run in found} == set(KINDS) and len(found) == 3 * len(KINDS)
+    kinds = choices(ConnectorConfig, "kind")
+    assert {run.line for run in found} == set(kinds) and len(found) == 3 * len(kinds)
     (run,) = [run for run in connectors["runs"]("cif") if run.seed == 0]
     assert "model.connector.kind=cif" in run.command(tmp_path, []) and run.system == "cif-100"
 

@@ -3,9 +3,9 @@ import gzip
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -206,11 +206,17 @@ def test_illegal_options(tmp_path, wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def children_seconds():
+    """CPU time of all processes that this one has started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_loads_nothing_heavy():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-X", "importtime", str(SCRIPT), "--help"]
-    started = time.monotonic()
+    used = children_seconds()
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert "finish_reason" in done.stdout and time.monotonic() - started < 5
+    assert "finish_reason" in done.stdout and children_seconds() - used < 5
     loaded = {entry.rsplit("|", 1)[-1].strip() for entry in done.stderr.splitlines()}
     assert loaded.isdisjoint({"torch", "lhotse", "nemo", "numpy"}) and "argparse" in loaded

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matrix import with_core
 
 EXPERIMENTS = str(Path(__file__).resolve().parents[2] / "scripts" / "experiments")
 
@@ -42,7 +43,8 @@ def keys(model_section):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", with_core(["dp2", "tp2", "pp2"], ["dp2"]))
 def test_a_killed_run_ends_as_an_undisturbed_one(layout, kill_resume, keys, tmp_path, capfd):
     options = ["--kills=1", "--steps=10", "--every=2", "--launcher=fork", f"--out={tmp_path / 'runs'}"]
     status = kill_resume.main([f"--layout={layout}", *options, *keys])

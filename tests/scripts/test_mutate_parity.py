@@ -65,7 +65,7 @@ def test_the_first_failure_and_its_reason_are_taken_from_the_report():
 def test_the_table_names_survivors():
     text = mutate.table({SCALE: mutate.Verdict(None, "", 3.2)})
     assert text.splitlines()[-1] == (
-        "| scale by the number of tokens | modules/speech_llm.py | **nothing: it survives** |  | 3 |"
+        "| scale by the number of tokens | speech_llm/model.py | **nothing: it survives** |  | 3 |"
     )
 
 
@@ -78,5 +78,5 @@ def test_what_changes_a_result_is_noticed_and_what_does_not_survives(capsys):
     assert mutate.main([scale, harmless], timeout=120) == 1
     out = capsys.readouterr().out
     assert "| `test_parity[single-k1]` | losses of single k1 are off by" in out
-    assert "| a name | modules/speech_llm.py | **nothing: it survives**" in out
+    assert "| a name | speech_llm/model.py | **nothing: it survives**" in out
     assert "1 of 2 mutations are noticed" in out

@@ -4,9 +4,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_mtbi.config.connector import ConnectorConfig
+from nemo_mtbi.config.connector import KINDS, ConnectorConfig, ConnectorKind
 from nemo_mtbi.layouts.frames import FrameCounter
-from nemo_mtbi.speech_llm.connector import build_connector
+from nemo_mtbi.speech_llm.connector import (
+    CONNECTORS,
+    Connector,
+    build_connector,
+    connector_stages,
+    register_connector,
+)
 
 SHAPES = [("conv", 3), ("conv", 5), ("conv", 1), ("stack", 3), ("qformer", 3), ("conformer", 3), ("cif", 3)]
 
@@ -154,3 +160,45 @@ WRONG += [({"kind": "qformer", "heads": 7}, "heads"), ({"kind": "conformer", "he
 def test_wrong_shapes_are_refused_by_the_name_of_their_key(settings, key):
     with pytest.raises(ValueError, match=f"model.connector.{key}"):
         ConnectorConfig(**settings)
+
+
+def test_every_kind_of_the_configuration_has_a_class():
+    assert CONNECTORS.keys() == KINDS.keys()
+
+
+@pytest.fixture
+def mean_connector():
+    """A kind of connector from outside of the package: the mean of neighboring frames."""
+
+    @register_connector("mean", ConnectorKind(factors=range(1, 9)))
+    class MeanConnector(Connector):
+        def __init__(self, config, input_size, output_size, encoder_rate):
+            super().__init__(config, input_size, output_size, encoder_rate)
+            self.project(config, input_size, output_size)
+
+        def reduce(self, frames, lengths):
+            whole = frames.shape[1] // self.reduction
+            return frames[:, : whole * self.reduction].unflatten(1, (whole, self.reduction)).mean(2)  # [U, C, D]
+
+    yield MeanConnector
+    del CONNECTORS["mean"], KINDS["mean"]
+
+
+def test_a_connector_from_outside(mean_connector):
+    model = connector("mean", rate=12.5 / 3)
+    assert isinstance(model, mean_connector) and model.reduction == 3 and model.dtype == torch.float64
+    assert model.stages == connector_stages(ConnectorConfig("mean", 12.5 / 3), 12.5)
+    frames = noise([7])
+    out, counts = model(frames, torch.tensor([7]))
+    by_hand = torch.stack([frames[0, :3].mean(0), frames[0, 3:6].mean(0)])
+    assert counts.tolist() == [2]
+    torch.testing.assert_close(out[0], model.mlp(model.norm(by_hand)), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="frame_rate 1.0 Hz can't be made from an encoder at 12.5 Hz with kind=mean"):
+        ConnectorConfig("mean", 1.0).reduction(12.5)
+
+
+def test_names_of_connectors_are_taken_once(mean_connector):
+    with pytest.raises(ValueError, match="'mean' is registered already"):
+        register_connector("mean", ConnectorKind())(mean_connector)
+    with pytest.raises(ValueError, match="'other' is unknown to the configuration"):
+        register_connector("other")(mean_connector)

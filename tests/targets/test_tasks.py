@@ -67,12 +67,12 @@ def broken(task: int, **changes) -> dict:
 @pytest.mark.parametrize(
     "data, parts",
     [
-        (broken(0, scoring="bleu"), ["task 'say'", "scoring kind 'bleu'", *SCORING_KINDS]),
+        (broken(0, scoring="bleu"), ["task 'say'", "scoring is 'bleu'", *SCORING_KINDS]),
         (broken(0, scoring=["wer"]), ["task 'say'", "scoring kind"]),
         (broken(1, name="say"), ["duplicate task name 'say'", "rename or remove"]),
         (broken(0, name=3), ["non-empty string", "3"]),
         (broken(0, weight=2), ["task 'say'", "unknown key 'weight'", "max_new_tokens"]),
-        (broken(0, split="test"), ["task 'say'", "unknown split 'test'", "train, heldout"]),
+        (broken(0, split="test"), ["task 'say'", "split is 'test'", "train or heldout"]),
         (broken(0, prompts={"heldout": ["x"]}), ["task 'say'", "no train prompt", "prompts.train"]),
         (broken(0, prompts={"train": []}), ["task 'say'", "no train prompt"]),
         (broken(0, prompts={"train": ["a"], "dev": ["b"]}), ["task 'say'", "unknown key 'dev'", "train, heldout"]),

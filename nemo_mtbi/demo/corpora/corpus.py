@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy.signal import firwin, resample_poly
 
+from nemo_mtbi.config.checks import Section, Share
 from nemo_mtbi.data.cut_files import CUTS_FILE, write_cuts
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.heartbeat import Heartbeat, bar_text, is_live
@@ -276,7 +277,7 @@ def _start_worker() -> None:
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Section):
     """Noise and reverberation, each on a share of the utterances.
 
     Attributes:
@@ -287,15 +288,14 @@ class Augment:
         direct_db: range of the direct sound's energy over the reverberation's.
     """
 
-    noise: float = 0.5
+    noise: Share = 0.5
     snr_db: tuple[float, float] = (15.0, 40.0)
-    reverb: float = 0.25
+    reverb: Share = 0.25
     t60: tuple[float, float] = (0.1, 0.35)
     direct_db: tuple[float, float] = (6.0, 15.0)
 
     def __post_init__(self):
-        if not (0 <= self.noise <= 1 and 0 <= self.reverb <= 1):
-            raise ValueError(f"noise={self.noise} and reverb={self.reverb} are shares of the utterances, from 0 to 1")
+        super().__post_init__()
         if self.direct_db[0] < 3:
             raise ValueError("direct_db must start at 3 dB or more: the loudest sound must be the direct one")
 

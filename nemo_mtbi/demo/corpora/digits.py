@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 from scipy.ndimage import median_filter
 
+from nemo_mtbi.config.checks import OneOf, at_least
 from nemo_mtbi.demo.corpora import grammar
 from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, Utterance, build_corpus, finish, resample
 from nemo_mtbi.io.digests import digest_of
@@ -25,7 +26,7 @@ from nemo_mtbi.io.seeds import stable_seed
 
 VERSION = 2  # raise it when the same arguments and recordings give another corpus
 
-SPLITS = ("train", "validation", "test")
+SPLITS = OneOf("train", "validation", "test")
 _RESERVED = 5  # recordings 0 to 4 of each digit are kept from training: the corpus' own convention
 _NUM_DIGITS = (2, 6)
 _PAUSE = (0.05, 0.3)  # seconds between two digits
@@ -112,10 +113,8 @@ def build_digits(
         ValueError: no recordings, a recording that can't be used, an unknown speaker or split, or a digit of which a
             speaker has no recording in this split. The message says what to do.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    if num_utterances < 1:
-        raise ValueError(f"num_utterances={num_utterances} must be at least 1")
+    SPLITS.check("split", split)
+    at_least(1).check("num_utterances", num_utterances)
     pool = _pool(_find_recordings(digits_dir), speakers, split, digits_dir)
     jobs = _plan(pool, num_utterances, seed, split, augment, with_references)
     paths = sorted({path for takes in pool.values() for path in takes}, key=lambda path: path.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_mtbi.config.checks import at_least
 from nemo_mtbi.demo.corpora import grammar
 from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, Utterance, build_corpus, finish, resample
 from nemo_mtbi.demo.corpora.espeak import Espeak, espeak_version
@@ -101,8 +102,7 @@ def build_synthetic(
     """
     if split not in VOICES:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(VOICES)}")
-    if num_utterances < 1:
-        raise ValueError(f"num_utterances={num_utterances} must be at least 1")
+    at_least(1).check("num_utterances", num_utterances)
     espeak = espeak_version()
     jobs = _plan(num_utterances, seed, split, augment, with_references)
     # The plan stands for the grammar, the voices and all arguments: when any of them changes, so does the key.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.signal import resample_poly
 
+from nemo_mtbi.config.checks import at_least
 from nemo_mtbi.demo.corpora import grammar
 from nemo_mtbi.demo.corpora.corpus import Augment, Utterance, build_corpus, finish, resample
 from nemo_mtbi.demo.corpora.digits import draw_digits, join_sounds, level, trim_silence
@@ -88,8 +89,7 @@ def build_synthetic_digits(
         ValueError: ``num_utterances`` below 1, or espeak-ng lacks a voice.
         RuntimeError: espeak-ng is not installed.
     """
-    if num_utterances < 1:
-        raise ValueError(f"num_utterances={num_utterances} must be at least 1")
+    at_least(1).check("num_utterances", num_utterances)
     espeak = espeak_version()
     jobs = [_draw(seed, index) for index in range(num_utterances)]
     return build_corpus(

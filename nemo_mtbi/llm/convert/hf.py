@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors, misfits
+from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors, mismatches
 from nemo_mtbi.io.text import read_json_object, read_text
 from nemo_mtbi.llm.architecture import DecoderConfig, Llama3Scaling, check_layers, check_sizes, weight_shapes
 
@@ -325,7 +325,7 @@ class HFWeights:
         found = {name: file.shape(name) for name, file in self._files.items()}
         if self.architecture.tie_embeddings:
             found = {name: shape for name, shape in found.items() if name not in _GLOBAL["output_layer.weight"]}
-        wrong = misfits(wanted, found)
+        wrong = mismatches(wanted, found)
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")

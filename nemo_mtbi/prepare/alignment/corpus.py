@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from lhotse import CutSet, SupervisionSegment
@@ -20,8 +21,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor
 
+from nemo_mtbi.config.checks import Count, RaiseOrSkip, Section, above, between
 from nemo_mtbi.data.audio import BadAudioError, load_samples
-from nemo_mtbi.data.draw import check_policy
 from nemo_mtbi.io.atomic import replacing
 from nemo_mtbi.io.paths import make_folder
 from nemo_mtbi.io.sources import FILES, SourcePolicy
@@ -34,7 +35,7 @@ SETTINGS_FILE, SOUNDS_FILE, REPORT_FILE = "settings.json", "sounds.safetensors",
 
 
 @dataclass(frozen=True)
-class AlignConfig:
+class AlignConfig(Section):
     """How a corpus is aligned.
 
     Attributes:
@@ -48,21 +49,13 @@ class AlignConfig:
         policy: what audio may be read from.
     """
 
-    min_score: float = 0.01
-    learn_from: int = 500
+    min_score: Annotated[float, between(0, 1, ", where 0 drops nothing")] = 0.01
+    learn_from: Count = 500
     seed: int = 0
-    batch_seconds: float = 120.0
-    shard_size: int = 1000
-    on_bad_audio: str = "raise"
+    batch_seconds: Annotated[float, above(0)] = 120.0
+    shard_size: Count = 1000
+    on_bad_audio: RaiseOrSkip = "raise"
     policy: SourcePolicy = FILES
-
-    def __post_init__(self):
-        check_policy(self.on_bad_audio)
-        if not 0.0 <= self.min_score <= 1.0:
-            raise ValueError(f"min_score is {self.min_score}; it is a probability, from 0 (drop nothing) to 1")
-        for name in ("learn_from", "batch_seconds", "shard_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass

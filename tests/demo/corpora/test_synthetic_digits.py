@@ -89,5 +89,5 @@ def test_every_variant_speaks_in_a_voice_of_its_own():
 
 
 def test_no_utterances_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_utterances=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_utterances is 0; it must be at least 1"):
         build(tmp_path, num_utterances=0)

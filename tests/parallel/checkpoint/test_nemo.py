@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from matrix import with_core
 
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
@@ -179,7 +180,10 @@ def resume_job(tensor, pipeline, async_save, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tensor, pipeline, count, async_save", [(1, 1, 1, False), (1, 1, 2, True), (2, 1, 2, True), (1, 2, 2, False)]
+    "tensor, pipeline, count, async_save",
+    with_core(
+        [(1, 1, 1, False), (1, 1, 2, True), (2, 1, 2, True), (1, 2, 2, False)], [(1, 1, 2, True), (1, 2, 2, False)]
+    ),
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     tensor, pipeline, count, async_save, tmp_path, processes
@@ -206,6 +210,6 @@ def limit_job(async_save, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", with_core([False, True], [True]))
 def test_a_run_of_limited_time_saves_its_last_step(async_save, tmp_path, processes):
     processes(limit_job, async_save, tmp_path, count=1, timeout=300)

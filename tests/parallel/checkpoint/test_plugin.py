@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from checkpoint_run import LAYOUTS, Run, assert_equal, count, draw, seed_generators, start, state_of
+from matrix import with_core
 
 
 def save_job(layout, folder):
@@ -44,15 +45,18 @@ def load_job(layout, folder, saved_by):
     assert_equal(state_of(run), state_of(undisturbed))
 
 
+SAVED = [
+    ("dp2", ["dp2", "single", "tp2", "tp2_dp2"]),
+    ("tp2", ["tp2", "single", "pp2", "tp2_pp2"]),
+    ("pp2", ["pp2", "dp2", "tp2"]),
+    ("tp2_pp2", ["tp2_pp2", "single", "pp4", "tp2_dp2"]),
+    ("single", ["tp2_pp2", "dp2"]),
+]
+
+
 @pytest.mark.parametrize(
     ("saved_by", "loaded_by"),
-    [
-        ("dp2", ["dp2", "single", "tp2", "tp2_dp2"]),
-        ("tp2", ["tp2", "single", "pp2", "tp2_pp2"]),
-        ("pp2", ["pp2", "dp2", "tp2"]),
-        ("tp2_pp2", ["tp2_pp2", "single", "pp4", "tp2_dp2"]),
-        ("single", ["tp2_pp2", "dp2"]),
-    ],
+    with_core(SAVED, SAVED[3:]),
 )
 def test_every_layout_loads_what_another_has_saved(saved_by, loaded_by, tmp_path, processes):
     processes(save_job, saved_by, tmp_path, count=count(saved_by))
