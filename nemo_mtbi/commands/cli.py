@@ -97,7 +97,8 @@ def _description(task: Callable[[DictConfig], Any]) -> str:
 def _with_defaults(folder: Path, name: str) -> list[Path]:
     """Return the YAML of a name, and below it those that its ``defaults`` name."""
     path = folder / f"{name}.yaml"
-    bases = OmegaConf.load(path).get("defaults", []) if path.is_file() else []
+    content = OmegaConf.load(path) if path.is_file() else None
+    bases = content.get("defaults", []) if isinstance(content, DictConfig) else []
     names = [base for base in bases if isinstance(base, str) and base != "_self_"]
     return [path, *(below for base in names for below in _with_defaults(folder, base))]
 
