@@ -367,7 +367,7 @@ def _benchmark(
 def _log_benchmark(trainer: Trainer, results: Mapping[str, Any], examples: Sequence[Example]) -> None:
     """Put figures and examples of the benchmark on TensorBoard."""
     board = getattr(trainer.logger, "experiment", None)
-    if hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
+    if board is not None and hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
         board.add_text("examples", examples_markdown(examples), trainer.global_step)
         for group, figures in results["behavior"].items():
             if figures["n"]:
