@@ -182,13 +182,13 @@ def _read_tokens(folder: Path) -> Iterator[tuple[str, int]]:
             continue
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         if name == "tokenizer_config.json":
-            found = ((entry["content"], int(i)) for i, entry in (content.get("added_tokens_decoder") or {}).items())
+            tokens = ((entry["content"], int(i)) for i, entry in (content.get("added_tokens_decoder") or {}).items())
         elif name == "tokenizer.json":
             vocabulary = (content.get("model") or {}).get("vocab") or {}
             if not isinstance(vocabulary, dict):  # Unigram: pairs of piece and score
                 vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
             yield from vocabulary.items()
-            found = ((entry["content"], entry["id"]) for entry in content.get("added_tokens") or ())
+            tokens = ((entry["content"], entry["id"]) for entry in content.get("added_tokens") or ())
         else:
-            found = content.items()
-        yield from found
+            tokens = content.items()
+        yield from tokens

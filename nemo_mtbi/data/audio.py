@@ -32,7 +32,7 @@ def load_samples(cut: Cut, frames: FrameCounter, policy: SourcePolicy = FILES) -
 
     Args:
         cut: any cut with audio.
-        frames: the frame counter of the model, which knows the rate in hertz.
+        frames: the frame counter of the model; it has the rate in hertz.
         policy: what it may be read from; files alone unless said otherwise.
 
     Raises:

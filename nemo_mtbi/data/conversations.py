@@ -94,7 +94,7 @@ def as_cut(example: Any, sample_rate: int) -> ConversationCut:
         sample_rate: of the encoder, in hertz.
 
     Raises:
-        ValueError: if its turns are not the user's and the assistant's in turn, or the assistant speaks.
+        ValueError: if its turns are not the user's and the assistant's in turn, or one of the assistant is audio.
     """
     conversation = Conversation(str(example.id), tuple(_exchanges(example, sample_rate)))
     duration = max(sum(cut.duration for cut in conversation.cuts()), _SHORTEST)
@@ -122,7 +122,7 @@ def _exchanges(example: Any, sample_rate: int) -> Iterator[Exchange]:
         raise ValueError(f"conversation {example.id} must begin with the user and end with the assistant, in turn")
     for (_, questions), (_, answers) in zip(groups[::2], groups[1::2], strict=True):
         if not all(isinstance(item, str) for item in answers):
-            raise ValueError(f"the assistant speaks in conversation {example.id}: answers are text")
+            raise ValueError(f"a turn of the assistant in conversation {example.id} is audio: answers are text")
         contents = tuple(item if isinstance(item, str) else item.resample(sample_rate) for item in questions)
         yield Exchange(contents, " ".join(answers))
 

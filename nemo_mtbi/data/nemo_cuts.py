@@ -24,7 +24,7 @@ def restore_piece(cut: Cut) -> Cut:
     - An entry that goes past the end of its file.
 
     The identifier of the cut, which ends in offset and duration, still tells. The file is taken to be longer than the
-    piece: how long it is nobody has said, and the piece alone is read. Where the file can't give it, loading fails.
+    piece: its length is unknown, and the piece alone is read. Where the file can't give it, loading fails.
     """
     promised = promised_seconds(cut) if isinstance(cut, DataCut) and cut.has_recording else None
     if promised is None:

@@ -71,10 +71,10 @@ def expand_shards(pattern: str) -> list[str]:
         return []
     braces = re.sub(r"_CL_|[)\]>]", "}", re.sub(r"_OP_|[(\[<]", "{", pattern))  # as NeMo reads them
     try:
-        found = list(islice(braceexpand(braces, escape=False), MOST_SHARDS)) if ".." in braces or "," in braces else []
+        names = list(islice(braceexpand(braces, escape=False), MOST_SHARDS)) if ".." in braces or "," in braces else []
     except ValueError:
-        found = []
-    return list(dict.fromkeys([pattern, *found]))
+        names = []
+    return list(dict.fromkeys([pattern, *names]))
 
 
 def user_path(name: str | os.PathLike) -> Path:
@@ -143,10 +143,12 @@ def _status(path: str | os.PathLike) -> os.stat_result | None:
 def _identities(path: str | os.PathLike, quick: bool = False) -> list[object]:
     """Return what all names of a file have in common; ``quick``: without its real path where the file exists."""
     status = _status(path)
-    found: list[object] = [os.path.abspath(_plain(path))]
+    identities: list[object] = [os.path.abspath(_plain(path))]
     if status is not None:
-        found.append((status.st_dev, status.st_ino))
-    return found if quick and status is not None else [*found, _real(path)]  # a corpus may have millions of files
+        identities.append((status.st_dev, status.st_ino))
+    if quick and status is not None:
+        return identities  # a corpus may have millions of files
+    return [*identities, _real(path)]
 
 
 def _inside(output: str | os.PathLike, read: list[tuple[str, str | os.PathLike]]) -> tuple[str, Any] | None:

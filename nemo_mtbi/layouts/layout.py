@@ -134,7 +134,7 @@ class RowInfo:
         instruction: the prompt as text.
         reference: the response that the text LLM gave to the transcript.
         truncated: the reference was cut by the length limit.
-        transcript: what is said.
+        transcript: text of the utterance.
     """
 
     utterance: int
