@@ -67,14 +67,14 @@ _RATE, _WORD_SECONDS, _GAP_SECONDS = 16000, (0.2, 0.35), 0.05
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Torch's random numbers come from ``seed``; afterwards the caller's own go on as if nothing had been drawn."""
+    """Draw torch's random numbers from ``seed``; afterwards the caller's own go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def tiny_tokenizer(folder: str | Path) -> Path:
-    """Trains a SentencePiece tokenizer of :data:`VOCABULARY` pieces; any text of lower-case letters can be encoded.
+    """Train a SentencePiece tokenizer of :data:`VOCABULARY` pieces; any text of lower-case letters can be encoded.
 
     Args:
         folder: made if it is missing.
@@ -109,14 +109,14 @@ def tiny_tokenizer(folder: str | Path) -> Path:
 
 
 def tiny_chat(tokenizer: str | Path) -> ChatFormat:
-    """The chat format of the tiny LLM, with the tokenizer at a path (see :func:`tiny_tokenizer`)."""
+    """Return the chat format of the tiny LLM, with the tokenizer at a path (see :func:`tiny_tokenizer`)."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return ChatFormat(TURN, END, SentencePieceTokenizer(str(tokenizer)))
 
 
 def scale_weights(module: torch.nn.Module, seed: int = 0) -> None:
-    """Fills weights with random numbers of a healthy scale: matrices keep the size of their input, norms stay near 1.
+    """Fill weights with random numbers of a healthy scale: matrices keep the size of their input, norms stay near 1.
 
     What a model's own initialization gives (a deviation of 0.02) leaves a tiny model close to the identity.
     """
@@ -132,7 +132,7 @@ def scale_weights(module: torch.nn.Module, seed: int = 0) -> None:
 
 
 def tiny_text_llm(folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
-    """Writes the directory of a text LLM of about 20,000 random weights.
+    """Write the directory of a text LLM of about 20,000 random weights.
 
     Call it in a process without model parallelism; the directory may then be read in any other.
 
@@ -159,7 +159,7 @@ def tiny_text_llm(folder: str | Path, seed: int = 0, **overrides: Any) -> Path:
 
 
 def tiny_asr_config(tokenizer_dir: str | Path, **encoder: Any):
-    """NeMo's configuration of a FastConformer-CTC that gives 12.5 frames of 16 numbers per second.
+    """Return NeMo's configuration of a FastConformer-CTC that gives 12.5 frames of 16 numbers per second.
 
     Args:
         tokenizer_dir: as :func:`nemo_mtbi.encoders.ctc.write_tokenizer` writes it.
@@ -174,7 +174,7 @@ def tiny_asr_config(tokenizer_dir: str | Path, **encoder: Any):
 
 
 def tiny_asr_model(folder: str | Path, seed: int = 0, **encoder: Any) -> EncDecCTCModelBPE:
-    """An ASR model of about 6,000 random weights.
+    """Build an ASR model of about 6,000 random weights.
 
     Args:
         folder: of the model's tokenizer; must stand as long as the model may be saved.
@@ -191,7 +191,7 @@ def tiny_asr_model(folder: str | Path, seed: int = 0, **encoder: Any) -> EncDecC
 
 
 def tiny_asr_nemo(path: str | Path, seed: int = 0, **encoder: Any) -> Path:
-    """Saves :func:`tiny_asr_model` as a ``.nemo`` in NeMo's own format.
+    """Save :func:`tiny_asr_model` as a ``.nemo`` in NeMo's own format.
 
     Returns:
         ``path``, for ``model.pretrained_asr``.
@@ -209,7 +209,7 @@ def tiny_speech_llm(
     connector: ConnectorConfig | None = None,
     **overrides: Any,
 ) -> SpeechLLM:
-    """Encoder, connector and LLM joined, with random weights.
+    """Build encoder, connector and LLM joined, with random weights.
 
     Args:
         seed: of all weights.
@@ -227,12 +227,13 @@ def tiny_speech_llm(
         encoder = NemoEncoder(tiny_asr_model(Path(folder) / "asr", seed))
         model = SpeechLLM(encoder, connector or ConnectorConfig(hidden_size=24), text.chunks)
     encoder.encoder.to(dtype)
-    model.connector.to(dtype)
+    if model.connector is not None:  # it stands on the first stage of a pipeline
+        model.connector.to(dtype)
     return model
 
 
 def tiny_behaviors(text: str) -> list[dict[str, Any]]:
-    """The responses of a perfect LLM to ``text``, for every wording of every task of :data:`PROMPTS`."""
+    """Return the responses of a perfect LLM to ``text``, for every wording of every task of :data:`PROMPTS`."""
     words = text.split()
     answers = {"repeat": text, "first": words[0], "last": words[-1], "count": NUMBERS[len(words) - 1]}
     return [
@@ -243,7 +244,7 @@ def tiny_behaviors(text: str) -> list[dict[str, Any]]:
 
 
 def tiny_provenance(llm: str | Path) -> dict[str, Any]:
-    """What behaviors that an LLM directory would have generated carry in ``behaviors_from``."""
+    """Return the ``behaviors_from`` of behaviors that an LLM directory would have generated."""
     from nemo_mtbi.llm.directory import open_text_llm
 
     chat = tiny_chat(Path(llm) / "tokenizer.model")
@@ -253,7 +254,7 @@ def tiny_provenance(llm: str | Path) -> dict[str, Any]:
 def tiny_cuts(
     folder: str | Path, n: int, seed: int = 0, behaviors: bool = True, llm: str | Path | None = None
 ) -> Path:
-    """Writes utterances of one to five words, each word a tone of its own, with exact word times.
+    """Write utterances of one to five words, each word a tone of its own, with exact word times.
 
     Args:
         folder: made if it is missing; gets the audio (FLAC) and the manifest.
@@ -287,7 +288,7 @@ def tiny_cuts(
 
 
 def _tones(rng: random.Random) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...], np.ndarray]:
-    """Words, their spans in samples, and the sound of one utterance at 16 kHz."""
+    """Return words, their spans in samples, and the sound of one utterance at 16 kHz."""
     noise = np.random.default_rng(rng.getrandbits(32))
     words = tuple(rng.choice(WORDS) for _ in range(rng.randint(1, len(NUMBERS))))
     gap = int(_GAP_SECONDS * _RATE)

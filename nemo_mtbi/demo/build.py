@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``scripts/build_demo_models.py`` runs."""
+"""The steps of ``scripts/build_demo_models.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from nemo_mtbi.targets.tasks import TaskPool
 
 
 def build_llm(args: argparse.Namespace) -> None:
+    """Pre-train the demo's text LLM."""
     from nemo_mtbi.demo import llm
 
     pool = TaskPool.from_yaml(args.out / "tasks.yaml")
@@ -16,12 +17,14 @@ def build_llm(args: argparse.Namespace) -> None:
 
 
 def build_encoder(args: argparse.Namespace) -> None:
+    """Train the demo's speech encoder."""
     from nemo_mtbi.demo import encoder
 
     encoder.build(args.out, args.steps or 3000, args.seed)
 
 
 def write_card(args: argparse.Namespace) -> None:
+    """Score both models and write their card."""
     from nemo_mtbi.demo import card
 
     card.write(args.out)

@@ -49,7 +49,7 @@ them.
 
 
 def write(folder: Path, utterances: int = 300) -> None:
-    """Scores the models in ``folder`` and writes ``folder/README.md``."""
+    """Score the models in ``folder`` and write ``folder/README.md``."""
     groups.initialize()
     pool = TaskPool.from_yaml(folder / "tasks.yaml")
     cache = Path.home() / ".cache" / "nemo_mtbi"

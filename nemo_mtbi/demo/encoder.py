@@ -18,7 +18,7 @@ VOCABULARY = 128  # pieces of words: sounds are shared between words, and 8 x fe
 
 
 def configuration(tokenizer_dir: Path):
-    """NeMo's configuration of a FastConformer-CTC (8 x subsampling: 12.5 frames per second)."""
+    """Return NeMo's configuration of a FastConformer-CTC (8 x subsampling: 12.5 frames per second)."""
     return OmegaConf.create(
         {
             "sample_rate": 16000,
@@ -67,7 +67,7 @@ def configuration(tokenizer_dir: Path):
 
 
 def build(out: Path, steps: int, seed: int, utterances: int = 12000) -> None:
-    """Trains the encoder on ``utterances`` sentences and writes ``out/encoder.nemo``, weights as float16."""
+    """Train the encoder on ``utterances`` sentences and writes ``out/encoder.nemo``, weights as float16."""
     from nemo.collections.asr.models import EncDecCTCModelBPE
 
     from nemo_mtbi.demo.corpora.corpus import load_corpus

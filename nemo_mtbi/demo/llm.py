@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from nemo_mtbi.layouts.layout import MicroBatch, Row, make_row
 from nemo_mtbi.targets.tasks import TaskPool
 
 TURN, END, FILL = ["<s>", "{prompt}", "<sep>", "{audio}", "<ans>"], "</s>", "<fill>"
-ARCHITECTURE = dict(
+ARCHITECTURE: dict[str, Any] = dict(
     num_layers=4,
     hidden_size=192,
     num_attention_heads=6,
@@ -40,24 +41,24 @@ MARKS = ('"', "{", "}", ",", ":", "*", "?")
 
 
 def build_tokenizer(pool: TaskPool) -> bytes:
-    """A SentencePiece model in which every word of the demo world is one piece."""
+    """Train a SentencePiece model in which every word of the demo world is one piece."""
     rng = random.Random(0)
-    found: set[str] = set(grammar.SPANISH.values())
+    words: set[str] = set(grammar.SPANISH.values())
     for task in pool.tasks:
         for prompt in task.prompts + task.heldout_prompts:
-            found.update(prompt.split())
+            words.update(prompt.split())
     for _ in range(3000):
         sentence = grammar.sample_sentence(rng)
         for answer in grammar.ANSWERS.values():
-            found.update(answer(sentence).split())
+            words.update(answer(sentence).split())
     strip = str.maketrans({mark: " " for mark in MARKS})
-    plain = {piece for word in found for piece in word.translate(strip).split()}
-    quoted = {f'"{piece}' for word in found if '"' in word for piece in word.translate(strip).split()}
+    plain = {piece for word in words for piece in word.translate(strip).split()}
+    quoted = {f'"{piece}' for word in words if '"' in word for piece in word.translate(strip).split()}
     return train_tokenizer(plain | quoted, VOCABULARY, symbols=["<sep>", "<ans>", FILL, *MARKS])
 
 
 def stretch(words: list[str], rng: random.Random) -> list[str]:
-    """Repeats words and strews fillers as speech frames would, with a strength drawn for the sentence.
+    """Repeat words and strew fillers as speech frames would, with a strength drawn for the sentence.
 
     A stretched transcript begins with a filler, as speech begins with silence, and a word said twice has one in
     between: so two equal words side by side are one word in a stretched transcript, and two in a plain one.
@@ -71,7 +72,7 @@ def stretch(words: list[str], rng: random.Random) -> list[str]:
 
 
 def sample_row(pool: TaskPool, chat: ChatFormat, rng: random.Random, ids: Callable[[str], int]) -> Row:
-    """One pre-training row; 70% of the transcripts are stretched."""
+    """Draw one pre-training row; 70% of the transcripts are stretched."""
     sentence = grammar.sample_sentence(rng, "digits" if rng.random() < DIGITS else None)
     task = rng.choices(pool.tasks, [LONG if task.name in LONG_TASKS else 1 for task in pool.tasks])[0]
     prompt = rng.choice(task.prompts + task.heldout_prompts)
@@ -83,7 +84,7 @@ def sample_row(pool: TaskPool, chat: ChatFormat, rng: random.Random, ids: Callab
 
 
 def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[MicroBatch]:
-    """Endless pre-training batches."""
+    """Yield pre-training batches without end."""
     rng = random.Random(seed)
     cache: dict[str, int] = {}
 
@@ -97,7 +98,7 @@ def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[
 
 
 def build(out: Path, pool: TaskPool, steps: int, seed: int, resume: bool = False, rows: int = 64) -> None:
-    """Trains the LLM and writes it to ``out``; ``resume`` goes on from there, at half the learning rate."""
+    """Train the LLM and write it to ``out``; ``resume`` goes on from there, at half the learning rate."""
     from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     from nemo_mtbi.llm.architecture import DecoderConfig
@@ -141,12 +142,14 @@ class MasterWeights:
         self.adam = torch.optim.AdamW(self.masters, peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
 
     def named_weights(self) -> dict[str, Tensor]:
-        """The float32 weights by their names in the module."""
+        """Return the float32 weights by their names in the module."""
         return dict(zip(self.names, self.masters, strict=True))
 
     def step(self, scale: float) -> None:
-        """One update at ``peak_lr * scale`` from the gradients of the bfloat16 weights, which are cleared."""
+        """Make one update at ``peak_lr * scale`` from the gradients of the bfloat16 weights, which are cleared."""
         for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight.grad is None:
+                raise RuntimeError("a weight has no gradient: call backward() before each step")
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
         for group in self.adam.param_groups:
@@ -158,7 +161,10 @@ class MasterWeights:
 
 
 def batch_loss(decoder, batch: MicroBatch) -> Tensor:
-    """Mean cross entropy of the response tokens; embeddings get a little noise, so that near misses mean the word."""
+    """Return the mean cross entropy of the response tokens.
+
+    Embeddings get a little noise, so that near misses mean the word.
+    """
     from nemo_mtbi.speech_llm.losses import response_cross_entropy
 
     embeddings = decoder.embed_tokens(batch.layout).transpose(0, 1)  # [T, R, H]

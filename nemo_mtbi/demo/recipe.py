@@ -64,7 +64,7 @@ class DataConfig(Section):
         targets: ``behavior``, the LLM's own answers, or ``reference``, the right ones, for comparison.
         reference_format: how ``targets: reference`` words a right answer, which stands in place of ``{}``: other
             annotators have other styles than the LLM.
-        always_tasks: names of tasks that every training utterance is asked, among its ``tasks_per_cut``.
+        always_tasks: names of tasks that are drawn for every training utterance, among its ``tasks_per_cut``.
         digits_dir: the clone, for ``kind: digits``.
         heldout_speakers: speakers of the test utterances; all others are trained on.
         adapt: encoder adaptation.
@@ -93,7 +93,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training and the benchmark read: cut manifests and the encoder that fits them."""
+    """Input of training and the benchmark: cut manifests and the encoder that fits them."""
 
     train: Path
     validation: Path
@@ -184,7 +184,7 @@ def _targets(
     llm: str,
 ) -> Path:
     """The manifest of one split. Validation is on the LLM's own answers to all trained tasks, whatever is trained."""
-    plan, pool = _asked(config, split, pool, responder.config.max_new_tokens)
+    plan, pool = _plan_of(config, split, pool, responder.config.max_new_tokens)
     reference = split == "train" and config.targets == "reference"
     wording = reference and config.reference_format
     name = digest_of([*(folder.name for folder in folders), llm, repr(plan), pool.fingerprint(), wording])
@@ -210,7 +210,7 @@ def _targets(
     return path
 
 
-def _asked(config: DataConfig, split: str, pool: TaskPool, max_new_tokens: int) -> tuple[TargetPlan, TaskPool]:
+def _plan_of(config: DataConfig, split: str, pool: TaskPool, max_new_tokens: int) -> tuple[TargetPlan, TaskPool]:
     """Return the requests about each utterance of a split."""
     plan = TargetPlan(max_new_tokens=max_new_tokens, seed=config.seed)
     if split != "train":
@@ -246,7 +246,7 @@ def describe_preparation(config: DataConfig, model: ModelConfig) -> list[str]:
         lines.append("right answers are written as the targets of training: the LLM is asked none of them")
     counts = {}
     for split, utterances in asked.items():
-        plan, tasks = _asked(config, split, pool, model.generation.max_new_tokens)
+        plan, tasks = _plan_of(config, split, pool, model.generation.max_new_tokens)
         counts[split] = utterances * plan.most_rows(tasks)
     total = sum(counts.values())
     lines.append(
@@ -283,7 +283,7 @@ def batch_rows(responder: Responder) -> int | None:
 
 
 def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:
-    """The pool with these tasks only.
+    """Return the pool with these tasks only.
 
     Raises:
         ValueError: if one of them is unknown or held out.
@@ -303,14 +303,14 @@ def trained_pool(pool: TaskPool, names: Sequence[str] | None) -> TaskPool:
 def text_responder(
     llm: str, chat: ChatConfig | None, generation: GenerationConfig, dtype: str = "float32"
 ) -> Iterator[tuple[Responder, str]]:
-    """A text LLM alone, with its fingerprint; ``dtype`` is the name of that of its weights."""
+    """Load a text LLM alone, with its fingerprint; ``dtype`` is the name of that of its weights."""
     groups.initialize()
-    found = load_text_llm(llm, getattr(torch, dtype), chat=chat)
-    yield Responder(LayoutDecoder(found.chunks), found.chat, generation), found.fingerprint
+    text = load_text_llm(llm, getattr(torch, dtype), chat=chat)
+    yield Responder(LayoutDecoder(text.chunks), text.chat, generation), text.fingerprint
 
 
 def _build(config: DataConfig, split: str) -> list[Path]:
-    """The corpus folders of one split."""
+    """Return the corpus folders of one split."""
     size = getattr(config, f"{split}_utterances")
     right = split == "test" or (split == "train" and config.targets == "reference")
     common = dict(num_utterances=size, seed=config.seed, split=split, with_references=right)
@@ -330,7 +330,7 @@ def _build(config: DataConfig, split: str) -> list[Path]:
 
 
 def _adapt(config: DataConfig, pretrained_asr: str, corpora: Sequence[Path]) -> str:
-    """Path of the encoder adapted to the training corpora, or the encoder as it is."""
+    """Return the path of the encoder adapted to the training corpora, or the encoder as it is."""
     adapt = config.adapt
     if not adapt.steps:
         return pretrained_asr

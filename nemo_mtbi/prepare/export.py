@@ -41,7 +41,7 @@ def export(
     counts: Counter | None = None,
     policy: SourcePolicy = FILES,
 ) -> dict[str, Any]:
-    """Writes cuts and audio.
+    """Write cuts with their audio.
 
     Args:
         cuts: single recordings, of one channel or several.
@@ -75,7 +75,7 @@ def export(
 
 
 def _loaded(cuts: Iterable[DataCut], on_bad_audio: str, counts: Counter, policy: SourcePolicy) -> Iterator[MonoCut]:
-    """The cuts with their audio in memory, as one channel, and word times from where they then begin: their start."""
+    """Yield cuts with their audio in memory, as one channel; word times count from the start of the cut."""
     for cut in cuts:
         if not isinstance(cut, DataCut) or len(cut.supervisions) != 1:
             raise ValueError(
@@ -106,7 +106,7 @@ def _loaded(cuts: Iterable[DataCut], on_bad_audio: str, counts: Counter, policy:
 
 
 def _held(cut: MonoCut, policy: SourcePolicy) -> tuple[Recording, MonoCut]:
-    """Its audio in memory, and the cut with the arrays that it carries in memory."""
+    """Return the audio of a cut in memory, and the cut with its arrays in memory."""
     check_cut(cut, policy)
     with Reading(policy, f"cut {cut.id}"):
         return Recording.from_bytes(_flac(cut), cut.recording.id), cut.move_to_memory(load_audio=False)
@@ -159,7 +159,7 @@ def _flac(cut: DataCut) -> bytes:
 
 
 def _fields(cut: MonoCut) -> dict[str, Any]:
-    """All else of a line."""
+    """Return the other fields of a line of a NeMo manifest."""
     (segment,) = cut.supervisions
     fields: dict[str, Any] = {"id": cut.id, "text": segment.text}
     fields |= {key: value for key in ("language", "speaker") if (value := getattr(segment, key))}

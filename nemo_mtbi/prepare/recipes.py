@@ -24,7 +24,7 @@ from nemo_mtbi.io.text import in_one_line
 
 
 def open_cuts(path: str | Path, policy: SourcePolicy = FILES, skip: bool = False) -> tuple[GatedCuts, int]:
-    """The cuts of a manifest, read lazily, and how many there are.
+    """Return the cuts of a manifest, read lazily, and how many there are.
 
     Args:
         path: of the manifest.
@@ -39,14 +39,14 @@ def open_cuts(path: str | Path, policy: SourcePolicy = FILES, skip: bool = False
 
 
 def recipe_names() -> list[str]:
-    """The recipes of the installed Lhotse."""
+    """Return the names of the recipes of the installed Lhotse."""
     import lhotse.recipes
 
     return sorted(name.removeprefix("prepare_") for name in dir(lhotse.recipes) if name.startswith("prepare_"))
 
 
 def cuts_of_recipe(name: str, corpus_dir: str | Path, options: Mapping[str, Any] = {}) -> dict[str, CutSet]:  # noqa: B006 (only read)
-    """The parts of a corpus by a recipe of Lhotse, one cut for each utterance.
+    """Return the parts of a corpus by a recipe of Lhotse, one cut for each utterance.
 
     Args:
         name: such as ``librispeech``; :func:`recipe_names` has all.
@@ -76,7 +76,7 @@ def cuts_of_recipe(name: str, corpus_dir: str | Path, options: Mapping[str, Any]
 
 
 def _parts(made: Any, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The manifests of each part; recipes nest them by language, microphone and split."""
+    """Yield the manifests of each part; recipes nest them by language, microphone and split."""
     if isinstance(made, Mapping):
         if isinstance(made.get("recordings"), RecordingSet) and isinstance(made.get("supervisions"), SupervisionSet):
             yield name or "all", made
@@ -91,7 +91,7 @@ def _utterances(manifests: Mapping[str, Any]) -> CutSet:
 
 
 def in_order(cuts: CutSet) -> CutSet:
-    """By the id of the utterance, which becomes that of the cut: recipes read folders in any order."""
+    """Sort cuts by the id of the utterance, which becomes that of the cut: recipes read folders in any order."""
     named = (cut.with_id(cut.supervisions[0].id) for cut in cuts)
     return CutSet.from_cuts(sorted(named, key=lambda cut: cut.id))
 
@@ -99,7 +99,7 @@ def in_order(cuts: CutSet) -> CutSet:
 def cuts_of_manifests(
     paths: Sequence[str | Path], text_field: str = "text", lang_field: str = "lang", policy: SourcePolicy = FILES
 ) -> CutSet:
-    """The entries of NeMo manifests (JSON lines), with absolute paths and without audio.
+    """Return the entries of NeMo manifests (JSON lines), with absolute paths and without audio.
 
     They are named after their files, as transcripts and word times elsewhere name them; parts of a longer file by
     their offset too, and files of one name by their folders. Text, language, speaker and gender go where Lhotse keeps
@@ -110,13 +110,14 @@ def cuts_of_manifests(
         paths: of the manifests.
         text_field: the key of the transcript.
         lang_field: the key of the language.
+        policy: what audio may be read from.
 
     Raises:
         ValueError: if one can't be read, or lists the same audio twice.
     """
     from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoIterator
 
-    found: dict[str, DataCut] = {}
+    cuts: dict[str, DataCut] = {}
     places: set[tuple] = set()
     for path in paths:
         check_manifest(path, "", "nemo")
@@ -140,13 +141,13 @@ def cuts_of_manifests(
             if place in places:
                 raise ValueError(f"{place[0]} at {cut.start} s is in the manifests twice: leave one of them out")
             places.add(place)
-            named = _named(cut, found)
-            found[named.id] = named
-    return CutSet.from_cuts(found.values())
+            named = _named(cut, cuts)
+            cuts[named.id] = named
+    return CutSet.from_cuts(cuts.values())
 
 
 def _whole_piece(cut: DataCut) -> DataCut:
-    """The cut of a piece of a file with the true length of the file.
+    """Return the cut of a piece of a file with the true length of the file.
 
     Raises:
         ValueError: if the file ends before the piece does; names it.

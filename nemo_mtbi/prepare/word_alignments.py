@@ -76,7 +76,7 @@ def read_times(path: str | Path) -> Times:
 
 def _read_ctm(path: Path) -> Times:
     """``recording channel start duration word [confidence]`` in each line."""
-    found: dict[str, list[AlignmentItem]] = {}
+    words: dict[str, list[AlignmentItem]] = {}
     for number, line in enumerate(read_lines(path), start=1):
         parts = _BLANK.split(line.strip(_BLANKS))  # a word may hold a space that does not break
         if not parts[0] or parts[0].startswith(";;"):
@@ -86,10 +86,10 @@ def _read_ctm(path: Path) -> Times:
             item = AlignmentItem(word, float(start), float(duration), float(score[0]) if score else None)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no line of a CTM file: {line!r}") from error
-        found.setdefault(name, []).append(item)
-    if not found:
+        words.setdefault(name, []).append(item)
+    if not words:
         raise ValueError(f"{path} holds no word times: give a CTM file with lines")
-    return {name: sorted(items, key=lambda item: item.start) for name, items in found.items()}
+    return {name: sorted(items, key=lambda item: item.start) for name, items in words.items()}
 
 
 def _read_alignments(path: Path) -> Iterator[tuple[str, list[AlignmentItem]]]:
@@ -133,19 +133,19 @@ def read_texts(paths: Sequence[str | Path]) -> dict[str, str]:
     Raises:
         ValueError: if a line is none of them, or an id comes twice.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for path in paths:
         for number, line in enumerate(read_lines(path), start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             name, text = _entry(line, place)
-            if name in found:
+            if name in texts:
                 raise ValueError(f"{place}: a second text of {name}")
-            found[name] = text
-    if paths and not found:
+            texts[name] = text
+    if paths and not texts:
         raise ValueError(f"{', '.join(map(str, paths))} without a single text: each line must have an id and a text")
-    return found
+    return texts
 
 
 def _entry(line: str, place: str) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def _entry(line: str, place: str) -> tuple[str, str]:
 
 
 def with_texts(cuts: Iterable[MonoCut], texts: Mapping[str, str], counts: Counter) -> Iterator[MonoCut]:
-    """The cuts with these transcripts, by the id of the supervision; those that have none are left out and counted."""
+    """Yield the cuts with these transcripts, by the id of the supervision; cuts without one are counted."""
     for cut in cuts:
         missing = [segment.id for segment in cut.supervisions if segment.id not in texts]
         if missing:
@@ -175,7 +175,7 @@ def with_texts(cuts: Iterable[MonoCut], texts: Mapping[str, str], counts: Counte
 
 
 def with_times(cuts: Iterable[MonoCut], times: Times | None, counts: Counter) -> Iterator[MonoCut]:
-    """The cuts with word times that fit their transcripts; what does not fit is counted.
+    """Return the cuts with word times that fit their transcripts; what does not fit is counted.
 
     Args:
         cuts: with transcripts.
@@ -194,8 +194,8 @@ def _timed(cut: MonoCut, segment: SupervisionSegment, times: Times | None, count
         items = (segment.alignment or {}).get("word", ())
     else:
         inside = (start - _TOLERANCE, start + segment.duration + _TOLERANCE)
-        found = times.get(segment.id) or times.get(segment.recording_id) or ()
-        items = [item for item in found if inside[0] <= item.start and item.end <= inside[1]]
+        words = times.get(segment.id) or times.get(segment.recording_id) or ()
+        items = [item for item in words if inside[0] <= item.start and item.end <= inside[1]]
     fitted = fit_words((segment.text or "").split(), items) if items else None
     if fitted:
         counts["with word times"] += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Behavior targets: what the text LLM answers to (prompt, transcript), written into the cuts.
+"""Behavior targets: the responses of the text LLM to (prompt, transcript), written into the cuts.
 
-The cuts are split into contiguous shards. What is asked about the cuts of a shard, and in which batches, is a pure
+The cuts are split into contiguous shards. The requests about the cuts of a shard, and their batches, are a pure
 function of the shard. Each finished batch goes to the shard's partial file, so that a run that was killed goes on
 with the next batch and ends with the same bytes as one that never stopped::
 
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, load_jsonl
@@ -92,7 +92,7 @@ def generate_targets(
     counts: Counter | None = None,
     batch_rows: int | None = None,
 ) -> list[Path]:
-    """Asks the text LLM, writes the cuts with its answers and returns this process's shards; resumes a former run.
+    """Write cuts with the text LLM's responses; return the shards of this process. A former run is resumed.
 
     Args:
         cuts: input; behaviors that they carry already are replaced. Read twice (a one-way stream is kept in memory).
@@ -101,12 +101,13 @@ def generate_targets(
         chat: chat format and tokenizer of the LLM.
         respond: the LLM, greedy, with ``plan.max_new_tokens`` as its limit.
         provenance: JSON values that say which LLM this is: ``llm`` (its hash) and what else the user wants to keep.
-        plan: what is asked.
+        plan: which tasks and wordings are drawn for each cut.
         shard_size: cuts in a shard.
         on_missing_text: ``raise`` or ``skip`` cuts without a transcript or with values of a wrong type.
         overwrite: replace what was made by another LLM, pool or plan or from other cuts; the rest is kept.
         outdated: files that were made from the shards, which ``overwrite`` removes first.
-        rank, world_size: this process takes the shards ``rank``, ``rank + world_size``, …
+        rank: this process takes the shards ``rank``, ``rank + world_size``, …
+        world_size: number of processes that make targets.
         progress: show a bar; a line every 30 seconds where there is no terminal.
         counts: gets ``cuts``, ``rows``, ``truncated``, ``dropped_empty`` (responses both empty and truncated),
             ``skipped_no_text``, ``skipped_bad_`` and a reason, ``reused_shards``, ``reused_batches``, ``replaced`` (by
@@ -153,7 +154,7 @@ def _check_arguments(shard_size: int, on_missing_text: str, rank: int, world_siz
 
 
 def _survey(cuts: GatedCuts, on_missing_text: str, counts: Counter) -> int:
-    """Counts the usable cuts; finds what would stop the run before the LLM has worked for hours."""
+    """Count the usable cuts, and refuse what would stop the run after the LLM has worked for hours."""
     total, missing = 0, []
     for cut in cuts:
         if not transcript(cut):
@@ -231,16 +232,16 @@ class _ShardMaker:
             for cut, rows in zip(cuts, behaviors, strict=True)
         ]
 
-    def _count(self, behaviors: list[list[Behavior]], asked: int) -> None:
+    def _count(self, behaviors: list[list[Behavior]], requested: int) -> None:
         rows = [row for rows in behaviors for row in rows if row.teaches]
-        dropped = asked - len(rows)
+        dropped = requested - len(rows)
         truncated = dropped + sum(row.truncated for row in rows)
         self.counts.update(rows=len(rows), dropped_empty=dropped, truncated=truncated)
 
     # ----- what a former run left
 
     def _refuse(self, path: Path, why: str) -> None:
-        """Raises, or with ``overwrite`` removes what can't be gone on with."""
+        """Raise, or with ``overwrite`` remove a file that can't be continued."""
         if not self.overwrite:
             raise RuntimeError(
                 f"{path} {why}: set overwrite=true to make it anew (what fits is kept), run with the settings "
@@ -250,7 +251,7 @@ class _ShardMaker:
         path.unlink()
 
     def _finished(self, path: Path, cuts: list[Cut]) -> bool:
-        """True if the shard holds these cuts with behaviors of this plan and LLM."""
+        """Return whether the shard holds these cuts with behaviors of this plan and LLM."""
         try:
             stored = [deserialize_item(item) for item in load_jsonl(path)]
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as err:
@@ -273,22 +274,22 @@ class _ShardMaker:
         return True
 
     def _rows_of_batch(self, path: Path) -> int | None:
-        """The bound that a shard in the making was begun with: other batches may round other answers."""
+        """Return the bound on rows that a partial file was begun with: other batches may round to other answers."""
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             line = file.readline()
             header = _parse(line) if line.endswith(b"\n") else None
             if isinstance(header, dict):
-                found = header.get(BATCH_ROWS)
-                return found if type(found) is int and found > 0 else None
+                rows = header.get(BATCH_ROWS)
+                return rows if type(rows) is int and rows > 0 else None
         return self.batch_rows
 
     def _answer(
         self, path: Path, cuts: list[Cut], requests: list[Request], batches: list[list[int]], rows: int | None
     ) -> dict[int, Answer]:
-        """The answers by index of their request, from the partial file as far as it goes and then from the LLM."""
-        asked = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
-        fingerprint = digest_of([FORMAT, without_format(self.behaviors_from), batches, asked])
-        header = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
+        """Return the answers by index of their request, from the partial file as far as it goes, then from the LLM."""
+        content = [[cuts[r.cut].id, r.task, r.prompt, r.limit, list(r.layout)] for r in requests]
+        fingerprint = digest_of([FORMAT, without_format(self.behaviors_from), batches, content])
+        header: dict[str, Any] = {"fingerprint": fingerprint, PROVENANCE: self.behaviors_from}
         header |= {} if rows is None else {BATCH_ROWS: rows}
         finished, keep = self._read_partial(path, header, [len(batch) for batch in batches])
         self.counts["reused_batches"] += len(finished)
@@ -322,18 +323,19 @@ class _ShardMaker:
         ]
 
     def _read_partial(self, path: Path, header: dict, sizes: list[int]) -> tuple[list[list[Answer]], int]:
-        """The finished batches in order, and how many bytes of the file they fill (0: begin anew)."""
+        """Return the finished batches in order, and how many bytes of the file they fill (0: begin anew)."""
         data = path.read_bytes() if path.exists() else b""
         lines = io.BytesIO(data)  # splits at line feeds only
         first = lines.readline()
         if not first.endswith(b"\n"):  # missing, or killed while the header was written
             return [], 0
-        found = _parse(first)
-        if not same_header(found, header):
-            other = found.get(PROVENANCE) if isinstance(found, dict) else None
+        stored = _parse(first)
+        if not same_header(stored, header):
+            other = stored.get(PROVENANCE) if isinstance(stored, dict) else None
             self._refuse(path, origin_difference(other, self.behaviors_from))
             return [], 0
-        finished, keep = [], len(first)
+        finished: list[list[Answer]] = []
+        keep = len(first)
         for line in lines:
             answers = _parse_batch(line, len(finished), sizes)
             if answers is None:
@@ -348,14 +350,14 @@ class _ShardMaker:
         return finished, keep
 
 
-def _append(file: io.BufferedIOBase, value: dict) -> None:
+def _append(file: BinaryIO, value: dict) -> None:
     file.write(json.dumps({**value, _DIGEST: digest_of(value)}).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _parse(line: bytes) -> object:
-    """The value of a line without its digest; None if it is torn or damaged. Lines of before have no digest."""
+    """Return the value of a line without its digest; None if it is torn or damaged. Older lines have no digest."""
     try:
         value = json.loads(line)
     except ValueError:  # torn in the middle of JSON or of a character
@@ -365,7 +367,7 @@ def _parse(line: bytes) -> object:
 
 
 def _parse_batch(line: bytes, number: int, sizes: list[int]) -> list[Answer] | None:
-    """The answers of batch ``number``; None if the line is torn or is not that batch."""
+    """Return the answers of batch ``number``; None if the line is torn or is not that batch."""
     value = _parse(line) if line.endswith(b"\n") else None
     if not isinstance(value, dict) or value.get("batch") != number or number >= len(sizes):
         return None

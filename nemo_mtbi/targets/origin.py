@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where behaviors come from: what targets say of it, and how two of these records are compared."""
+"""The provenance of behaviors: LLM, plan, pool and chat format, and how two of these records are compared."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DRAWS = ("tasks_per_cut", "always_tasks", "prompts_per_task", "split", "wording
 
 
 def behaviors_from(provenance: Mapping[str, Any], plan: TargetPlan, pool: TaskPool, chat: ChatFormat) -> dict:
-    """Return what each cut says about the origin of its behaviors, in the form that JSON gives back.
+    """Return the provenance that each cut carries beside its behaviors, in the form that JSON gives back.
 
     Args:
         provenance: of the caller: ``llm``, and what else is to be kept.
-        plan: what is asked.
+        plan: which tasks and wordings are drawn for each cut.
         pool: tasks and wordings.
         chat: chat format of the LLM.
 
@@ -49,29 +49,29 @@ def behaviors_from(provenance: Mapping[str, Any], plan: TargetPlan, pool: TaskPo
 
 
 def without_format(origin: Any) -> Any:
-    """Return an origin as older versions wrote it: the chat format follows from its fingerprint."""
+    """Return a provenance as older versions wrote it: the chat format follows from its fingerprint."""
     return {key: origin[key] for key in origin if key != CHAT_FORMAT} if isinstance(origin, Mapping) else origin
 
 
 def same_origin(one: Any, other: Any) -> bool:
-    """Return whether two origins say the same, be it with or without the chat format."""
+    """Return whether two provenances are equal, be it with or without the chat format."""
     return without_format(one) == without_format(other)
 
 
 def same_header(one: Any, other: Mapping[str, Any]) -> bool:
-    """Return whether two headers of partial files say the same."""
+    """Return whether two headers of partial files are equal, apart from the chat format."""
     return isinstance(one, Mapping) and without_format({**one, PROVENANCE: without_format(one.get(PROVENANCE))}) == {
         **other,
         PROVENANCE: without_format(other[PROVENANCE]),
     }
 
 
-def origin_difference(found: Any, own: Mapping[str, Any]) -> str:
-    """Return in what the origin that a file gives differs from that of this run."""
-    found = found if isinstance(found, Mapping) else {}
-    other = [key for key, value in without_format(own).items() if found.get(key) != value]
+def origin_difference(stored: Any, own: Mapping[str, Any]) -> str:
+    """Return a text that names the keys in which the stored provenance of a file differs from that of this run."""
+    stored = stored if isinstance(stored, Mapping) else {}
+    other = [key for key, value in without_format(own).items() if stored.get(key) != value]
     formats = ""
     if "chat" in other:
-        formats = chat_difference(found.get(CHAT_FORMAT), own.get(CHAT_FORMAT), found.get("chat"))
+        formats = chat_difference(stored.get(CHAT_FORMAT), own.get(CHAT_FORMAT), stored.get("chat"))
     what = ", ".join(other) or "cuts, transcripts, tokenizer, batch_tokens or shard_size"
     return f"was made with other {what}{f' ({formats})' if formats else ''}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the text LLM is asked about a shard of cuts, and in which batches: pure functions of the shard."""
+"""Requests to the text LLM about a shard of cuts, and their batches: pure functions of the shard."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Split = Annotated[str, OneOf("train", "heldout", "all")]
 
 @dataclass(frozen=True)
 class TargetPlan(Section):
-    """What is asked about each cut.
+    """Tasks and wordings that are drawn for each cut.
 
     Attributes:
         tasks_per_cut: tasks that are drawn for a cut; None: all.
-        always_tasks: names of tasks that every cut is asked, among its ``tasks_per_cut``; the rest is drawn.
+        always_tasks: names of tasks that are drawn for every cut, among its ``tasks_per_cut``; the rest is drawn.
         prompts_per_task: distinct wordings that are drawn for each of them (fewer where the task has fewer).
         split: tasks to draw from: ``train``, ``heldout`` or ``all``.
         wordings: wordings to draw from: ``train``, ``heldout`` or ``all``.
@@ -55,7 +55,7 @@ class TargetPlan(Section):
             )
 
     def tasks(self, pool: TaskPool) -> tuple[Task, ...]:
-        """The tasks to draw from.
+        """Return the tasks to draw from.
 
         Raises:
             ValueError: if there is none, one has no wording to draw from, or ``always_tasks`` names another.
@@ -78,17 +78,20 @@ class TargetPlan(Section):
         return tasks
 
     def most_rows(self, pool: TaskPool) -> int:
-        """Questions about a cut at most: fewer are drawn where a task has fewer wordings than ``prompts_per_task``."""
+        """Return the largest number of requests about a cut.
+
+        Fewer are drawn where a task has fewer wordings than ``prompts_per_task``.
+        """
         each = [min(self.prompts_per_task, len(self.prompts(task))) for task in self.tasks(pool)]
         return sum(sorted(each, reverse=True)[: self.tasks_per_cut])
 
     def prompts(self, task: Task) -> tuple[str, ...]:
-        """The wordings of ``task`` to draw from."""
+        """Return the wordings of ``task`` to draw from."""
         both = task.prompts + task.heldout_prompts
         return {"train": task.prompts, "heldout": task.heldout_prompts, "all": both}[self.wordings]
 
     def draws(self, cut_id: str, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
-        """The (task, wording) pairs of a cut: a pure function of the seed and the cut's id."""
+        """Return the (task, wording) pairs of a cut: a pure function of the seed and the cut's id."""
         count = len(tasks) if self.tasks_per_cut is None else self.tasks_per_cut
         always = [task for task in tasks if task.name in self.always_tasks]
         others = [task for task in tasks if task.name not in self.always_tasks]
@@ -103,7 +106,7 @@ class TargetPlan(Section):
 
 @dataclass(frozen=True)
 class Request:
-    """One question about the cut at position ``cut`` of its shard; ``layout`` holds token ids only."""
+    """One request about the cut at position ``cut`` of its shard; ``layout`` holds token ids only."""
 
     cut: int
     task: str
@@ -115,7 +118,7 @@ class Request:
 def plan_shard(
     cuts: Sequence[Cut], plan: TargetPlan, pool: TaskPool, chat: ChatFormat, batch_rows: int | None = None
 ) -> tuple[list[Request], list[list[int]]]:
-    """The requests about the cuts of a shard, and the batches: lists of indices of requests, longest first.
+    """Return the requests about the cuts of a shard, and the batches: lists of indices of requests, longest first.
 
     A batch has at most ``batch_rows`` rows.
     """
@@ -134,7 +137,7 @@ def plan_shard(
 
 
 def rows_at_once(parameters: int) -> int:
-    """Rows of a batch on a CPU, where a large LLM would take many minutes for as many as its memory holds.
+    """Return the rows of a batch on a CPU, where a large LLM would take many minutes for as many as its memory holds.
 
     A function of the LLM's parameters alone, so that every run cuts the same batches.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the making of targets is: a bar in a terminal, else lines in a log, also while one batch takes long."""
+"""Progress of target generation: a bar in a terminal, else lines in a log, also while one batch takes long."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Meter:
         self._bar.stop()
 
     def ask(self, rows: int) -> None:
-        """The LLM is about to answer ``rows``."""
+        """Say that the LLM is about to answer ``rows``."""
         self._asked = rows
         self._bar.update(self._task, state=self._state())
 
     def advance(self, cuts: float, rows: int = 0, seconds: float = 0.0) -> None:
-        """``cuts`` are done: in ``seconds`` if the LLM answered ``rows`` for them, else by a former run."""
+        """Add ``cuts`` that are done: in ``seconds`` if the LLM answered ``rows`` for them, else by a former run."""
         self._done += cuts
         if rows:
             self._cuts, self._rows, self._seconds = self._cuts + cuts, self._rows + rows, self._seconds + seconds
@@ -68,5 +68,5 @@ class Meter:
 
 
 def speed_text(rows: int, seconds: float, left: float) -> str:
-    """Rows per second and the time left (seconds) as they are shown."""
+    """Return rows per second and the time left (seconds) as they are shown."""
     return f"{rows / seconds:.1f} rows/s, {time_text(left)} left" if seconds else "…"

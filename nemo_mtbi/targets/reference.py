@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lhotse.cut import Cut
 
@@ -27,7 +28,7 @@ def reference_targets(
     plan: TargetPlan,
     wording: str = "{}",
 ) -> Path:
-    """Writes cuts whose behaviors are their right answers to the tasks and wordings that ``plan`` draws.
+    """Write cuts whose behaviors are their right answers to the tasks and wordings that ``plan`` draws.
 
     Args:
         cuts: with the custom field ``references``.
@@ -35,19 +36,24 @@ def reference_targets(
         pool: tasks and wordings.
         chat: of the LLM that will be trained with.
         llm: its fingerprint: the answers are not its own, but they are read in its format.
-        plan: what is asked.
+        plan: which tasks and wordings are drawn for each cut.
         wording: how an answer is put, which stands in place of ``{}``.
 
     Returns:
         The shard; one that is there already is left as it is.
 
     Raises:
-        ValueError: if a cut has no right answer to a task that it is asked.
+        ValueError: if a cut has no right answer to a task that is drawn for it.
     """
     path = shard_path(out_dir, 0)
     if path.exists():
         return path
-    origin = {"llm": llm, "chat": chat.fingerprint(), "pool": pool.fingerprint(), "responses": "reference"}
+    origin: dict[str, Any] = {
+        "llm": llm,
+        "chat": chat.fingerprint(),
+        "pool": pool.fingerprint(),
+        "responses": "reference",
+    }
     origin[CHAT_FORMAT] = chat.description()
     tasks = plan.tasks(pool)
 

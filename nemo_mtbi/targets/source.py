@@ -20,7 +20,7 @@ def whole_and_absolute(cut: Cut) -> Cut:
 
 
 def absolute_paths(cut: Cut) -> Cut:
-    """``cut`` with absolute paths of its audio files; it is changed in place."""
+    """Return ``cut`` with absolute paths of its audio files; it is changed in place."""
     for part in [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]:
         if not isinstance(part, PaddingCut) and part.has_recording:
             for source in part.recording.sources:
@@ -30,7 +30,7 @@ def absolute_paths(cut: Cut) -> Cut:
 
 
 def shar_fields(shar_path: Any) -> dict[str, list[str]]:
-    """The files of one Shar corpus by field, in order of their shards.
+    """Return the files of one Shar corpus by field, in order of their shards.
 
     Args:
         shar_path: its folder, or a mapping of fields to paths as NeMo takes it.
@@ -57,7 +57,9 @@ def shar_fields(shar_path: Any) -> dict[str, list[str]]:
 
 
 def shar_shard_size(files: list[str]) -> int:
-    """Cuts in each shard of a Shar corpus; ours must be the same, since cuts and audio are read side by side.
+    """Return the number of cuts in each shard of a Shar corpus.
+
+    Ours must have as many, since cuts and audio are read side by side.
 
     Raises:
         ValueError: if they differ.

@@ -33,6 +33,7 @@ _DIGESTS, _OWN_DIGEST = "files", "sha256"  # keys of the index
 
 
 def shard_path(out_dir: str | Path, number: int) -> Path:
+    """Return the file of a shard in a folder of targets or alignments."""
     return Path(out_dir) / f"cuts-{number:05d}.jsonl.gz"
 
 
@@ -139,7 +140,7 @@ def _publish(scratch: Path, path: Path) -> None:
 
 
 def read_targets(folder: str | Path) -> CutSet:
-    """The cuts with behaviors, read lazily, shard by shard.
+    """Return the cuts with behaviors, read lazily, shard by shard.
 
     Raises:
         RuntimeError: if a shard is missing or damaged, or the shards don't belong together.
@@ -164,7 +165,7 @@ def read_targets(folder: str | Path) -> CutSet:
 
 
 def _origin_of(path: Path) -> object:
-    """Where the behaviors of a shard come from; ``None`` if it can't be read."""
+    """Return the provenance of the behaviors of a shard; ``None`` if it can't be read."""
     try:
         first = next(iter(load_jsonl(path)))
         return (deserialize_item(first).custom or {}).get(PROVENANCE) or "nothing"
@@ -173,7 +174,7 @@ def _origin_of(path: Path) -> object:
 
 
 def check_published(path: str | Path) -> None:
-    """Compares a file of a set of targets with the digest in its index, before training reads it.
+    """Compare a file of a set of targets with the digest in its index, before training reads it.
 
     Where there is no index, or one of before that has no digests, nothing is compared.
 

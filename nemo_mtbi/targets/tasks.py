@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Task pools: what the LLM is asked about an utterance, under which wordings, and how the answer is scored.
+"""Task pools: tasks about an utterance, their wordings, and how the answer is scored.
 
 A pool is a YAML file that users can write themselves::
 
@@ -106,7 +106,7 @@ class TaskPool:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TaskPool:
-        """Reads a pool from a YAML file (see the module's docstring for the form).
+        """Read a pool from a YAML file (see the module's docstring for the form).
 
         Raises:
             ValueError: If the file is missing, does not parse, or holds an illegal pool; the message names the file.
@@ -124,7 +124,7 @@ class TaskPool:
 
     @classmethod
     def from_dict(cls, data: Any, default_name: str = "pool", source: str = "task pool") -> TaskPool:
-        """Builds a pool from plain containers.
+        """Build a pool from plain containers.
 
         Args:
             data: ``{name?, tasks: [...]}`` as in the YAML form.
@@ -161,7 +161,7 @@ class TaskPool:
         return tuple(task for task in self.tasks if task.heldout)
 
     def subset(self, names: Iterable[str]) -> TaskPool:
-        """The pool with only the tasks in ``names``, in the pool's order.
+        """Return the pool with only the tasks in ``names``, in the pool's order.
 
         Raises:
             ValueError: If a name is unknown or ``names`` is empty or one string.
@@ -176,7 +176,7 @@ class TaskPool:
         return TaskPool(self.name, tuple(task for task in self.tasks if task.name in wanted))
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the tasks, their order included, since draws depend on it; the pool's name is left out."""
+        """Return the SHA-256 (hex) of the tasks in their order, on which draws depend, without the pool's name."""
         content = [
             [t.name, t.scoring, t.heldout, list(t.prompts), list(t.heldout_prompts), t.max_new_tokens]
             for t in self.tasks
@@ -185,7 +185,7 @@ class TaskPool:
 
 
 def draw_tasks(pool_tasks: Sequence[Task], k: int, *key: Any) -> list[Task]:
-    """Draws ``k`` distinct tasks as a pure function of ``key``; all of them, in order, if they are at most ``k``.
+    """Draw ``k`` distinct tasks as a pure function of ``key``; all of them, in order, if they are at most ``k``.
 
     Raises:
         ValueError: If ``k`` is negative.
@@ -198,7 +198,7 @@ def draw_tasks(pool_tasks: Sequence[Task], k: int, *key: Any) -> list[Task]:
 
 
 def draw_prompt(prompts: Sequence[str], *key: Any) -> str:
-    """Draws one wording as a pure function of ``key``.
+    """Draw one wording as a pure function of ``key``.
 
     Raises:
         ValueError: If there is no wording to draw from.
@@ -209,7 +209,7 @@ def draw_prompt(prompts: Sequence[str], *key: Any) -> str:
 
 
 def _check_keys(data: Any, known: Sequence[str], required: Sequence[str], where: str) -> None:
-    """Raises ValueError unless ``data`` is a mapping with all required keys and no unknown one."""
+    """Raise ValueError unless ``data`` is a mapping with all required keys and no unknown one."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} must be a mapping with the keys {', '.join(known)}, got {type(data).__name__}")
     for key in data:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the corpora we build share: Lhotse cuts + FLAC on disk, built once per content, and simple augmentation."""
+"""Corpora as Lhotse cuts and FLAC on disk, built once for each content; resampling, noise and reverberation."""
 
 import json
 import multiprocessing
@@ -72,7 +72,7 @@ class Utterance:
 
 
 def to_cut(utterance: Utterance, audio_path: Path) -> MonoCut:
-    """The Lhotse cut of an utterance whose audio is (or will be) at ``audio_path``."""
+    """Return the Lhotse cut of an utterance whose audio is (or will be) at ``audio_path``."""
     num_samples = len(utterance.samples)
     duration = num_samples / SAMPLE_RATE
     recording = Recording(
@@ -117,7 +117,7 @@ def write_flac(path: Path, samples: np.ndarray) -> None:
 
 
 def load_corpus(folder: str | Path) -> CutSet:
-    """The cuts of a corpus made by `build_corpus`, read lazily.
+    """Return the cuts of a corpus made by `build_corpus`, read lazily.
 
     Raises:
         RuntimeError: the folder holds no finished corpus, or was moved (its cuts hold absolute audio paths).
@@ -142,7 +142,7 @@ def cached(
     name: str = "corpus",
     version: int = 1,
 ) -> Path:
-    """A folder that is built once for each key, and never seen half built.
+    """Return a folder that is built once for each key, and never seen half built.
 
     Args:
         build: called as ``build(work, final)``: writes into ``work``, which is renamed to ``final`` at the end.
@@ -185,7 +185,7 @@ def _publish(work: Path, final: Path) -> None:
 
 
 def _finished_root(folder: Path) -> Path | None:
-    """Where the finished corpus in this folder was built; None when there is none."""
+    """Return where the finished corpus in this folder was built; None when there is none."""
     try:
         return Path(json.loads((folder / _MARKER).read_text())["root"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
@@ -208,7 +208,12 @@ def build_corpus(
     Args:
         render: picklable; depends on its job alone, so that the number of workers can't matter.
         jobs: in the order of the manifest.
+        cache_dir: parent of all corpora.
+        key: JSON values that decide the content.
+        name: readable start of the folder's name.
+        version: of the builder's code; raise it when the same key gives other content.
         num_workers: processes; None: as many as there are cores, fewer for a small corpus.
+        progress: show a progress bar.
     """
 
     def build(work: Path, final: Path) -> None:
@@ -235,7 +240,7 @@ def parallel_map(
     progress: bool = True,
     description: str = "",
 ) -> Iterator[Result]:
-    """``map`` over processes, in order, with a bar, or a line every 30 seconds in a log.
+    """Map over processes, in order, with a bar, or a line every 30 seconds in a log.
 
     One worker (or a small job) stays in this process.
     """
@@ -265,9 +270,12 @@ def _shown(results: Iterable[Result], total: int, description: str, progress: bo
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("a worker of parallel_map must be started by multiprocessing")
 
     def follow() -> None:  # a parent that is killed can't end its workers, which would wait for work forever
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True, name="parent").start()

@@ -135,9 +135,9 @@ def _find_recordings(digits_dir: str | Path) -> list[_Recording]:
     root = Path(digits_dir).expanduser()
     for folder in (root / "recordings", root):
         matches = ((path, _FILE_NAME.fullmatch(path.name)) for path in sorted(folder.glob("*.wav")))
-        found = [_Recording(int(m["digit"]), m["speaker"], int(m["index"]), path) for path, m in matches if m]
-        if found:
-            return found
+        recordings = [_Recording(int(m["digit"]), m["speaker"], int(m["index"]), path) for path, m in matches if m]
+        if recordings:
+            return recordings
     raise ValueError(f"no recordings such as 7_theo_0.wav in {root} or {root / 'recordings'}: {_REMEDY}")
 
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -50,7 +51,7 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class Speech(NamedTuple):
-    """What espeak said."""
+    """Synthesized speech with its word times."""
 
     samples: np.ndarray  # [N] float32 in [-1, 1]
     sample_rate: int  # espeak's own, 22050 Hz
@@ -58,7 +59,7 @@ class Speech(NamedTuple):
 
 
 def espeak_version() -> str:
-    """Version of the installed espeak-ng wheel; RuntimeError with the remedy where there is none."""
+    """Return the version of the installed espeak-ng wheel; RuntimeError with the remedy where there is none."""
     try:
         return importlib.metadata.version("espeakng-loader")
     except importlib.metadata.PackageNotFoundError as error:
@@ -117,7 +118,7 @@ class Espeak:
         return Speech(samples, sample_rate, _word_times(words, events, samples, sample_rate))
 
     def _check_variant(self, voice: str) -> None:
-        """espeak itself takes no notice of a variant that it does not have."""
+        """Refuse a variant that espeak does not have, since espeak itself ignores it."""
         _, plus, variant = voice.partition("+")
         folder = Path(self._data, "espeak-ng-data", "voices", "!v")
         if plus and not (folder / variant).is_file():
@@ -135,7 +136,7 @@ class Espeak:
 
 
 def _unload(library: ctypes.CDLL) -> None:
-    close = getattr(_ctypes, "dlclose", None) or _ctypes.FreeLibrary
+    close = _ctypes.FreeLibrary if sys.platform == "win32" else _ctypes.dlclose
     close(library._handle)
 
 
@@ -179,7 +180,7 @@ def _word_times(
         position += len(word) + len(_SEPARATOR)
     if [position for position, _ in events] != expected:
         raise ValueError(
-            f"espeak-ng speaks {' '.join(words)!r} as {len(events)} words, so word times can't be told; spell out "
+            f"espeak-ng speaks {' '.join(words)!r} as {len(events)} words, so word times can't be known; spell out "
             "numbers and abbreviations and leave out punctuation"
         )
     starts = [sample for _, sample in events]

@@ -147,7 +147,7 @@ class Sentence:
 
 
 def words() -> tuple[str, ...]:
-    """All spoken words, each once."""
+    """Return all spoken words, each once."""
     return tuple(SPANISH)
 
 
@@ -206,7 +206,7 @@ def _slot(category: str) -> str:
 
 
 def _after(word: str, table: tuple[str, ...]) -> str:
-    """The word that follows in the table, which is read as a ring."""
+    """Return the next word of the table, and the first behind the last."""
     return table[(table.index(word) + 1) % len(table)]
 
 

@@ -62,7 +62,7 @@ class _Job:
 
 
 def split_of(text: str) -> str:
-    """The split that a sentence belongs to, whatever the seed: by the hash of its text."""
+    """Return the split of a sentence, whatever the seed: by the hash of its text."""
     percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
     return next(split for split, share in _SHARES.items() if percent in share)
 
@@ -120,7 +120,8 @@ def build_synthetic(
 
 
 def _plan(num_utterances: int, seed: int, split: str, augment: Augment | None, with_references: bool) -> list[_Job]:
-    jobs, seen = [], set()
+    jobs: list[_Job] = []
+    seen: set[tuple[str, ...]] = set()
     for index in range(num_utterances):
         utterance_seed = stable_seed("synthetic", seed, split, index)
         rng = random.Random(utterance_seed)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from lhotse import CutSet, SupervisionSegment
@@ -60,7 +60,7 @@ class AlignConfig(Section):
 
 @dataclass
 class AlignmentReport:
-    """What was done.
+    """Counts of an alignment, and its distance from the alignments that the corpus had before.
 
     Attributes:
         counts: ``cuts``, ``aligned`` (supervisions), ``words``, and what was left out by reason: ``no_text``,
@@ -72,19 +72,20 @@ class AlignmentReport:
     starts: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)
 
-    def as_dict(self) -> dict:
-        found = {"counts": dict(sorted(self.counts.items()))}
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as it is written to JSON."""
+        content: dict[str, Any] = {"counts": dict(sorted(self.counts.items()))}
         if self.starts:
-            found["against_the_former"] = {
+            content["against_the_former"] = {
                 "words": self.starts.total(),
                 "median_start_ms": _median(self.starts),
                 "median_end_ms": _median(self.ends),
                 "median_boundary_ms": _median(self.starts + self.ends),
             }
-        return found
+        return content
 
     def add(self, other: Mapping) -> None:
-        """Adds what a shard's report says."""
+        """Add the report of a shard."""
         self.counts.update(other["counts"])
         for name in ("starts", "ends"):
             getattr(self, name).update({int(distance): count for distance, count in other[name].items()})
@@ -92,7 +93,7 @@ class AlignmentReport:
 
 @dataclass(frozen=True)
 class _Item:
-    """One supervision, ready to be heard. A word without a sound (a dash) has no tokens."""
+    """One supervision with its audio and tokens. A word without a sound (a dash) has no tokens."""
 
     cut: DataCut
     segment: SupervisionSegment
@@ -113,24 +114,25 @@ class CorpusAligner:
         self.ctc, self.config = ctc, config
         self.sounds: SoundModel | None = None
 
-    # ------------------------------------------------------------------------------------------------ what is heard
+    # ------------------------------------------------------------------------------------------------------- audio
 
     def _items(self, cuts: Iterable[DataCut], counts: Counter) -> Iterator[_Item]:
-        """The supervisions that can be aligned; the others are counted."""
+        """Yield the supervisions that can be aligned; count the others."""
         for cut in cuts:
             if not isinstance(cut, DataCut):
                 raise ValueError(f"cut {cut.id} is a {type(cut).__name__}: alignment takes single recordings")
             for segment in cut.supervisions:
                 words = tuple((segment.text or "").split())
                 tokens = [self.ctc.tokens(word) for word in words]
-                if not any(tokens):
-                    counts["no_text" if not words or None not in tokens else "unknown_word"] += 1
-                elif None in tokens:
+                known = tuple(tuple(row) for row in tokens if row is not None)
+                if not any(known):
+                    counts["no_text" if len(known) == len(words) else "unknown_word"] += 1
+                elif len(known) < len(words):
                     counts["unknown_word"] += 1
                 else:
                     samples = self._samples(cut, segment, counts)
                     if samples is not None:
-                        yield _Item(cut, segment, words, tuple(map(tuple, tokens)), samples)
+                        yield _Item(cut, segment, words, known, samples)
 
     def _samples(self, cut: DataCut, segment: SupervisionSegment, counts: Counter) -> Tensor | None:
         whole = segment.start <= 0 and segment.end >= cut.duration
@@ -155,65 +157,68 @@ class CorpusAligner:
         if batch:
             yield batch
 
-    def _hear(self, batch: Sequence[_Item]) -> tuple[list[TokenSpans | None], list[Tensor]]:
-        heard = self.ctc.hear([item.samples for item in batch])
-        spans = self.ctc.align(heard, [[t for word in item.tokens for t in word] for item in batch])
-        lengths = heard.feature_lengths.tolist()
-        values = [cepstra(mel[:, :length]) for mel, length in zip(heard.features, lengths, strict=True)]
+    def _encode(self, batch: Sequence[_Item]) -> tuple[list[TokenSpans | None], list[Tensor]]:
+        output = self.ctc.encode([item.samples for item in batch])
+        spans = self.ctc.align(output, [[t for word in item.tokens for t in word] for item in batch])
+        lengths = output.feature_lengths.tolist()
+        values = [cepstra(mel[:, :length]) for mel, length in zip(output.features, lengths, strict=True)]
         return spans, values
 
     # ------------------------------------------------------------------------------------------------------ training
 
     def learn(self, cuts: Iterable[DataCut], progress: Progress) -> SoundModel:
-        """Learns the sounds from a part of the corpus.
+        """Train the model of the sounds on a part of the corpus.
 
         Raises:
             ValueError: if CTC can align none of it.
         """
         chosen = _reservoir(cuts, self.config.learn_from, self.config.seed)
-        bar = progress.add_task("hearing a part", total=len(chosen))
+        bar = progress.add_task("aligning a part by CTC", total=len(chosen))
         stride, spoken = self.ctc.stride, []
         for batch in self._batches(self._items(chosen, Counter())):
-            spans, values = self._hear(batch)
+            spans, values = self._encode(batch)
             progress.advance(bar, len(batch))
-            for item, found, cepstral in zip(batch, spans, values, strict=True):
-                if found is None or min(_scores(item.tokens, found)) < self.config.min_score:
+            for item, own, cepstral in zip(batch, spans, values, strict=True):
+                if own is None or min(_scores(item.tokens, own)) < self.config.min_score:
                     continue
-                onsets = tuple(first * stride for first in found.first)
-                ends = tuple((last + 1) * stride for last in found.last)
+                onsets = tuple(first * stride for first in own.first)
+                ends = tuple((last + 1) * stride for last in own.last)
                 spoken.append(Spoken(cepstral.cpu(), tuple(filter(None, item.tokens)), onsets, ends))
         progress.update(bar, completed=len(chosen))
         bar = progress.add_task("learning its sounds", total=PASSES)
-        self.sounds = train_sounds(spoken, len(self.ctc.pieces), report=lambda: progress.advance(bar))
+        sounds = train_sounds(spoken, len(self.ctc.pieces), report=lambda: progress.advance(bar))
         progress.update(bar, completed=PASSES)
-        return self.sounds
+        self.sounds = sounds
+        return sounds
 
     # ----------------------------------------------------------------------------------------------------- alignment
 
     def shard(self, cuts: Sequence[DataCut]) -> tuple[list[DataCut], dict]:
-        """The cuts of a shard with their alignments, and what was counted."""
+        """Return the cuts of a shard with their alignments, and the counts of its report."""
         report = AlignmentReport()
-        found: dict[tuple[str, str], list[AlignmentItem]] = {}
+        alignments: dict[tuple[str, str], list[AlignmentItem]] = {}
         for batch in self._batches(self._items(cuts, report.counts)):
             for item, alignment in zip(batch, self._align(batch, report.counts), strict=True):
                 if alignment is not None:
-                    found[item.cut.id, item.segment.id] = alignment
+                    alignments[item.cut.id, item.segment.id] = alignment
                     _compare(item.segment, alignment, report)
         report.counts["cuts"] += len(cuts)
-        aligned = [_with_alignments(cut, found) for cut in cuts]
+        aligned = [_with_alignments(cut, alignments) for cut in cuts]
         return aligned, {name: dict(sorted(vars(report)[name].items())) for name in ("counts", "starts", "ends")}
 
     def _align(self, batch: Sequence[_Item], counts: Counter) -> Iterator[list[AlignmentItem] | None]:
-        spans, values = self._hear(batch)
+        if self.sounds is None:
+            raise RuntimeError("the aligner has no model of the sounds: call learn() first, or set `sounds`")
+        spans, values = self._encode(batch)
         chains = [self.sounds.chain(item.tokens) for item in batch]
         paths = self.sounds.paths(values, chains)
-        for item, found, chain, path in zip(batch, spans, chains, paths, strict=True):
-            frames = found and word_frames(path, chain, item.tokens)
-            if not frames:
+        for item, own, chain, path in zip(batch, spans, chains, paths, strict=True):
+            frames = None if own is None else word_frames(path, chain, item.tokens)
+            if own is None or not frames:
                 counts["too_short"] += 1
                 yield None
                 continue
-            scores = _scores(item.tokens, found)
+            scores = _scores(item.tokens, own)
             if min(scores) < self.config.min_score:
                 counts["low_score"] += 1
                 yield None
@@ -225,7 +230,7 @@ class CorpusAligner:
     def _times(
         self, item: _Item, frames: Sequence[tuple[int, int] | None], scores: Sequence[float]
     ) -> list[AlignmentItem]:
-        """In the time of the recording, as Lhotse keeps alignments."""
+        """Return the words in the time of the recording, as Lhotse keeps alignments."""
         hop = self.ctc.hop / self.ctc.sample_rate
         length = len(item.samples) / self.ctc.sample_rate
         offset = item.cut.start + max(item.segment.start, 0.0)
@@ -239,7 +244,7 @@ class CorpusAligner:
 
 
 def _scores(tokens: Sequence[Sequence[int]], spans: TokenSpans) -> list[float]:
-    """Of each word; 1 for one without a sound."""
+    """Return the score of each word; 1 for one without a sound."""
     scores, position = [], 0
     for word in tokens:
         best = torch.tensor(spans.probability[position : position + len(word)], dtype=torch.float64)
@@ -257,25 +262,25 @@ def _compare(segment: SupervisionSegment, alignment: Sequence[AlignmentItem], re
 
 
 def _median(counted: Counter) -> int:
-    """Of distances by how often they came; the lower one of two."""
+    """Return the median of distances by how often they came; the lower one of two."""
     half, distances = (counted.total() + 1) // 2, sorted(counted)
     below = accumulate(counted[distance] for distance in distances)
     return next(distance for distance, words in zip(distances, below, strict=True) if words >= half)
 
 
-def _with_alignments(cut: DataCut, found: Mapping[tuple[str, str], list[AlignmentItem]]) -> DataCut:
-    """The cut with what was found, and without the alignments that it had."""
+def _with_alignments(cut: DataCut, alignments: Mapping[tuple[str, str], list[AlignmentItem]]) -> DataCut:
+    """Return the cut with new word alignments, and without those that it had."""
 
     def aligned(segment: SupervisionSegment) -> SupervisionSegment:
         rest = {kind: items for kind, items in (segment.alignment or {}).items() if kind != "word"}
-        words = found.get((cut.id, segment.id))
+        words = alignments.get((cut.id, segment.id))
         return fastcopy(segment, alignment={**rest, "word": words} if words else rest or None)
 
     return fastcopy(cut, supervisions=[aligned(segment) for segment in cut.supervisions])
 
 
 def _reservoir(cuts: Iterable[DataCut], size: int, seed: int) -> list[DataCut]:
-    """An even draw from a stream, in its order (Vitter's algorithm R)."""
+    """Return an even draw from a stream, in its order (Vitter's algorithm R)."""
     rng, kept = random.Random(seed), []
     for number, cut in enumerate(cuts):
         if number < size:
@@ -298,7 +303,7 @@ def align_corpus(
     total: int | None = None,
     console: Console | None = None,
 ) -> AlignmentReport:
-    """Aligns a corpus, or what is left of it after a run that was killed.
+    """Align a corpus, or what is left of it after a run that was killed.
 
     Args:
         cuts: read lazily, twice: the sounds are learned first.
@@ -317,19 +322,20 @@ def align_corpus(
     aligner, report = CorpusAligner(ctc, config), AlignmentReport()
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         if (folder / SOUNDS_FILE).is_file():
-            aligner.sounds = SoundModel.load(folder / SOUNDS_FILE)
+            sounds = SoundModel.load(folder / SOUNDS_FILE)
         else:
-            aligner.learn(cuts, progress).save(folder / SOUNDS_FILE)
-        aligner.sounds = aligner.sounds.to(ctc.device)
+            sounds = aligner.learn(cuts, progress)
+            sounds.save(folder / SOUNDS_FILE)
+        aligner.sounds = sounds.to(ctc.device)
         bar = progress.add_task("aligning", total=total)
         for number, shard in enumerate(split_into_shards(cuts, config.shard_size)):
             path = shard_path(folder, number)
-            said = path.with_name(path.name.replace(".jsonl.gz", ".json"))  # behind its shard: both are there or none
-            if not said.is_file():
+            counts_file = path.with_name(path.name.replace(".jsonl.gz", ".json"))  # written behind its shard
+            if not counts_file.is_file():
                 aligned, counted = aligner.shard(shard)
                 write_shard(path, aligned)
-                _write_json(said, counted)
-            report.add(json.loads(said.read_text()))
+                _write_json(counts_file, counted)
+            report.add(json.loads(counts_file.read_text()))
             progress.advance(bar, len(shard))
     _write_json(folder / REPORT_FILE, report.as_dict())
     return report
@@ -339,8 +345,8 @@ def _check_settings(folder: Path, settings: Mapping) -> None:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         _write_json(path, settings)
-    found = json.loads(path.read_text())
-    other = sorted(key for key in settings if settings[key] != found.get(key))
+    former = json.loads(path.read_text())
+    other = sorted(key for key in settings if settings[key] != former.get(key))
     if other:
         raise ValueError(
             f"{folder} holds alignments made with other {', '.join(other)}: give another folder, or remove this one"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,19 @@ from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.prepare.alignment.viterbi import IMPOSSIBLE, best_path
 from nemo_mtbi.speech_llm.pretrained import load_asr_model
 
+if TYPE_CHECKING:
+    from nemo.collections.asr.models import ASRModel
+
 
 @dataclass(frozen=True)
-class Heard:
-    """What the model makes of a batch.
+class CTCOutput:
+    """Features and log-probabilities of a batch of utterances.
 
     Attributes:
-        features: ``[B, C, F]`` log-mel features of its front end.
-        feature_lengths: ``[B]``.
-        log_probs: ``[B, T, V]``.
-        lengths: ``[B]``.
+        features: ``[B, C, F]`` log-mel features of the model's front end.
+        feature_lengths: ``[B]`` valid feature frames.
+        log_probs: ``[B, T, V]`` log-probabilities of the tokens and CTC's blank.
+        lengths: ``[B]`` valid CTC frames.
     """
 
     features: Tensor
@@ -63,13 +67,9 @@ class CTCModel:
         ValueError: if it has no CTC head, or its frames can't be counted.
     """
 
-    def __init__(self, asr: torch.nn.Module):
+    def __init__(self, asr: ASRModel):
         self.asr = asr.eval().requires_grad_(False)
-        self.head = getattr(asr, "ctc_decoder", None) or getattr(asr, "decoder", None)
-        if not hasattr(self.head, "vocabulary") or not hasattr(self.head, "decoder_layers"):
-            raise ValueError(
-                f"{type(asr).__name__} has no CTC head, which alignment needs; give a CTC or a hybrid model of NeMo"
-            )
+        self.head = _ctc_head(asr)
         self.pieces = [str(piece) for piece in self.head.vocabulary]
         self.blank = len(self.pieces)
         self.tokenizer = getattr(asr, "tokenizer", None)
@@ -85,25 +85,27 @@ class CTCModel:
         self.stride = math.prod(stage.stride for stage in self.counter.stages) // self.hop  # features in a CTC frame
         alphabet = set("".join(self.pieces))
         self._alphabet = alphabet
-        self._fold = str.lower if not any(c.isupper() for c in alphabet) else str.upper
+        self._fold: Callable[[str], str] = str.lower if not any(c.isupper() for c in alphabet) else str.upper
         if any(c.isupper() for c in alphabet) and any(c.islower() for c in alphabet):
             self._fold = str  # cased
 
     @classmethod
     def load(cls, name: str | Path) -> CTCModel:
-        """A ``.nemo``, or ``demo``; on the CPU."""
+        """Load the model of a ``.nemo``, or that of the ``demo``, on the CPU."""
         return cls(load_asr_model(name))
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.asr.parameters()).device
 
     def to(self, device: torch.device) -> CTCModel:
+        """Move the model to a device and return it."""
         self.asr.to(device)
         return self
 
     def tokens(self, word: str) -> list[int] | None:
-        """The tokens by which the model writes a word, without its punctuation.
+        """Return the tokens by which the model writes a word, without its punctuation.
 
         Returns:
             An empty list for what has no sound (a dash); ``None`` if the word has a letter or digit that the model
@@ -118,7 +120,7 @@ class CTCModel:
         return [token for token in self.tokenizer.text_to_ids(sounded) if token != unknown] or None
 
     def _write(self, word: str) -> str | None:
-        """The characters of a word that have a sound, in the model's own alphabet; ``None`` if it lacks one."""
+        """Return the characters of a word that have a sound, in the model's own alphabet; ``None`` if it lacks one."""
         kept = []
         for c in self._fold(unicodedata.normalize("NFKC", word).replace("’", "'")):
             bare = unicodedata.normalize("NFD", c)[0]  # without its accent
@@ -130,8 +132,8 @@ class CTCModel:
         return "".join(kept).strip("'")
 
     @torch.no_grad()
-    def hear(self, audio: Sequence[Tensor]) -> Heard:
-        """Features and CTC's log-probabilities.
+    def encode(self, audio: Sequence[Tensor]) -> CTCOutput:
+        """Compute features and CTC's log-probabilities.
 
         Args:
             audio: ``[n]`` samples of each utterance at ``sample_rate``.
@@ -141,13 +143,13 @@ class CTCModel:
         features, feature_lengths = self.asr.preprocessor(input_signal=padded, length=lengths)  # [B, C, F]
         encoded, encoded_lengths = self.asr.encoder(audio_signal=features, length=feature_lengths)  # [B, D, T]
         log_probs = self.head(encoder_output=encoded)  # [B, T, V]
-        return Heard(features, feature_lengths, log_probs, encoded_lengths)
+        return CTCOutput(features, feature_lengths, log_probs, encoded_lengths)
 
-    def align(self, heard: Heard, tokens: Sequence[Sequence[int]]) -> list[TokenSpans | None]:
-        """The most probable CTC path of each utterance.
+    def align(self, output: CTCOutput, tokens: Sequence[Sequence[int]]) -> list[TokenSpans | None]:
+        """Return the token frames on the most probable CTC path of each utterance.
 
         Args:
-            heard: of ``B`` utterances.
+            output: of :meth:`encode`, for ``B`` utterances.
             tokens: of each utterance, at least one.
 
         Returns:
@@ -160,10 +162,20 @@ class CTCModel:
             row[: len(chain)] = torch.tensor(chain, device=self.device)
         may_skip = torch.zeros_like(padded, dtype=torch.bool)
         may_skip[:, 2:] = (padded[:, 2:] != self.blank) & (padded[:, 2:] != padded[:, :-2])
-        emissions = heard.log_probs.gather(2, padded[:, None].expand(-1, heard.log_probs.shape[1], -1))  # [B, T, U]
-        paths = best_path(emissions, may_skip, heard.lengths, states)
-        rows = zip(paths.cpu(), emissions.cpu(), heard.lengths.tolist(), tokens, strict=True)
+        emissions = output.log_probs.gather(2, padded[:, None].expand(-1, output.log_probs.shape[1], -1))  # [B, T, U]
+        paths = best_path(emissions, may_skip, output.lengths, states)
+        rows = zip(paths.cpu(), emissions.cpu(), output.lengths.tolist(), tokens, strict=True)
         return [_spans(path[:length], logs, len(row)) for path, logs, length, row in rows]
+
+
+def _ctc_head(asr: ASRModel) -> Any:
+    """Return the CTC decoder of a NeMo model."""
+    head = getattr(asr, "ctc_decoder", None) or getattr(asr, "decoder", None)
+    if not hasattr(head, "vocabulary") or not hasattr(head, "decoder_layers"):
+        raise ValueError(
+            f"{type(asr).__name__} has no CTC head, which alignment needs; give a CTC or a hybrid model of NeMo"
+        )
+    return head
 
 
 def _spans(path: Tensor, log_probs: Tensor, num_tokens: int) -> TokenSpans | None:

@@ -34,7 +34,7 @@ SILENCE = 0  # row of the silence; token ``i`` has the rows from ``1 + i * state
 
 
 def cepstra(features: Tensor) -> Tensor:
-    """Mel cepstra with first and second differences.
+    """Return mel cepstra with first and second differences.
 
     Args:
         features: ``[C, F]`` log-mel.
@@ -54,11 +54,11 @@ def cepstra(features: Tensor) -> Tensor:
 
 
 def _slope(values: Tensor) -> Tensor:
-    """Slope of the line through five frames, as in every MFCC front end."""
+    """Return the slope of the line through five frames, as in every MFCC front end."""
     padded = torch.nn.functional.pad(values[None], (_WINDOW, _WINDOW), mode="replicate")[0]
     size = values.shape[1]
     weighted = [step * padded[:, _WINDOW + step :][:, :size] for step in (-2, -1, 1, 2)]
-    return sum(weighted) / 10.0
+    return sum(weighted, torch.zeros_like(values)) / 10.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Chain:
 
 
 class SoundModel:
-    """See the head of this module.
+    """A Gaussian for each state of each token, with one covariance for all (see the head of this module).
 
     Args:
         means: ``[1 + V * S, 39]``.
@@ -110,21 +110,23 @@ class SoundModel:
         return -2.0 * float(self.whitening.diagonal().log().sum())
 
     def save(self, path: Path) -> None:
-        """As safetensors; whole or not at all."""
+        """Write the model as safetensors; whole or not at all."""
         content = {"means": self.means, "whitening": self.whitening, "states": torch.tensor(self.states)}
         with replacing(path) as file:
             file.write(save({name: value.cpu().contiguous() for name, value in content.items()}))
 
     @classmethod
     def load(cls, path: Path) -> SoundModel:
+        """Read a model that :meth:`save` has written."""
         content = load_file(path)
         return cls(content["means"], content["whitening"], int(content["states"]))
 
     def to(self, device: torch.device) -> SoundModel:
+        """Return this model on a device."""
         return SoundModel(self.means.to(device), self.whitening.to(device), self.states)
 
     def chain(self, words: Sequence[Sequence[int]]) -> Chain:
-        """Silence, the states of a word, silence, …"""
+        """Return the chain of an utterance: silence, the states of a word, silence, and so on."""
         rows, owners = [SILENCE], [-1]
         for index, tokens in enumerate(words):
             if not tokens:
@@ -137,7 +139,7 @@ class SoundModel:
         return Chain(torch.tensor(rows), torch.tensor(owners))
 
     def paths(self, cepstra: Sequence[Tensor], chains: Sequence[Chain]) -> list[Tensor]:
-        """The state of each frame of each utterance, as positions in its chain; ``IMPOSSIBLE`` if it is too short."""
+        """Return the state of each frame, as positions in its chain; ``IMPOSSIBLE`` if the utterance is too short."""
         device = self._centers.device
         frames = torch.tensor([len(values) for values in cepstra], device=device)
         states = torch.tensor([len(chain.rows) for chain in chains], device=device)
@@ -152,15 +154,15 @@ class SoundModel:
 
 
 def word_frames(path: Tensor, chain: Chain, words: Sequence[Sequence[int]]) -> list[tuple[int, int] | None] | None:
-    """First and last frame of each word, ``None`` for one without tokens; ``None`` in all without a path."""
+    """Return first and last frame of each word, ``None`` for one without tokens; ``None`` in all without a path."""
     if not len(path) or path[0] == IMPOSSIBLE:
         return None
     owners = chain.words[path]
-    found: list[tuple[int, int] | None] = []
+    edges: list[tuple[int, int] | None] = []
     for index, tokens in enumerate(words):
         frames = torch.nonzero(owners == index).flatten()
-        found.append((int(frames[0]), int(frames[-1])) if len(tokens) else None)
-    return found
+        edges.append((int(frames[0]), int(frames[-1])) if len(tokens) else None)
+    return edges
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -175,7 +177,7 @@ def train_sounds(
     tolerance: float = 0.005,
     report: Callable[[], None] = lambda: None,
 ) -> SoundModel:
-    """Learns the sounds of a corpus from where CTC has its tokens.
+    """Train a model of the sounds of a corpus from where CTC has its tokens.
 
     Args:
         utterances: of the corpus; some hundreds are enough.
@@ -223,20 +225,20 @@ def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _first_labels(utterances: Sequence[Spoken], vocabulary: int, states: int) -> list[Tensor]:
-    """The row of each frame as CTC has it, moved by its delay.
+    """Return the row of each frame as CTC has it, moved by its delay.
 
     A CTC model is late or early by about the same time everywhere. Of several delays the one is taken that leaves the
     states with the smallest covariance, where tokens sound most alike from one utterance to the next.
     """
-    found = []
+    candidates = []
     for delay in _DELAYS:
         labels = [_labels_of(utterance, states, delay) for utterance in utterances]
-        found.append((_fit(utterances, labels, vocabulary, states).log_covariance, labels))
-    return min(found, key=lambda entry: entry[0])[1]
+        candidates.append((_fit(utterances, labels, vocabulary, states).log_covariance, labels))
+    return min(candidates, key=lambda entry: entry[0])[1]
 
 
 def _labels_of(utterance: Spoken, states: int, delay: int) -> Tensor:
-    """Tokens from onset to onset in equal parts, and silence where CTC has none for long."""
+    """Label tokens from onset to onset in equal parts, and silence where CTC has none for long."""
     labels = torch.full((len(utterance.cepstra),), SILENCE)
     tokens = [token for word in utterance.words for token in word]
     following = (*utterance.onsets[1:], len(labels) + delay)
@@ -249,7 +251,7 @@ def _labels_of(utterance: Spoken, states: int, delay: int) -> Tensor:
 
 
 def _fit(utterances: Sequence[Spoken], labels: Sequence[Tensor], vocabulary: int, states: int) -> SoundModel:
-    """Means of the states and their common covariance."""
+    """Fit the means of the states and their common covariance."""
     size = utterances[0].cepstra.shape[1]
     sums, counts = torch.zeros(1 + vocabulary * states, size), torch.zeros(1 + vocabulary * states)
     for utterance, rows in zip(utterances, labels, strict=True):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best way through a chain of states, for a batch of utterances (Viterbi; Rabiner 1989, section III.B)."""
+"""The best path through a chain of states, for a batch of utterances (Viterbi; Rabiner 1989, section III.B)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-IMPOSSIBLE = -1  # state of all frames of an utterance that has no way, and of those behind its end
+IMPOSSIBLE = -1  # state of all frames of an utterance that has no path, and of those behind its end
 
 
 def best_path(emissions: Tensor, may_skip: Tensor, frames: Tensor, states: Tensor) -> Tensor:
-    """The states through which an utterance most probably goes, one for each frame.
+    """Return the most probable state of each frame of each utterance.
 
-    From one frame to the next a way stays in its state, goes to the next one, or leaves out the one between where
+    From one frame to the next a path stays in its state, goes to the next one, or leaves out the one between where
     that is allowed. It begins in the first or second state and ends in the last or the one before: chains have
     something optional at both ends (silence, CTC's blank).
 
@@ -52,7 +52,7 @@ def best_path(emissions: Tensor, may_skip: Tensor, frames: Tensor, states: Tenso
 
 
 def _max_of(stay: Tensor, step: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of three and which it is. ``torch.maximum`` is much faster than a maximum over a stacked axis."""
+    """Return the largest of three and which it is: much faster than a maximum over a stacked axis."""
     moved = step > stay
     best = torch.where(moved, step, stay)
     skipped = skip > best

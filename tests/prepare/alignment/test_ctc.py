@@ -23,9 +23,9 @@ def test_every_kind_aligns_a_batch_as_its_utterances(models, kind):
     audio = [0.1 * torch.randn(n, generator=generator) for n in (32000, 20000, 26000)]
     words = [WORDS[:3], WORDS[3:5], WORDS[1:4]]
     tokens = [[token for word in row for token in model.tokens(word)] for row in words]
-    together = model.align(model.hear(audio), tokens)
+    together = model.align(model.encode(audio), tokens)
     for samples, row, found in zip(audio, tokens, together, strict=True):
-        (alone,) = model.align(model.hear([samples]), [row])
+        (alone,) = model.align(model.encode([samples]), [row])
         assert (alone.first, alone.last) == (found.first, found.last)
         assert alone.probability == pytest.approx(found.probability, rel=1e-3)
         assert len(found.first) == len(row) and list(found.first) == sorted(found.first)
@@ -34,17 +34,17 @@ def test_every_kind_aligns_a_batch_as_its_utterances(models, kind):
 
 
 def test_the_frames_of_features_and_of_ctc_fit_together(models):
-    heard = models["ctc"].hear([torch.randn(48000)])
+    output = models["ctc"].encode([torch.randn(48000)])
     assert models["ctc"].hop == 160 and models["ctc"].stride == 8
-    assert heard.log_probs.shape[2] == len(models["ctc"].pieces) + 1
-    assert heard.log_probs.exp().sum(-1) == pytest.approx(torch.ones(heard.log_probs.shape[:2]), abs=1e-4)
-    assert abs(int(heard.feature_lengths) / models["ctc"].stride - int(heard.lengths)) <= 1
+    assert output.log_probs.shape[2] == len(models["ctc"].pieces) + 1
+    assert output.log_probs.exp().sum(-1) == pytest.approx(torch.ones(output.log_probs.shape[:2]), abs=1e-4)
+    assert abs(int(output.feature_lengths) / models["ctc"].stride - int(output.lengths)) <= 1
 
 
 def test_an_utterance_that_is_too_short_has_no_alignment(models):
     model = models["ctc"]
     row = [token for _ in range(30) for token in model.tokens(WORDS[0])]
-    assert model.align(model.hear([torch.randn(8000)]), [row]) == [None]
+    assert model.align(model.encode([torch.randn(8000)]), [row]) == [None]
 
 
 @pytest.mark.parametrize(
