@@ -9,8 +9,8 @@ import yaml
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.encoders.base import SpeechEncoder
-from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.encoders.nemo_parts import fill_encoder
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.encoders.registry import ENCODERS, NEMO, name_of
 from nemo_mtbi.io.nemo_tar import NemoFile, read_yaml
 from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors
