@@ -23,7 +23,10 @@ setup(
     # The folder conf/ is nemo_mtbi/conf in a wheel; an install in place reads conf/ itself (config_folder).
     packages=[*find_packages(include=["nemo_mtbi", "nemo_mtbi.*"]), "nemo_mtbi.conf", "nemo_mtbi.conf.rival"],
     package_dir={"nemo_mtbi.conf": "conf"},
-    package_data={"nemo_mtbi": ["assets/**", "py.typed"], "nemo_mtbi.conf": ["*.yaml", "*.txt", "rival/*.yaml"]},
+    package_data={
+        "nemo_mtbi": ["assets/**", "evaluation/templates/*", "py.typed"],
+        "nemo_mtbi.conf": ["*.yaml", "*.txt", "rival/*.yaml"],
+    },
     entry_points={"console_scripts": ["mtbi = nemo_mtbi.commands.mtbi:main"]},
     install_requires=[
         # NeMo 3 has no extra `nlp` any more; pip says so and installs it without.

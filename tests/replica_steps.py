@@ -4,7 +4,7 @@
 import torch
 
 from nemo_mtbi.config.parallel import ParallelConfig
-from nemo_mtbi.data.dataset import Passes
+from nemo_mtbi.data.passes import Passes
 from nemo_mtbi.layouts.layout import RowInfo, StepBatch, collate, make_row, speech
 from nemo_mtbi.parallel import groups
 

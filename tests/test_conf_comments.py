@@ -19,6 +19,11 @@ FILES = sorted(ROOT.glob("conf/**/*.yaml"))
 BASE = {"pretrained_asr": "demo", "pretrained_llm": "demo"}
 
 
+def together(*names: str) -> str:
+    """The text of several configurations of ``conf/``."""
+    return "\n".join((ROOT / "conf" / f"{name}.yaml").read_text(encoding="utf-8") for name in names)
+
+
 def comment(text: str, key: str) -> str:
     """A key's line with the comment lines that follow it."""
     lines = text.splitlines()
@@ -30,10 +35,9 @@ def comment(text: str, key: str) -> str:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_files_and_sections_that_are_cited_exist(path):
     text = path.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    for section in re.findall(r'README[^"\n]*"([^"]+)"', text):
-        assert section in headings
-    for name in re.findall(r"(?:scripts|examples|nemo_mtbi|conf)/[\w./]+\.(?:py|sh|yaml)", text):
+    for page, section in re.findall(r'([\w/]+\.md)[^"\n]*"([^"]+)"', text):
+        assert section in re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"(?:scripts|examples|nemo_mtbi|conf|docs)/[\w./]+\.(?:py|sh|yaml|md)", text):
         assert (ROOT / name).is_file(), name
 
 
@@ -48,7 +52,7 @@ def test_files_and_sections_that_are_cited_exist(path):
     ],
 )
 def test_choices_are_all_named(line, section, name):
-    text = comment((ROOT / "conf" / "mtbi_demo.yaml").read_text(encoding="utf-8"), line)
+    text = comment(together("mtbi_demo", "mtbi_base"), line)
     assert [choice for choice in choices(section, name) if not re.search(rf"\b{choice}\b", text)] == []
 
 
@@ -60,6 +64,6 @@ def test_kinds_of_systems_are_all_shown():
 @pytest.mark.parametrize("name", ["mtbi_demo", "mtbi_large"])
 @pytest.mark.parametrize("key", ["encoder", "chat", "llm", "lora"])
 def test_sections_that_are_shown_in_comments_are_legal(name, key):
-    text = comment((ROOT / "conf" / f"{name}.yaml").read_text(encoding="utf-8"), f"{key}: null")
+    text = comment(together(name, "mtbi_base"), f"{key}: null")
     for shown in re.findall(r"\{(?:[^{}]|\{[^{}]*\})*\}", text):
         parse_model_config({**BASE, key: yaml.safe_load(shown)})

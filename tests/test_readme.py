@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the README, run as they stand, where small models lie under the names that they use."""
+"""The commands of the how-to pages, run as they stand, where small models have the names that they use."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from nemo_mtbi.demo.corpora.synthetic import build_synthetic
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 ROOT = Path(nemo_mtbi.__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PART, LLM, ASR = "train-clean-100", "Qwen2.5-7B-Instruct", "stt_en_fastconformer_ctc_large.nemo"
 # What makes a run short; everything else is the command's own.
 SHORT = {
@@ -39,8 +39,9 @@ DATA = ["model.train_ds.cuts_path=targets/cuts.jsonl.gz", "model.validation_ds.c
 
 
 def commands(section):
-    """The shell commands of a section."""
-    text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", README.read_text(), re.MULTILINE | re.DOTALL).group(1)
+    """The shell commands of a section, which stands on one page."""
+    pattern = re.compile(rf"^## {section}\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    (text,) = [text for page in PAGES for text in pattern.findall(page.read_text())]
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
@@ -71,7 +72,7 @@ def place(tmp_path_factory):
     demo = ROOT / "nemo_mtbi" / "assets" / "demo"
     shutil.copy(demo / "encoder.nemo", folder / ASR)
     shutil.copy(demo / "tasks.yaml", folder / "tasks.yaml")
-    blend = re.search(r"```yaml\n(# blend.*?)```", README.read_text(), re.DOTALL).group(1)
+    blend = re.search(r"```yaml\n(# blend.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL).group(1)
     (folder / "blend.yaml").write_text(blend.replace("0..28", "0..0"))  # ours fits into one shard
     return folder
 

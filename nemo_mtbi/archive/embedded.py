@@ -10,6 +10,7 @@ from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.config.schema import read_section
 from nemo_mtbi.encoders.base import SpeechEncoder
 from nemo_mtbi.encoders.nemo_parts import fill_encoder
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.encoders.registry import ENCODERS, NEMO, name_of
 from nemo_mtbi.io.nemo_tar import NemoFile, read_yaml
 from nemo_mtbi.io.tensor_file import ArchiveError, StoredTensors
@@ -40,7 +41,7 @@ def check_architecture(settings: bytes, tensors: StoredTensors) -> None:
         raise ArchiveError(f"{LLM_SETTINGS} describes {wanted} weights, but {LLM_WEIGHTS} has {numbers}")
 
 
-def encoder_settings(encoder: SpeechEncoder) -> bytes:
+def encoder_settings(encoder: AnyEncoder | None) -> bytes:
     """Return the values that front end and encoder are built from, as YAML.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's tokenizers behind the few methods that a chat format asks for."""
+"""Hugging Face's tokenizers behind the few methods that chat formats use."""
 
 from __future__ import annotations
 
@@ -76,52 +76,52 @@ class HFTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Of tokens, with those that were added."""
+        """Number of tokens, with those that were added."""
         return len(self.tokenizer)
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
-        """Tokens that stand for themselves and are no part of a text, such as ``<|im_end|>``."""
+        """Names of tokens that are not text, such as ``<|im_end|>``."""
         return tuple(self._control)
 
     @property
     def begin(self) -> str | None:
-        """The token that the files name as the beginning of a text."""
+        """Name of the token that begins a text, if the files say so."""
         return self.tokenizer.bos_token
 
     @property
     def end(self) -> str | None:
-        """The token that the files name as the end of a text."""
+        """Name of the token that ends a text, if the files say so."""
         return self.tokenizer.eos_token
 
     @property
     def end_id(self) -> int | None:
-        """The id of :attr:`end`."""
+        """Id of :attr:`end`."""
         return self.tokenizer.eos_token_id
 
     def strips(self, token: str) -> tuple[bool, bool]:
-        """Whether a control token takes white space before it, and behind it, out of a rendered text."""
-        found = self.tokenizer.added_tokens_decoder[self._control[token]]
-        return found.lstrip, found.rstrip
+        """Return whether a control token takes white space before it, and behind it, out of a rendered text."""
+        added = self.tokenizer.added_tokens_decoder[self._control[token]]
+        return added.lstrip, added.rstrip
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a control token; ``None`` for what is text."""
+        """Return the id of a control token; ``None`` for what is text."""
         return self._control.get(token)
 
     def text_to_ids(self, text: str) -> list[int]:
-        """Token ids of a text; no token is added, and a control token's name in it is text like any other."""
+        """Return the token ids of a text; no token is added, and the name of a control token in it is text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def rendered_to_ids(self, text: str) -> list[int]:
-        """Token ids of what :meth:`render` gives, in which the names of control tokens stand for them."""
+        """Return the token ids of what :meth:`render` gives, in which names of control tokens stand for them."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def ids_to_text(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without control tokens."""
+        """Return the text of tokens, without control tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render(self, messages: Sequence[dict[str, str]], generation_prompt: bool, options: dict[str, Any]) -> str:
-        """The text of a conversation by the tokenizer's own chat template.
+        """Return the text of a conversation by the tokenizer's own chat template.
 
         Args:
             messages: each with ``role`` and ``content``.
@@ -165,7 +165,7 @@ def _stored_tokens(folder: Path) -> set[tuple[str, int]]:
 
 
 def _pieces(path: Path) -> set[tuple[str, int]]:
-    """Return those of a SentencePiece model; nothing of a file of that name in another form, such as Llama 3's own."""
+    """Return the pieces of a SentencePiece model; none of a file of that name in another form, as Llama 3's own."""
     import sentencepiece
 
     try:
@@ -176,18 +176,19 @@ def _pieces(path: Path) -> set[tuple[str, int]]:
 
 
 def _read_tokens(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield the tokens, with their ids, of all JSON files of a tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json"):
         if not (folder / name).is_file():
             continue
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         if name == "tokenizer_config.json":
-            found = ((entry["content"], int(i)) for i, entry in (content.get("added_tokens_decoder") or {}).items())
+            tokens = ((entry["content"], int(i)) for i, entry in (content.get("added_tokens_decoder") or {}).items())
         elif name == "tokenizer.json":
             vocabulary = (content.get("model") or {}).get("vocab") or {}
             if not isinstance(vocabulary, dict):  # Unigram: pairs of piece and score
                 vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
             yield from vocabulary.items()
-            found = ((entry["content"], entry["id"]) for entry in content.get("added_tokens") or ())
+            tokens = ((entry["content"], entry["id"]) for entry in content.get("added_tokens") or ())
         else:
-            found = content.items()
-        yield from found
+            tokens = content.items()
+        yield from tokens

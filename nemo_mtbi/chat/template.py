@@ -23,11 +23,11 @@ Render = Callable[[Sequence[dict[str, str]], bool], str]
 
 
 def chat_format(tokenizer: Any, config: ChatConfig, ends: Iterable[int] = ()) -> ChatFormat:
-    """The chat format of an LLM.
+    """Return the chat format of an LLM.
 
     Args:
         tokenizer: a :class:`HFTokenizer`, or with ``config.format`` any of NeMo's.
-        config: what is asked for.
+        config: the section ``model.chat``.
         ends: ids at which the LLM ends an answer, beside those of format and tokenizer.
 
     Raises:
@@ -38,21 +38,25 @@ def chat_format(tokenizer: Any, config: ChatConfig, ends: Iterable[int] = ()) ->
     user = {"role": "user", "content": config.separator.join(_PLACES[config.audio])}
     messages.append(user)
     render = _by_formatter(config.format, tokenizer) if config.format else _by_template(tokenizer, config.options)
-    asked = render(messages, True)
+    # 1. Let the template render a turn and an answer with slots in place of their contents.
+    question = render(messages, True)
     answer = {"role": "assistant", "content": ANSWER}
     answered = render([*messages, answer], False)
-    for text, slots in ((asked, (PROMPT, AUDIO)), (answered, (ANSWER,))):
+    checks: tuple[tuple[str, tuple[str, ...]], ...] = ((question, (PROMPT, AUDIO)), (answered, (ANSWER,)))
+    for text, slots in checks:
         missing = [slot for slot in slots if text.count(slot) != 1]
         if missing:
             raise ValueError(f"the chat format must say {' and '.join(missing)} exactly once, but gives {text!r}")
-    if (config.system or "").strip() not in asked:
-        raise ValueError(f"the chat format has no place for model.chat.system: it gives {asked!r}; leave it out")
+    if (config.system or "").strip() not in question:
+        raise ValueError(f"the chat format has no place for model.chat.system: it gives {question!r}; leave it out")
+    # 2. Split what it renders at slots and control tokens.
     control = control_tokens(tokenizer)
     end = _end(answered, control, tokenizer)
     more, single = _further(render, [*messages, answer, user], control, end)
-    parts, more = _as_tokenized(_split(asked, control), tokenizer, control), more and (end, *more)
+    parts, more = _as_tokenized(_split(question, control), tokenizer, control), more and (end, *more)
     more = _as_tokenized(more, tokenizer, control)[1:]
     chat = ChatFormat(parts, end, tokenizer, more, (*ends, *end_of_text(tokenizer)), single)
+    # 3. Compare with the template on conversations of one, two and three turns.
     difference = _difference(chat, render, messages[:-1], config, 1)
     if difference:
         raise ValueError(f"the chat format can't be put together from parts: {difference}")
@@ -64,47 +68,48 @@ def chat_format(tokenizer: Any, config: ChatConfig, ends: Iterable[int] = ()) ->
 
 
 def end_of_text(tokenizer: Any) -> tuple[int, ...]:
-    """The id of the token that the tokenizer names as the end of a text, if there is one."""
-    found = tokenizer.end_id if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenizer.eos_id()
-    return () if found is None or found < 0 else (int(found),)
+    """Return the id of the token that the tokenizer names as the end of a text, if there is one."""
+    index = tokenizer.end_id if isinstance(tokenizer, HFTokenizer) else tokenizer.tokenizer.eos_id()
+    return () if index is None or index < 0 else (int(index),)
 
 
 def _further(
     render: Render, messages: Sequence[dict[str, str]], control: Sequence[str], end: str
 ) -> tuple[Sequence[str], str]:
-    """The parts of a further turn, from behind the end of an answer on, or why there are none."""
+    """Return the parts of a further turn, from behind the end of an answer on, or why there are none."""
     try:
         rendered = render(messages, True)
     except ValueError as error:
         return (), str(error)
     _, *rest = rendered.split(ANSWER)
-    found, *parts = _split(rest[0], control) if len(rest) == 1 else [None]
-    whole = found == end and all(parts.count(slot) == 1 for slot in (PROMPT, AUDIO))
-    return (parts, "") if whole else ((), f"a conversation of two turns is {rendered!r}")
+    first, *parts = _split(rest[0], control) if len(rest) == 1 else [""]
+    if first == end and all(parts.count(slot) == 1 for slot in (PROMPT, AUDIO)):
+        return parts, ""
+    return (), f"a conversation of two turns is {rendered!r}"
 
 
 def _as_tokenized(parts: Sequence[str], tokenizer: Any, control: Sequence[str]) -> tuple[str, ...]:
-    """The parts without the white space that control tokens beside it take out of a text."""
-    found = list(parts)
-    for index, part in enumerate(found):
+    """Return the parts without the white space that control tokens beside it take out of a text."""
+    kept = list(parts)
+    for index, part in enumerate(kept):
         if part not in control or not isinstance(tokenizer, HFTokenizer):
             continue
         before, behind = tokenizer.strips(part)
-        if before and index and found[index - 1] not in control:
-            found[index - 1] = found[index - 1].rstrip()
-        if behind and index + 1 < len(found) and found[index + 1] not in control:
-            found[index + 1] = found[index + 1].lstrip()
-    return tuple(part for part in found if part)
+        if before and index and kept[index - 1] not in control:
+            kept[index - 1] = kept[index - 1].rstrip()
+        if behind and index + 1 < len(kept) and kept[index + 1] not in control:
+            kept[index + 1] = kept[index + 1].lstrip()
+    return tuple(part for part in kept if part)
 
 
 def _difference(
     chat: ChatFormat, render: Render, system: Sequence[dict[str, str]], config: ChatConfig, turns: int
 ) -> str:
-    """In what a conversation of some turns differs from what the LLM's template gives; nothing where it does not."""
+    """Return how a conversation of some turns differs from what the LLM's template gives; empty if it does not."""
     messages, order = list(system), _PLACES[config.audio]
     contents = []
-    for number, (asked, words) in enumerate(_PROBES[:turns]):
-        said = tuple({PROMPT: asked, AUDIO: words}[slot] for slot in order)
+    for number, (prompt, words) in enumerate(_PROBES[:turns]):
+        said = tuple({PROMPT: prompt, AUDIO: words}[slot] for slot in order)
         contents.append(said)
         messages += [{"role": "assistant", "content": _ANSWERS[number - 1]}] if number else []
         messages.append({"role": "user", "content": config.separator.join(said)})
@@ -125,7 +130,7 @@ def _difference(
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Tokens that are no text, by their names."""
+    """Return the names of the tokens that are not text."""
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.control_tokens
     pieces = tokenizer.tokenizer  # NeMo's SentencePieceTokenizer
@@ -133,22 +138,23 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def _split(text: str, control: Iterable[str]) -> list[str]:
-    """A rendered turn as parts: slots, control tokens and texts."""
+    """Return the parts of a rendered turn: slots, control tokens and texts."""
     names = sorted({PROMPT, AUDIO, *control}, key=len, reverse=True)  # the longest that fits
     return [part for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if part]
 
 
 def _end(answered: str, control: Sequence[str], tokenizer: Any) -> str:
-    """The token that ends an answer: the first one behind it."""
+    """Return the token that ends an answer: the first one behind it."""
     rest = answered.split(ANSWER)[1]
-    found = next((part for part in _split(rest, control) if part in control), None)
-    found = found or rest.strip() or _sentence_marks(tokenizer)[1]
-    if not found:
+    token = next((part for part in _split(rest, control) if part in control), None)
+    token = token or rest.strip() or _sentence_marks(tokenizer)[1]
+    if not token:
         raise ValueError("neither the chat format nor the tokenizer has a token that ends an answer")
-    return found  # the format refuses what is no token
+    return token  # ChatFormat refuses what is not a token
 
 
 def _by_template(tokenizer: Any, options: Mapping[str, Any]) -> Render:
+    """Return the rendering by the tokenizer's own template."""
     if not isinstance(tokenizer, HFTokenizer):
         raise ValueError(
             "a SentencePiece tokenizer has no chat template: name a prompt format, as in model.chat={format: llama2}"
@@ -157,7 +163,7 @@ def _by_template(tokenizer: Any, options: Mapping[str, Any]) -> Render:
 
 
 def _by_formatter(name: str, tokenizer: Any) -> Render:
-    """By one of NeMo's prompt formatters."""
+    """Return the rendering by one of NeMo's prompt formatters."""
     from nemo.collections.common.prompts import PromptFormatter
     from nemo.collections.common.prompts.formatter import BOS_SLOT, EOS_SLOT
 
@@ -177,7 +183,7 @@ def _by_formatter(name: str, tokenizer: Any) -> Render:
         return text
 
     def render(messages: Sequence[dict[str, str]], generation: bool) -> str:
-        turns = [(message["role"], message["content"]) for message in messages]
+        turns: list[tuple[str, ...]] = [(message["role"], message["content"]) for message in messages]
         if turns[0][0] == "system" and "system_and_user" in roles:  # Llama 2 says both in one turn
             turns[:2] = [("system_and_user", turns[0][1], turns[1][1])]
         text = first if formatter.INSERT_BOS else ""
@@ -190,8 +196,9 @@ def _by_formatter(name: str, tokenizer: Any) -> Render:
 
 
 def _sentence_marks(tokenizer: Any) -> tuple[str, str]:
-    """Names of the tokens that begin and end a text; empty where there is none."""
+    """Return the names of the tokens that begin and end a text; empty where there is none."""
     if isinstance(tokenizer, HFTokenizer):
         return tokenizer.begin or "", tokenizer.end or ""
     pieces = tokenizer.tokenizer
-    return tuple(pieces.id_to_piece(i) if i >= 0 else "" for i in (pieces.bos_id(), pieces.eos_id()))
+    begin, end = (pieces.id_to_piece(i) if i >= 0 else "" for i in (pieces.bos_id(), pieces.eos_id()))
+    return begin, end

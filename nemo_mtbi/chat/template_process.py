@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates are rendered in a process of their own, with limits of time, memory and length.
+"""Renders chat templates in a process of their own, with limits of time, memory and length.
 
 The process starts with the first template, answers all of them, and ends with this one. It has none of this one's
 environment.
@@ -36,7 +36,7 @@ class _Worker:
     """A process that renders templates."""
 
     def __init__(self) -> None:
-        packages = {str(Path(find_spec(name).origin).parents[1]) for name in ("jinja2", "markupsafe")}
+        packages = {_folder_of(name) for name in ("jinja2", "markupsafe")}
         limits = map(str, (CPU_SECONDS, MEMORY, LONGEST))
         self.owner = os.getpid()
         self.process = subprocess.Popen(
@@ -48,12 +48,15 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for this process, which ends that one
             env={name: os.environ[name] for name in _KEPT if name in os.environ},
         )
-        self._rest = b""
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("the process that renders chat templates has no pipes")
+        self._requests, self._answers = self.process.stdin.fileno(), self.process.stdout.fileno()
+        self._rest = b""  # of an answer, read ahead
         if "ready" not in (self._read() or {}):
             self.close()
             raise RuntimeError(f"{sys.executable} can't start the process that renders chat templates")
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the answer to a request; ``None`` if the process has met its limits."""
         try:
             self._write(json.dumps(request).encode() + b"\n")
@@ -63,15 +66,15 @@ class _Worker:
 
     def _write(self, content: bytes) -> None:
         while content:
-            content = content[self.process.stdin.write(content) :]
+            content = content[os.write(self._requests, content) :]
 
     def _read(self) -> dict[str, Any] | None:
-        end, out = time.monotonic() + _PATIENCE, self.process.stdout
+        end = time.monotonic() + _PATIENCE
         while b"\n" not in self._rest:
             left = end - time.monotonic()
-            if left <= 0 or not select.select([out], [], [], left)[0]:
+            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
                 return None
-            block = os.read(out.fileno(), 2**16)
+            block = os.read(self._answers, 2**16)
             if not block:
                 return None
             self._rest += block
@@ -80,11 +83,20 @@ class _Worker:
 
     def close(self) -> None:
         """End the process, unless it is that of the process this one was forked from."""
-        self.process.stdin.close()
-        self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
+
+
+def _folder_of(package: str) -> str:
+    """Return the folder that a package lies in."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"{package} is not installed, and chat templates can't be rendered: install nemo_mtbi anew")
+    return str(Path(spec.origin).parents[1])
 
 
 _worker: _Worker | None = None
@@ -110,7 +122,7 @@ def render_template(template: str, variables: Mapping[str, Any]) -> str:
             _worker = None
         if _worker is None:
             _worker = _Worker()
-        answer = _worker.ask(request)
+        answer = _worker.answer(request)
         if answer is None:
             _worker.close()
             _worker = None

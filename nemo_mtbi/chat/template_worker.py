@@ -25,6 +25,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser):
+        """Return the statements within the tag."""
         next(parser.stream)
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
@@ -42,6 +43,7 @@ class Dict:
     """``dict`` without its attributes."""
 
     def __call__(self, *args, **kwargs):
+        """Return a new dictionary."""
         return dict(*args, **kwargs)
 
 

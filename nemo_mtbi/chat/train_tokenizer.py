@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small SentencePiece tokenizers for models that are trained here."""
+"""Trains small SentencePiece tokenizers."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def train_tokenizer(
@@ -15,7 +16,7 @@ def train_tokenizer(
     sentence_marks: bool = True,
     whole_words: bool = True,
 ) -> bytes:
-    """A byte-pair SentencePiece model made for ``words``.
+    """Return a byte-pair SentencePiece model made for ``words``.
 
     Args:
         words: words, with the characters in front of which they also stand (``"fox`` beside ``fox``).
@@ -33,7 +34,9 @@ def train_tokenizer(
     import sentencepiece
 
     words = sorted(set(words))
-    marks = dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3) if sentence_marks else dict(bos_id=-1, eos_id=-1)
+    marks: dict[str, Any] = (
+        dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3) if sentence_marks else dict(bos_id=-1, eos_id=-1)
+    )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([word for word in words for _ in range(60)]),

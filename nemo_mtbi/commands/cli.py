@@ -94,6 +94,15 @@ def _description(task: Callable[[DictConfig], Any]) -> str:
     return (getattr(module, "__doc__", None) or task.__doc__ or "").strip()
 
 
+def _with_defaults(folder: Path, name: str) -> list[Path]:
+    """Return the YAML of a name, and below it those that its ``defaults`` name."""
+    path = folder / f"{name}.yaml"
+    content = OmegaConf.load(path) if path.is_file() else None
+    bases = content.get("defaults", []) if isinstance(content, DictConfig) else []
+    names = [base for base in bases if isinstance(base, str) and base != "_self_"]
+    return [path, *(below for base in names for below in _with_defaults(folder, base))]
+
+
 def _answer(
     task: Callable[[DictConfig], Any], config_path: str, config_name: str, args: argparse.Namespace, description: str
 ) -> None:
@@ -101,9 +110,9 @@ def _answer(
     import hydra
 
     if args.help:
-        chosen = args.config_name or config_name
+        chosen = _with_defaults(Path(args.config_path or config_path), args.config_name or config_name)
         print(description)
-        print(f"\nEach key is explained in {Path(args.config_path or config_path) / chosen}.yaml\n", flush=True)
+        print("\nEach key is explained in", "\nand in ".join(map(str, chosen)), end="\n\n", flush=True)
     if args.resolve:
         # NeMo registers these two for its configs (replacing what stands there); resolving needs them without NeMo.
         OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)

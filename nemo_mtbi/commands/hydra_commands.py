@@ -201,13 +201,9 @@ def evaluate(cfg: DictConfig) -> None:
     # All of the configuration is checked before a model is loaded.
     config = parse_eval_config(cfg)
 
-    from nemo_mtbi.commands.evaluate import Backends, run
-    from nemo_mtbi.encoders.ctc import transcribe_ctc
-    from nemo_mtbi.evaluation.inspection import inspect_nemo
-    from nemo_mtbi.llm.directory import file_digest
-    from nemo_mtbi.models.mtbi_model import MTBIModel
+    from nemo_mtbi.commands.evaluate import run
 
-    report = run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
+    report = run(config)
     if report is not None:
         print(f"report: {report}")
 

@@ -7,7 +7,7 @@ import inspect
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,11 +26,21 @@ from nemo_mtbi.commands.run_folder import spare_inputs
 from nemo_mtbi.config.checks import OneOf, suggestion
 from nemo_mtbi.config.model import ModelConfig, parse_model_config
 from nemo_mtbi.config.schema import explain, read_section
-from nemo_mtbi.data.gate import GatedCuts, open_manifest
+from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.demo.recipe import DataConfig, Prepared, load_pool, parse_data_config, prepare
-from nemo_mtbi.evaluation.benchmark import run_benchmark
-from nemo_mtbi.evaluation.report import Answer, examples_markdown, render, summarize, write_results
+from nemo_mtbi.evaluation.benchmark import (
+    TrainingRecord,
+    benchmark_config,
+    benchmark_results,
+    benchmark_set,
+    run_benchmark,
+)
+from nemo_mtbi.evaluation.examples import Example, examples_markdown, examples_of
+from nemo_mtbi.evaluation.files import write_json
+from nemo_mtbi.evaluation.items import EvalSet
+from nemo_mtbi.evaluation.systems import SpeechSystem, TextSystem
+from nemo_mtbi.evaluation.terminal import print_summary
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.io.sources import FILES
 from nemo_mtbi.models.mtbi_model import MTBIModel
@@ -40,8 +50,8 @@ from nemo_mtbi.parallel.checkpoint.plugin import ShardedCheckpointIO
 from nemo_mtbi.parallel.settings import check_same
 from nemo_mtbi.parallel.stop import Remedies, StopOnSignal, explained
 from nemo_mtbi.parallel.strategy import MTBIStrategy
-from nemo_mtbi.planning.layout_table import show_start
 from nemo_mtbi.planning.build import make_plan
+from nemo_mtbi.planning.layout_table import show_start
 from nemo_mtbi.planning.report import show_plan
 from nemo_mtbi.speech_llm.model import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_text_llm
@@ -183,9 +193,9 @@ def _run(
             cfg.model.pretrained_asr = prepared.pretrained_asr
             cfg.model.train_ds.cuts_path = str(prepared.train)
             cfg.model.validation_ds.cuts_path = str(prepared.validation)
-    wanted = test if benchmark.enabled and test else None
-    if wanted:
-        _benchmark_cuts(wanted)  # refuse what can't be read now, and not after the training
+    questions = None  # of the benchmark; made now, so that errors in them cost no time
+    if benchmark.enabled and test:
+        questions = _benchmark_questions(test, pool, benchmark.seed)
     seed_everything(cfg.seed, verbose=False)
     model = MTBIModel(cfg.model, trainer)
     model.maybe_init_from_pretrained_checkpoint(cfg)
@@ -203,14 +213,9 @@ def _run(
         _say("time is over", early)
     nemo = written = run.folder / f"{cfg.name}.nemo"
     model.save_to(str(nemo))
-    if wanted:
+    if questions is not None:
         _say("benchmark", "every task on every test utterance, by text and by speech")
-        cuts = _benchmark_cuts(wanted)
-        answers = run_benchmark(model.responder(), cuts, pool, benchmark.seed, reader=_reader(model))
-        figures = {"seconds": watch.seconds, "steps": trainer.global_step, "peak_rss_gib": peak_rss_gib()}
-        written = run.folder / "results.json"
-        if groups.is_global_first():
-            _report(answers, written, trainer, seed=cfg.seed, train=figures, nemo=nemo)
+        written = _benchmark(cfg, model, trainer, questions, nemo, watch.seconds)
     _say(
         "done",
         f"{time.monotonic() - started:.0f} s in all, {watch.seconds:.0f} s of them training; model: {nemo}"
@@ -247,7 +252,7 @@ def benchmark_source(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepa
 
 def _reader(model: MTBIModel) -> Responder | None:
     """Return the LLM before training where its own weights were trained, else ``None``; it is loaded a second time."""
-    if not model.speech_llm.decoder.trains:
+    if not model.speech_llm.llm_state.weights_train:
         return None
     config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
     llm = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)
@@ -334,19 +339,37 @@ def _check_keys(given: Mapping, known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what}{key}: {suggestion(key, known)}")
 
 
-def _benchmark_cuts(path: str) -> GatedCuts:
-    return open_manifest(path, FILES, remedy="leave the cut out", key="benchmark.cuts")
+def _benchmark_questions(path: str, pool: TaskPool, seed: int) -> EvalSet:
+    """Return the questions of the benchmark about the cuts of a manifest."""
+    cuts = open_manifest(path, FILES, remedy="leave the cut out", key="benchmark.cuts")
+    return benchmark_set(cuts, pool, seed)
 
 
-def _report(answers: list[Answer], path: Path, trainer: Trainer, *, seed: int, train: dict, nemo: Path) -> None:
-    """Print the tables, write ``results.json``, and put figures and examples on TensorBoard."""
-    summary = summarize(answers)
-    render(summary, answers, console)
-    write_results(path, summary=summary, seed=seed, train=train, nemo_path=str(nemo))
+def _benchmark(
+    cfg: DictConfig, model: MTBIModel, trainer: Trainer, questions: EvalSet, nemo: Path, seconds: float
+) -> Path:
+    """Evaluate a trained model against its text LLM, and report; return the path of ``results.json``."""
+    reader, path = _reader(model), nemo.parent / "results.json"
+    text = TextSystem(reader or model.responder().without_adapters())
+    answered = run_benchmark(SpeechSystem(model.responder()), text, questions)
+    if groups.is_global_first():
+        llm = model.config.pretrained_llm if reader else None
+        config = benchmark_config(f"{cfg.name} after training", nemo, llm)
+        record = TrainingRecord(seconds, trainer.global_step, peak_rss_gib())
+        results = benchmark_results(config, answered, cfg.seed, record)
+        examples = examples_of(answered, config)
+        print_summary(results, examples, console)
+        write_json(path, results)
+        _log_benchmark(trainer, results, examples)
+    return path
+
+
+def _log_benchmark(trainer: Trainer, results: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Put figures and examples of the benchmark on TensorBoard."""
     board = getattr(trainer.logger, "experiment", None)
     if board is not None and hasattr(board, "add_text"):  # other loggers than TensorBoard's have other methods
-        board.add_text("examples", examples_markdown(answers), trainer.global_step)
-        for group, figures in summary["behavior"].items():
+        board.add_text("examples", examples_markdown(examples), trainer.global_step)
+        for group, figures in results["behavior"].items():
             if figures["n"]:
                 board.add_scalar(f"benchmark/{group}", figures["agreement"], trainer.global_step)
         board.flush()

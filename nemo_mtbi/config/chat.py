@@ -11,7 +11,7 @@ from nemo_mtbi.config.checks import OneOf, Section
 
 @dataclass
 class ChatConfig(Section):
-    """How a prompt and speech are put into the LLM's chat format.
+    """Chat format of the LLM, and the place of the speech in it.
 
     Attributes:
         format: name of one of NeMo's prompt formatters, such as ``llama3``, ``qwen`` or ``mistral``; ``null``: the

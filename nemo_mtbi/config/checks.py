@@ -12,9 +12,8 @@ import math
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, ClassVar
 
 
@@ -48,12 +47,18 @@ class OneOf(Rule):
 
     Args:
         choices: the legal texts.
+        registry: its keys are legal too, also those that are added later.
         remedy: what messages add.
     """
 
-    def __init__(self, *choices: str, remedy: str = ""):
-        self.choices = choices
+    def __init__(self, *choices: str, registry: Mapping[str, Any] | None = None, remedy: str = ""):
+        self._choices, self._registry = choices, {} if registry is None else registry
         self._remedy = remedy
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The legal texts of now."""
+        return (*self._choices, *self._registry)
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value is one of the choices."""
@@ -168,16 +173,21 @@ class Section:
             rule.check(f"{self.SECTION}.{name}" if self.SECTION else name, getattr(self, name))
 
 
-@cache
+_RULES: dict[type, dict[str, Rule]] = {}  # by section: hints are read once
+
+
 def field_rules(section: type) -> dict[str, Rule]:
     """Return the rules of a dataclass, by the names of its fields."""
-    rules = {}
+    if section in _RULES:
+        return _RULES[section]
+    rules: dict[str, Rule] = {}
     for name, hint in typing.get_type_hints(section, include_extras=True).items():
         members = union_members(hint)
         rule = next((extra for _, extras in members for extra in extras if isinstance(extra, Rule)), None)
         if rule is not None:
             kinds = [kind for kind, _ in members]
             rules[name] = _FieldRule(rule, type(None) in kinds, int in kinds)
+    _RULES[section] = rules
     return rules
 
 

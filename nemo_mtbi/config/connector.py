@@ -57,7 +57,7 @@ class ConnectorConfig(Section):
 
     SECTION: ClassVar[str] = "model.connector"
 
-    kind: str = "conv"
+    kind: Annotated[str, OneOf(registry=KINDS)] = "conv"
     frame_rate: float = 6.25
     hidden_size: int = 512
     kernel_size: Annotated[int, Number(lambda size: size % 2 == 1, "odd to keep frames centred")] = 3
@@ -67,7 +67,6 @@ class ConnectorConfig(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        OneOf(*KINDS).check(f"{self.SECTION}.kind", self.kind)
         if KINDS[self.kind].uses_heads and (self.heads < 1 or self.hidden_size % self.heads):
             raise ValueError(f"model.connector.heads is {self.heads}; it must divide hidden_size, {self.hidden_size}")
 

@@ -16,7 +16,7 @@ WINDOW = 30.0  # seconds
 
 @dataclass
 class EncoderConfig(Section):
-    """How an encoder is used.
+    """Settings of an encoder.
 
     Attributes:
         freeze: ``true``: none of its weights train; ``false``: all do; or patterns (Python's ``re``) of the names that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``freeze`` of a pretrained part: ``true``, ``false``, or patterns of the names that stay frozen."""
+"""The key ``freeze`` of a pretrained part: ``true``, ``false``, or patterns of the names that stay frozen."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import regex
 from nemo.utils import logging
 
-_SECONDS = 1.0  # for the patterns of a key and all names, together; honest ones take milliseconds
+_SECONDS = 1.0  # for the patterns of a key and all names, together; sensible ones take milliseconds
 _LONGEST = 1000  # characters of a pattern
 
 
 def check_pattern(pattern: Any) -> None:
-    """Refuse what is not a regular expression, or one so long that only a program can have written it.
+    """Check that a value is a regular expression of at most 1000 characters.
 
     Raises:
-        ValueError: says why.
+        ValueError: if it is not; the message is the reason alone.
     """
     try:
         re.compile(pattern)
@@ -31,7 +31,7 @@ def check_pattern(pattern: Any) -> None:
 
 
 def matching(patterns: Iterable[str], names: Iterable[str], key: str) -> dict[str, set[str]]:
-    """Return for each pattern the names in which it is found.
+    """Return for each pattern the names in which it matches.
 
     A pattern may come from a model file of others, and can be made to take years: the search has a limit of time.
 
@@ -43,11 +43,12 @@ def matching(patterns: Iterable[str], names: Iterable[str], key: str) -> dict[st
     Raises:
         ValueError: if the search takes too long; names the pattern.
     """
-    names, end, found = list(names), time.monotonic() + _SECONDS, {}
+    names, end = list(names), time.monotonic() + _SECONDS
+    matches: dict[str, set[str]] = {}
     for pattern in patterns:
         compiled = regex.compile(pattern)
         try:
-            found[pattern] = {
+            matches[pattern] = {
                 name for name in names if compiled.search(name, timeout=max(end - time.monotonic(), 1e-3))
             }
         except TimeoutError:
@@ -55,11 +56,11 @@ def matching(patterns: Iterable[str], names: Iterable[str], key: str) -> dict[st
                 f"{key} has {pattern!r}, which takes too long to be searched for: make it simpler, without a "
                 "repetition within a repetition"
             ) from None
-    return found
+    return matches
 
 
 def check_freeze(freeze: Any, key: str) -> None:
-    """Checks the value of a key.
+    """Check the value of a key ``freeze``.
 
     Args:
         freeze: ``True``: nothing trains; ``False``: everything does; or a list of regular expressions.
@@ -70,7 +71,7 @@ def check_freeze(freeze: Any, key: str) -> None:
     """
     if isinstance(freeze, bool):
         return
-    reason = None if isinstance(freeze, (list, tuple)) else "it is no list"
+    reason = None if isinstance(freeze, (list, tuple)) else "it is not a list"
     try:
         for pattern in () if reason else freeze:
             check_pattern(pattern)
@@ -83,22 +84,22 @@ def check_freeze(freeze: Any, key: str) -> None:
 
 
 def unfrozen(names: Iterable[str], freeze: Any, key: str, warn: bool = True) -> set[str]:
-    """Names of the weights that train.
+    """Return the names of the weights that train.
 
     Args:
         names: of all weights.
         freeze: as :func:`check_freeze` takes it; a pattern is searched for in each name.
         key: of the section, for warnings.
-        warn: whether there are any.
+        warn: whether patterns that match nothing, or all, give a warning.
     """
     names = set(names)
     if isinstance(freeze, bool):
         return set() if freeze else names
     frozen: set[str] = set()
-    for pattern, found in matching(freeze, names, f"{key}.freeze").items():
-        if warn and not found:
+    for pattern, matches in matching(freeze, names, f"{key}.freeze").items():
+        if warn and not matches:
             logging.warning(f"{key}.freeze: {pattern!r} matches none of its weights")
-        frozen |= found
+        frozen |= matches
     if warn and frozen == names:
         logging.warning(f"{key}.freeze: all of its weights match, so it does not train")
     return names - frozen

@@ -11,7 +11,7 @@ from nemo_mtbi.config.checks import Count, OneOf, Section, Share, between
 
 @dataclass
 class InterleaveSchedule(Section):
-    """Where interleaving starts from; it goes in a straight line to the values of :class:`InterleaveConfig`.
+    """First values of interleaving; they go in a straight line to those of :class:`InterleaveConfig`.
 
     Attributes:
         epochs: passes over the data until those are reached. Long data are cut into passes by
@@ -28,7 +28,7 @@ class InterleaveSchedule(Section):
 
 @dataclass
 class InterleaveConfig(Section):
-    """How often and how much of an utterance is given as text.
+    """Shares of rows and words that are given as text.
 
     Attributes:
         probability: share of the rows that are interleaved; the others stay all speech.

@@ -20,7 +20,7 @@ class LoraConfig(Section):
         target_modules: regular expressions, each searched for in names such as
             ``decoder.layers.3.self_attention.linear_qkv``; the linear layers are ``linear_qkv``, ``linear_proj``,
             ``linear_fc1`` and ``linear_fc2``.
-        speech_only: adapters see the positions of speech only: what the LLM does with text stays what it was.
+        speech_only: adapters act on the positions of speech only: the LLM does with text what it did before.
     """
 
     SECTION: ClassVar[str] = "model.lora"
@@ -50,10 +50,10 @@ class LoraConfig(Section):
 
 @dataclass
 class LlmConfig(Section):
-    """Whether the LLM itself trains; its optimizer is Megatron's distributed Adam, with the schedule of ``optim``.
+    """Training of the LLM itself, by Megatron's distributed Adam with the schedule of ``optim``.
 
     Attributes:
-        freeze: ``true``: it stays what it is; ``false``: all of its weights train; or patterns
+        freeze: ``true``: it stays as it is; ``false``: all of its weights train; or patterns
             (Python's ``re``) of the names that stay, such as ``embedding``, while the others train.
         lr: learning rate at the top of the schedule; ``null``: that of ``optim``.
         weight_decay: decoupled; ``null``: that of ``optim``.

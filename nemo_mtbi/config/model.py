@@ -39,7 +39,7 @@ class TargetsConfig:
 
 @dataclass
 class ModelConfig(Section):
-    """Everything that stands under ``model:``.
+    """The section ``model:``.
 
     Attributes:
         pretrained_asr: NeMo ASR ``.nemo`` whose front end and encoder are used, directory of a Hugging Face encoder,
@@ -166,7 +166,7 @@ class ModelConfig(Section):
 
     @property
     def layout(self) -> ParallelConfig:
-        """How the model is laid out over processes."""
+        """Layout of the model over processes."""
         return ParallelConfig(**{key: getattr(self, key) for key in LAYOUT_KEYS})
 
     @property

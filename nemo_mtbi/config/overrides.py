@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values on the command line: how to quote what Hydra can't read, and text that looks like a number."""
+"""Values on the command line: remedies where Hydra can't read one, and text that looks like a number."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ _COMMA = re.compile(r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""")  # outside of quote
 
 
 def read_overrides(given: Iterable[str], multirun: bool = False) -> dict[str, Override]:
-    """Parse ``key=value`` as Hydra does.
+    """Return overrides ``key=value`` as Hydra parses them, by their text.
 
     Args:
-        given: of the command line.
+        given: overrides of the command line.
         multirun: whether lists of values separated by commas are legal.
 
     Raises:
-        ValueError: if Hydra can't read one; says how to quote it.
+        ValueError: if Hydra can't read one; the message says how to quote it.
     """
-    parser, found = OverridesParser.create(), {}
+    parser = OverridesParser.create()
+    parsed: dict[str, Override] = {}
     for text in given:
         try:
-            found[text] = parser.parse_override(text)
+            parsed[text] = parser.parse_override(text)
         except HydraException as error:
             raise ValueError(_how_to_quote(text, str(error).splitlines()[0])) from error
-        if found[text].is_sweep_override() and not multirun:
+        if parsed[text].is_sweep_override() and not multirun:
             raise ValueError(_how_to_quote(text, "a comma separates values there"))
-    return found
+    return parsed
 
 
 def keep_text(overrides: Mapping[str, Override], schema: Any) -> dict[str, str]:
-    """Return overrides as they must be given for Hydra to leave text as it was typed: ``prompt=1e5`` is no number.
+    """Return overrides quoted so that Hydra leaves text as it was typed: ``prompt=1e5`` is not a number.
 
     Args:
-        overrides: what :func:`read_overrides` has read.
+        overrides: as :func:`read_overrides` returns them.
         schema: a dataclass, or a mapping of keys to types.
 
     Returns:
-        Only what changes. ``null`` stays what it is: it unsets a key.
+        The overrides that change, by their text. ``null`` stays what it is: it unsets a key.
 
     Raises:
-        ValueError: if a list or a mapping is given where the schema has a text; says how to quote it.
+        ValueError: if a list or a mapping is given where the schema has a text; the message says how to quote it.
     """
-    found = {}
+    quoted = {}
     for text, override in overrides.items():
         key, equals, raw = text.partition("=")
         kind = _kind(schema, override.key_or_group) if equals and override.type is not OverrideType.DEL else None
@@ -61,16 +62,16 @@ def keep_text(overrides: Mapping[str, Override], schema: Any) -> dict[str, str]:
         if kind == TEXT and isinstance(value, (list, dict)):
             raise ValueError(_how_to_quote(text, "brackets and braces make a list or a mapping there"))
         if kind == TEXT and isinstance(value, (bool, int, float)):
-            found[text] = f"{key}={_quoted(raw)}"
+            quoted[text] = f"{key}={_quoted(raw)}"
         elif kind == TEXTS and isinstance(value, (bool, int, float)):
-            found[text] = f"{key}=[{_quoted(raw)}]"
+            quoted[text] = f"{key}=[{_quoted(raw)}]"
         elif kind == TEXTS and isinstance(value, list) and any(isinstance(x, (bool, int, float)) for x in value):
-            found[text] = f"{key}={_quoted_list(raw)}"
-    return found
+            quoted[text] = f"{key}={_quoted_list(raw)}"
+    return quoted
 
 
 def _kind(schema: Any, key: str) -> str | None:
-    """Whether a key takes a text or a list of texts."""
+    """Return whether a key takes a text or a list of texts; ``None`` if neither."""
     for part in key.split("."):
         schema = _without_none(schema)
         if isinstance(schema, Mapping):
@@ -94,15 +95,15 @@ def _without_none(kind: Any) -> Any:
 
 def _how_to_quote(text: str, why: str) -> str:
     key, _, raw = text.partition("=")
-    said = f"{text!r} can't be read ({why}): quote the value twice, for Hydra and for the shell: "
-    said += shlex.quote(f"{key}={_quoted(raw)}")
+    message = f"{text!r} can't be read ({why}): quote the value twice, for Hydra and for the shell: "
+    message += shlex.quote(f"{key}={_quoted(raw)}")
     if raw.startswith("[") and raw.endswith("]"):
-        said += f", or the items of a list: {shlex.quote(f'{key}={_quoted_list(raw)}')}"
+        message += f", or the items of a list: {shlex.quote(f'{key}={_quoted_list(raw)}')}"
     elif "," in raw:
-        said += f"; a list stands in brackets: {shlex.quote(f'{key}={_quoted_list(raw)}')}"
+        message += f"; a list stands in brackets: {shlex.quote(f'{key}={_quoted_list(raw)}')}"
     if key.split(".")[-1] == "prompt":
-        said += "; or write it into a file and give prompts_file=FILE"
-    return said
+        message += "; or write it into a file and give prompts_file=FILE"
+    return message
 
 
 def _quoted(raw: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one model is laid out over processes."""
+"""Layout of one model over processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_mtbi.config.checks import Count, Section
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """How one model is laid out over processes; NeMo's and Megatron's names.
+    """Layout of one model over processes, in NeMo's and Megatron's names.
 
     Attributes:
         tensor_model_parallel_size: processes that share each layer.

@@ -34,13 +34,24 @@ def read_section(schema: type[Schema], cfg: Mapping | None, section: str = "") -
     try:
         # not a copy of a DictConfig: it would lose the parent that ${...} may point to
         node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg or {}))
-        values = OmegaConf.to_container(node, resolve=True)
+        values = plain(node)
         _check_sections(schema, values, section)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), values)
+        merged = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(schema), values))  # of keys, as its parts
         _check_values(merged, section)
         return cast(Schema, OmegaConf.to_object(merged))  # it makes the type that it was structured by
     except OmegaConfBaseException as error:
         raise ValueError(explain(error, section)) from error
+
+
+def plain(cfg: Mapping) -> dict[str, Any]:
+    """Return a ``DictConfig`` or mapping as plain keys and values, with its references resolved.
+
+    Raises:
+        OmegaConfBaseException: if a reference can't be resolved.
+    """
+    if not isinstance(cfg, DictConfig):
+        return dict(cfg)
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))  # of a DictConfig it is a dict
 
 
 def _check_sections(schema: type, values: Any, section: str) -> None:
@@ -57,7 +68,7 @@ def _check_sections(schema: type, values: Any, section: str) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"{section} must hold keys and values, got {values!r}")
     for name, hint in typing.get_type_hints(schema).items():
-        inner = next((kind for kind, _ in union_members(hint) if is_dataclass(kind)), None)
+        inner = next((kind for kind, _ in union_members(hint) if isinstance(kind, type) and is_dataclass(kind)), None)
         if inner is not None and values.get(name) is not None:
             _check_sections(inner, values[name], _join(section, name))
 

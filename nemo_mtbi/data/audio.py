@@ -13,8 +13,8 @@ from nemo_mtbi.io.sources import FILES, SourcePolicy, check_cut
 from nemo_mtbi.io.text import in_one_line
 from nemo_mtbi.layouts.frames import FrameCounter
 
-# What Lhotse raises for a missing, foreign or damaged file. No RuntimeError: it raises that where a library is missing
-# (torchaudio for reverberation), and then every single cut would be skipped.
+# What Lhotse raises for a missing, foreign or damaged file. Not RuntimeError, which it raises where a library is
+# missing (torchaudio for reverberation): every single cut would be skipped.
 LOADING_ERRORS = (AudioLoadingError, DurationMismatchError, AssertionError, OSError, ValueError)
 
 
@@ -28,11 +28,11 @@ class BadAudioError(ValueError):
 
 
 def load_samples(cut: Cut, frames: FrameCounter, policy: SourcePolicy = FILES) -> torch.Tensor:
-    """Loads a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
+    """Return a cut as mono ``[N]`` float32 samples at the encoder's rate; several channels are averaged.
 
     Args:
         cut: any cut with audio.
-        frames: of the encoder.
+        frames: the frame counter of the model; it has the rate in hertz.
         policy: what it may be read from; files alone unless said otherwise.
 
     Raises:
@@ -52,7 +52,12 @@ def load_samples(cut: Cut, frames: FrameCounter, policy: SourcePolicy = FILES) -
 
 
 def check_samples(samples: torch.Tensor, name: str, frames: FrameCounter) -> torch.Tensor:
-    """Returns ``[N]`` samples as they are.
+    """Return ``[N]`` samples as they are, checked.
+
+    Args:
+        samples: at the encoder's rate.
+        name: for messages.
+        frames: the frame counter of the model.
 
     Raises:
         BadAudioError: if they are empty, not finite, silent (all samples equal) or own no speech frame.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cut carries: the text LLM's responses to its transcript, and where they come from.
+"""Behaviors of a cut: the text LLM's responses to its transcript, and their provenance.
 
 ``cut.custom["behaviors"]`` is a list of ``{task, prompt, response, truncated, ids}``, where ``ids`` are the tokens
 that the LLM gave, and may be missing. ``cut.custom["behaviors_from"]`` is the provenance ``{"llm": hash, "chat": hash,
@@ -47,7 +47,11 @@ class Behavior:
 
     @classmethod
     def from_dict(cls, data: Any, cut_id: str) -> Behavior:
-        """Reads one entry of ``behaviors``; ``truncated`` and ``ids`` may be missing.
+        """Return one entry of ``behaviors``; ``truncated`` and ``ids`` may be missing.
+
+        Args:
+            data: the entry.
+            cut_id: id of its cut, for messages.
 
         Raises:
             ValueError: if a key is missing or has another type; names the cut.
@@ -68,22 +72,29 @@ class Behavior:
         return cls(**values, ids=None if ids is None else tuple(ids))
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in _FIELDS}
-        return found if self.ids is None else {**found, "ids": list(self.ids)}
+        """Return the entry of ``behaviors`` that :meth:`from_dict` reads."""
+        entry = {name: getattr(self, name) for name in _FIELDS}
+        return entry if self.ids is None else {**entry, "ids": list(self.ids)}
 
     @property
     def teaches(self) -> bool:
-        """False for an empty truncated response, which holds not a single token to learn."""
+        """Whether there is a token to learn; an empty truncated response has none."""
         return bool(self.response) or not self.truncated
 
     def row(self, chat: ChatFormat, audio: str | Sequence[int | str], utterance: int | None = None) -> Row:
-        """The training row with ``audio`` (text or layout values) in the audio slot of the prompt."""
+        """Return the training row.
+
+        Args:
+            chat: the chat format of the model.
+            audio: content of the audio slot of the prompt: text or layout values.
+            utterance: index of the utterance in the step; ``None`` without speech.
+        """
         response = chat.response(self.response, self.truncated, self.ids)
         return make_row(chat.prompt(self.prompt, audio), response, utterance)
 
 
 def custom_value(cut: Cut, key: str) -> Any:
-    """A custom value of the cut or of one of its supervisions: manifests and tools differ in where they put it."""
+    """Return a custom value of the cut or of one of its supervisions: tools differ in where they put it."""
     for holder in (cut, *cut.supervisions):
         if holder.custom is not None and key in holder.custom:
             return holder.custom[key]
@@ -91,16 +102,20 @@ def custom_value(cut: Cut, key: str) -> Any:
 
 
 def transcript(cut: Cut) -> str:
-    """Text of all supervisions in order of time, words separated by single spaces; empty if there is none."""
+    """Return the text of all supervisions in order of time, with single spaces; empty if there is none."""
     segments = sorted(cut.supervisions, key=lambda supervision: supervision.start)
     return " ".join(" ".join(segment.text or "" for segment in segments).split())
 
 
 def word_times(cut: Cut) -> tuple[WordSpan, ...] | None:
-    """When each word of the transcript is spoken, from ``supervision.alignment["word"]``; ``None`` if it does not fit.
+    """Return the times of the words of the transcript, from ``supervision.alignment["word"]``.
 
     Lhotse keeps alignments in the time of the recording, whatever part of it the cut is, and does not move them when a
-    cut is padded or joined to another. So the offsets are added here, and words outside their supervision do not fit.
+    cut is padded or joined to another. So the offsets are added here.
+
+    Returns:
+        Times in seconds from the start of the cut. ``None`` if there are none, or they do not fit the transcript: a
+        word outside its supervision, out of order, or another number of words.
     """
     tracks = [(track.cut, track.offset) for track in cut.tracks] if isinstance(cut, MixedCut) else [(cut, 0.0)]
     segments = [(segment, offset, part.start) for part, offset in tracks for segment in part.supervisions]
@@ -118,7 +133,7 @@ def word_times(cut: Cut) -> tuple[WordSpan, ...] | None:
 
 
 def read_behaviors(cut: Cut) -> list[Behavior]:
-    """All behaviors of a cut.
+    """Return all behaviors of a cut.
 
     Raises:
         ValueError: if there is none, or one is malformed.
@@ -132,10 +147,10 @@ def read_behaviors(cut: Cut) -> list[Behavior]:
 
 
 def draw_behaviors(cut: Cut, k: int | None, seed: int, epoch: int) -> list[Behavior]:
-    """Draws ``k`` behaviors of distinct tasks (fewer if the cut has fewer tasks); ``None``: every behavior, in order.
+    """Return ``k`` drawn behaviors of distinct tasks (fewer if the cut has fewer); ``None``: all, in order.
 
-    A pure function of (seed, epoch, cut id) and of the cut's behaviors. Behaviors that teach nothing are left out, so
-    the result may be empty.
+    A pure function of (seed, epoch, cut id) and of the cut's behaviors. Behaviors without a token to learn are left
+    out, so the result may be empty.
     """
     behaviors = [behavior for behavior in read_behaviors(cut) if behavior.teaches]
     if k is None:
@@ -149,7 +164,7 @@ def draw_behaviors(cut: Cut, k: int | None, seed: int, epoch: int) -> list[Behav
 
 
 def check_provenance(cut: Cut, expected: Mapping[str, Any], allow_foreign: bool = False) -> bool:
-    """Refuses responses of another LLM or chat format: the connector would imitate another model's behavior.
+    """Refuse responses of another LLM or chat format: the connector would imitate another model's behavior.
 
     Args:
         cut: a cut with behaviors.
@@ -163,15 +178,15 @@ def check_provenance(cut: Cut, expected: Mapping[str, Any], allow_foreign: bool 
     Raises:
         ValueError: names both fingerprints and the remedy.
     """
-    found = custom_value(cut, PROVENANCE)
-    found = found if isinstance(found, Mapping) else {}
-    other = next((key for key in expected if key != CHAT_FORMAT and found.get(key) != expected[key]), None)
+    stated = custom_value(cut, PROVENANCE)
+    stated = stated if isinstance(stated, Mapping) else {}
+    other = next((key for key in expected if key != CHAT_FORMAT and stated.get(key) != expected[key]), None)
     if other is None or allow_foreign:
         return other is None
-    formats = (found.get(CHAT_FORMAT), expected.get(CHAT_FORMAT))
-    difference = chat_difference(*formats, found.get(other)) if other == "chat" else ""
+    formats = (stated.get(CHAT_FORMAT), expected.get(CHAT_FORMAT))
+    difference = chat_difference(*formats, stated.get(other)) if other == "chat" else ""
     raise ValueError(
-        f"the behaviors of cut {cut.id} come from another {other}: {found.get(other)}, but the model has "
+        f"the behaviors of cut {cut.id} come from another {other}: {stated.get(other)}, but the model has "
         f"{expected[other]}. {difference}{' ' * bool(difference)}Regenerate them with {GENERATE}, or set "
         "model.targets.allow_foreign: true to train on them as is"
     )

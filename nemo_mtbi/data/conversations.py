@@ -26,7 +26,7 @@ _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "ass
 
 @dataclass(frozen=True)
 class Exchange:
-    """One turn of the user and its answer.
+    """A turn of the user and its answer.
 
     Attributes:
         contents: texts and cuts, in order.
@@ -39,7 +39,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Conversation:
-    """All exchanges.
+    """A conversation between user and assistant.
 
     Attributes:
         id: for messages.
@@ -50,47 +50,51 @@ class Conversation:
     exchanges: tuple[Exchange, ...]
 
     def cuts(self) -> list[Cut]:
-        """The audios, in order."""
+        """Return the audios, in order."""
         return [item for exchange in self.exchanges for item in exchange.contents if not isinstance(item, str)]
 
-    def turns(self, say: Callable[[int, Cut], Content]) -> list[Turn]:
-        """What a chat format takes.
+    def turns(self, content_of: Callable[[int, Cut], Content]) -> list[Turn]:
+        """Return the turns as a chat format takes them.
 
         Args:
-            say: content of an audio, by its number and cut.
+            content_of: gives the content of an audio, by its number and cut.
         """
-        numbers = iter(range(len(self.cuts())))
-        return [
-            Turn(
-                tuple(item if isinstance(item, str) else say(next(numbers), item) for item in exchange.contents),
-                exchange.answer,
-            )
-            for exchange in self.exchanges
-        ]
+        turns, number = [], 0
+        for exchange in self.exchanges:
+            contents: list[Content] = []
+            for item in exchange.contents:
+                if isinstance(item, str):
+                    contents.append(item)
+                else:
+                    contents.append(content_of(number, item))
+                    number += 1
+            turns.append(Turn(tuple(contents), exchange.answer))
+        return turns
 
 
 class ConversationCut(MonoCut):
     """A cut in which a conversation travels. It has no audio of its own, so that NeMo finds nothing to resample."""
 
     def resample(self, *args: Any, **kwargs: Any) -> ConversationCut:
+        """Return the cut itself."""
         return self
 
 
 def conversation_of(cut: Cut) -> Conversation | None:
-    """The conversation that travels in a cut."""
-    found = (getattr(cut, "custom", None) or {}).get(CONVERSATION)
-    return found if isinstance(found, Conversation) else None
+    """Return the conversation that travels in a cut; ``None`` for an utterance."""
+    conversation = (getattr(cut, "custom", None) or {}).get(CONVERSATION)
+    return conversation if isinstance(conversation, Conversation) else None
 
 
 def as_cut(example: Any, sample_rate: int) -> ConversationCut:
-    """The cut in which one of NeMo's conversations travels.
+    """Return the cut in which one of NeMo's conversations travels.
 
     Args:
         example: ``NeMoMultimodalConversation``.
         sample_rate: of the encoder, in hertz.
 
     Raises:
-        ValueError: if its turns are not the user's and the assistant's in turn, or the assistant speaks.
+        ValueError: if its turns are not the user's and the assistant's in turn, or one of the assistant is audio.
     """
     conversation = Conversation(str(example.id), tuple(_exchanges(example, sample_rate)))
     duration = max(sum(cut.duration for cut in conversation.cuts()), _SHORTEST)
@@ -106,27 +110,27 @@ def as_cut(example: Any, sample_rate: int) -> ConversationCut:
 
 
 def _exchanges(example: Any, sample_rate: int) -> Iterator[Exchange]:
-    spoken = [(turn.role.lower(), getattr(turn, "cut", None) or turn.value) for turn in example.turns]
-    unknown = sorted({role for role, _ in spoken if role not in _ROLES})
+    turns = [(turn.role.lower(), getattr(turn, "cut", None) or turn.value) for turn in example.turns]
+    unknown = sorted({role for role, _ in turns if role not in _ROLES})
     if unknown:
         raise ValueError(
             f"conversation {example.id} has turns of {', '.join(unknown)}: only user and assistant are trained on; "
             "the system prompt of all is model.chat.system"
         )
-    groups = [(role, [item for _, item in turns]) for role, turns in groupby(spoken, lambda turn: _ROLES[turn[0]])]
+    groups = [(role, [item for _, item in group]) for role, group in groupby(turns, lambda turn: _ROLES[turn[0]])]
     if [role for role, _ in groups] != ["user", "assistant"] * (len(groups) // 2) or not groups:
         raise ValueError(f"conversation {example.id} must begin with the user and end with the assistant, in turn")
-    for (_, asked), (_, answered) in zip(groups[::2], groups[1::2], strict=True):
-        if not all(isinstance(item, str) for item in answered):
-            raise ValueError(f"the assistant speaks in conversation {example.id}: answers are text")
-        contents = tuple(item if isinstance(item, str) else item.resample(sample_rate) for item in asked)
-        yield Exchange(contents, " ".join(answered))
+    for (_, questions), (_, answers) in zip(groups[::2], groups[1::2], strict=True):
+        if not all(isinstance(item, str) for item in answers):
+            raise ValueError(f"a turn of the assistant in conversation {example.id} is audio: answers are text")
+        contents = tuple(item if isinstance(item, str) else item.resample(sample_rate) for item in questions)
+        yield Exchange(contents, " ".join(answers))
 
 
 def conversation_row(
     conversation: Conversation, chat: ChatFormat, frames: Sequence[int], utterance: int | None, twin: bool = False
 ) -> Row:
-    """The row of a conversation. Its speech is numbered on through all of its audios.
+    """Return the row of a conversation. Its speech is numbered on through all of its audios.
 
     Args:
         conversation: the conversation.
@@ -139,9 +143,9 @@ def conversation_row(
         ValueError: if the format does not have that many turns, or a twin is wanted and a transcript is missing.
     """
     firsts = [sum(frames[:number]) for number in range(len(frames))]
-    heard = conversation.turns(lambda number, cut: tuple(speech(firsts[number], frames[number])))
-    layout, labels = chat.conversation(heard)
-    read = None
+    spoken = conversation.turns(lambda number, cut: tuple(speech(firsts[number], frames[number])))
+    layout, labels = chat.conversation(spoken)
+    text = None
     if twin and frames:
         silent = [cut.id for cut in conversation.cuts() if not transcript(cut)]
         if silent:
@@ -149,6 +153,6 @@ def conversation_row(
                 f"conversation {conversation.id} has no transcript of {silent[0]}, and the loss compares speech with "
                 "text: leave such conversations out, or set model.loss.kl_weight and hidden_weight to 0"
             )
-        read = chat.conversation(conversation.turns(lambda number, cut: transcript(cut)))
-    text = None if read is None else Row(tuple(read[0]), tuple(read[1]))
+        values, predicted = chat.conversation(conversation.turns(lambda number, cut: transcript(cut)))
+        text = Row(tuple(values), tuple(predicted))
     return Row(tuple(layout), tuple(labels), utterance, text, len(frames))

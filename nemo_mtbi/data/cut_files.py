@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts on disk."""
+"""Writes cuts to disk."""
 
 from __future__ import annotations
 

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From sampled cuts to a step: loads audio, builds the rows, groups them into microbatches."""
+"""Turns sampled cuts into a step: loads audio, builds the rows, groups them into microbatches."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Protocol
 
 import torch
-from lhotse import CutSet
 from lhotse.cut import Cut
-from lhotse.utils import fix_random_seed
 
 from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.config.checks import RAISE_OR_SKIP, at_least
@@ -41,7 +37,13 @@ class _Step:
     stats: Counter = field(default_factory=Counter)
 
     def add_audio(self, audio: Sequence[torch.Tensor], drawn: DrawnRows, frames: FrameCounter) -> int:
-        """Adds utterances; returns the index of the first of them."""
+        """Add the utterances of a cut; return the index of the first of them.
+
+        Args:
+            audio: ``[N]`` samples of each.
+            drawn: the rows of the cut, for its id.
+            frames: the frame counter of the model.
+        """
         first = len(self.audio)
         self.audio += audio
         self.counts += [frames(len(samples)) for samples in audio]
@@ -62,7 +64,7 @@ class MTBIDataset(torch.utils.data.Dataset):
         on_bad_audio: ``raise`` stops with the name of the cut; ``skip`` leaves the cut out and counts it by reason in
             ``StepBatch.skipped``. If no cut of a batch is left, the batch is ``StepBatch.empty``.
         with_rows: fill ``StepBatch.rows``, which generation-based validation reads.
-        with_twins: every row that hears speech gets its text twin, for a loss that compares them.
+        with_twins: every row with speech gets its text twin, for a loss that compares them.
     """
 
     def __init__(
@@ -87,18 +89,19 @@ class MTBIDataset(torch.utils.data.Dataset):
         self.policy = FILES
 
     def allowing(self, policy: SourcePolicy) -> MTBIDataset:
-        """A copy that also reads audio from what a policy allows."""
+        """Return a copy that reads audio from what a policy allows."""
         other = copy(self)
         other.policy = policy
         return other
 
     def __getitem__(self, cuts: Iterable[Cut]) -> StepBatch:
-        """Loads and builds one step.
+        """Return the step of some cuts, with their audio loaded.
 
         Raises:
             BadAudioError: under ``on_bad_audio: raise``.
         """
-        skipped, step = Counter(), _Step()
+        skipped: Counter = Counter()
+        step = _Step()
         for cut in cuts:
             drawn = DrawnRows.of(cut)
             skipped.update(drawn.skipped)
@@ -120,22 +123,21 @@ class MTBIDataset(torch.utils.data.Dataset):
         return batch
 
     def _add_behaviors(self, step: _Step, cut: Cut, drawn: DrawnRows) -> None:
-        """The rows of an utterance; it is heard once by all of them."""
+        """Add the rows of an utterance. Pieces of audio that several rows share are encoded once."""
         samples = load_samples(cut, self.frames, self.policy)
-        heard = self._audio_slots(drawn, len(samples), step.stats)
+        slots = self._audio_slots(drawn, len(samples), step.stats)
         if self.with_rows:
             num_frames = self.frames(len(samples))
             step.infos += [self._info(drawn, behavior, len(step.audio), num_frames) for behavior in drawn.behaviors]
-        firsts: dict[tuple[tuple[int, int], ...], int] = {}  # rows that hear the same pieces share them
-        for row in heard:
-            if row.pieces not in firsts:
-                firsts[row.pieces] = step.add_audio(
-                    [samples[start:end] for start, end in row.pieces], drawn, self.frames
-                )
-        step.rows += self._rows(drawn, heard, [firsts[row.pieces] if row.pieces else None for row in heard])
+        firsts: dict[tuple[tuple[int, int], ...], int] = {}  # index of the first utterance, by pieces
+        for slot in slots:
+            if slot.pieces not in firsts:
+                pieces = [samples[start:end] for start, end in slot.pieces]
+                firsts[slot.pieces] = step.add_audio(pieces, drawn, self.frames)
+        step.rows += self._rows(drawn, slots, [firsts[slot.pieces] if slot.pieces else None for slot in slots])
 
     def _add_conversation(self, step: _Step, drawn: DrawnRows, conversation: Conversation) -> None:
-        """The one row of a conversation, and all that it hears."""
+        """Add the one row of a conversation, and all of its audios."""
         audio = [load_samples(cut, self.frames, self.policy) for cut in conversation.cuts()]
         counts = [self.frames(len(samples)) for samples in audio]
         first = step.add_audio(audio, drawn, self.frames)
@@ -144,13 +146,20 @@ class MTBIDataset(torch.utils.data.Dataset):
         step.stats["conversations"] += 1
         if self.with_rows:
             last = conversation.exchanges[-1]
-            asked = max(index for index, label in enumerate(row.labels) if label == IGNORE)
-            said = " ".join(item for item in last.contents if isinstance(item, str))
-            prompt = row.layout[: asked + 2]  # all before the last answer
-            step.infos.append(RowInfo(first, drawn.cut_id, CONVERSATION, prompt, said, last.answer, False, ""))
+            # The last position without a label is the last but one of the last prompt.
+            unlabelled = max(index for index, label in enumerate(row.labels) if label == IGNORE)
+            prompt = row.layout[: unlabelled + 2]
+            instruction = " ".join(item for item in last.contents if isinstance(item, str))
+            step.infos.append(RowInfo(first, drawn.cut_id, CONVERSATION, prompt, instruction, last.answer, False, ""))
 
     def _audio_slots(self, drawn: DrawnRows, num_samples: int, stats: Counter) -> Sequence[AudioSlot]:
-        """What stands in the audio slot of each row, and which pieces of the audio it hears."""
+        """Return the audio slot of each row of a cut: all speech, all text, or interleaved.
+
+        Args:
+            drawn: the rows.
+            num_samples: of the utterance.
+            stats: counts the kinds of rows.
+        """
         whole = ((0, num_samples),)
         num_frames = self.frames(num_samples)
         speech = AudioSlot(whole, tuple(speech_only(num_frames)))
@@ -162,33 +171,38 @@ class MTBIDataset(torch.utils.data.Dataset):
         words = drawn.transcript.split()
         tokens = self.chat.pieces(words)
         config = self.interleave.at(drawn.pass_number)
-        heard = []
+        slots = []
         for number, behavior in enumerate(drawn.behaviors):
             # Without draws by task, a cut may have several rows of one task: the number tells them apart.
             rng = stable_rng("interleave", drawn.seed, drawn.epoch, drawn.cut_id, behavior.task, number)
             is_text = choose_text(words, config, rng)
             if not any(is_text):
-                heard.append(speech)
+                slots.append(speech)
                 continue
             if all(is_text):
                 stats["text_rows"] += 1
-                heard.append(AudioSlot((), tuple(text_only(tokens))))
+                slots.append(AudioSlot((), tuple(text_only(tokens))))
                 continue
             stats["interleaved_rows"] += 1
             if config.level == "wave":
                 args = (num_samples, self.frames.sample_rate, self.frames)
-                heard.append(interleave_wave(drawn.words, is_text, tokens, *args))
+                slots.append(interleave_wave(drawn.words, is_text, tokens, *args))
             else:
                 layout = interleave(drawn.words, is_text, tokens, num_frames, self.frames.frame_seconds)
-                heard.append(AudioSlot(whole, tuple(layout)))
-        return heard
+                slots.append(AudioSlot(whole, tuple(layout)))
+        return slots
 
-    def _rows(self, drawn: DrawnRows, heard: Sequence[AudioSlot], utterances: Sequence[int | None]) -> list[Row]:
-        """The rows of a cut; their twins read the prompt with the transcript that the targets were made from."""
-        made = zip(drawn.behaviors, heard, utterances, strict=True)
+    def _rows(self, drawn: DrawnRows, slots: Sequence[AudioSlot], utterances: Sequence[int | None]) -> list[Row]:
+        """Return the rows of a cut; their twins hold the transcript that the targets were made from.
+
+        Args:
+            drawn: behaviors and transcript.
+            slots: audio slot of each row.
+            utterances: index of the first piece of each row in the step; ``None`` for text.
+        """
         rows = [
-            replace(behavior.row(self.chat, row.layout, utterance), pieces=len(row.pieces))
-            for behavior, row, utterance in made
+            replace(behavior.row(self.chat, slot.layout, utterance), pieces=len(slot.pieces))
+            for behavior, slot, utterance in zip(drawn.behaviors, slots, utterances, strict=True)
         ]
         if not self.with_twins:
             return rows
@@ -208,87 +222,3 @@ class MTBIDataset(torch.utils.data.Dataset):
             truncated=behavior.truncated,
             transcript=drawn.transcript,
         )
-
-
-# -------------------------------------------------------------------------------------------------- passes over data
-
-
-class Passes:
-    """Which pass over the data comes next, and how much of it is left out. Passes are numbered from 0.
-
-    Args:
-        fixed: every pass is pass 0, for validation.
-    """
-
-    def __init__(self, fixed: bool = False):
-        self.fixed = fixed
-        self.epoch = 0
-        self.consumed = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next iteration is pass ``epoch``."""
-        self.epoch = 0 if self.fixed else epoch
-
-    def resume(self, batches: int) -> None:
-        """The next iteration leaves out its first batches, which were trained on before; no audio is read for them."""
-        self.consumed = batches
-
-    def take(self) -> tuple[int, int]:
-        """The pass that begins now, and how many of its batches it leaves out; the one after it will be whole."""
-        taken, self.consumed = (self.epoch, self.consumed), 0
-        return taken
-
-    def ended(self, epoch: int) -> None:
-        """Goes on to the next pass, unless another was set meanwhile."""
-        if self.epoch == (0 if self.fixed else epoch):
-            self.set_epoch(epoch + 1)
-
-
-@dataclass(frozen=True)
-class SkippedBatches:
-    """What a worker says before its first batch of a resumed pass: how many it has left out."""
-
-    batches: int
-
-
-class StreamSource(Protocol):
-    """Where each worker of a stream gets its batches of cuts from."""
-
-    def seed_of(self, epoch: int, worker: int) -> int: ...
-
-    def sampler(self, epoch: int, worker: int) -> Iterable[CutSet]: ...
-
-
-class StreamDataset(Passes, torch.utils.data.IterableDataset):
-    """Steps of data that can only be read in order: every worker opens them anew for each pass and samples itself.
-
-    Torch takes one batch of each worker in turn. So of the first ``n`` batches of a pass, worker ``w`` of ``W`` had
-    those number ``w``, ``w + W``, ... and leaves out just these when the pass is resumed at batch ``n``. Before its
-    first batch it then yields a :class:`SkippedBatches`, and another if it had its turn already in the round of batch ``n``.
-
-    Args:
-        source: the batches of cuts.
-        dataset: turns them into steps.
-    """
-
-    def __init__(self, source: StreamSource, dataset: MTBIDataset):
-        super().__init__()
-        self.source = source
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[StepBatch | SkippedBatches]:
-        return self._read(*self.take())
-
-    def _read(self, epoch: int, consumed: int) -> Iterator[StepBatch | SkippedBatches]:
-        worker = torch.utils.data.get_worker_info()
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        if worker is not None:
-            fix_random_seed(self.source.seed_of(epoch, index))  # the process is ours
-        batches = (cuts for cuts in self.source.sampler(epoch, index))  # iter() of a Lhotse sampler starts it again
-        if consumed:
-            share = len(range(index, consumed, workers))
-            yield SkippedBatches(sum(1 for _ in islice(batches, share)))
-            if index < consumed % workers:
-                yield SkippedBatches(0)
-        for cuts in batches:
-            yield self.dataset[cuts]

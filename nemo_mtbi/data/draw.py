@@ -35,13 +35,15 @@ class SkipCounter(Counter):
     """Counts by reason over an epoch: ``counter.update(batch.skipped)``, at the end ``counter.message()``."""
 
     def message(self) -> str:
-        """One line, the most frequent reason first; empty if nothing was left out."""
+        """Return the counts in one line, the most frequent reason first; empty if nothing was left out."""
         return ", ".join(f"{reason}: {count}" for reason, count in sorted(self.items(), key=lambda x: (-x[1], x[0])))
 
 
 @dataclass(frozen=True)
 class DrawnRows:
-    """What travels with a cut from the drawing to the dataset (noise that is mixed in changes the id and adds text).
+    """Rows of a cut on their way from the drawing to the dataset.
+
+    They hold what the dataset can't read from the cut: noise that is mixed in changes its id and adds text.
 
     Attributes:
         cut_id: id of the cut when its rows were drawn.
@@ -49,8 +51,8 @@ class DrawnRows:
         epoch: number of the pass in which the cut was drawn.
         behaviors: one per row.
         cost: positions of all its rows as speech: prompt tokens + speech frames + response tokens.
-        transcript: what is said.
-        words: when each word is said, or ``None`` without an alignment.
+        transcript: text of the utterance.
+        words: times of the words, or ``None`` without an alignment.
         skipped: what was left out since the cut before, by reason.
         pass_number: of the pass over the data, for schedules; ``epoch`` tells streams and repetitions apart.
         conversation: in the place of behaviors; one row.
@@ -69,7 +71,7 @@ class DrawnRows:
 
     @classmethod
     def of(cls, cut: Cut) -> DrawnRows:
-        """Reads it from a cut.
+        """Return the rows that travel with a cut.
 
         Raises:
             ValueError: if the cut did not come through :class:`DrawRows`.
@@ -83,7 +85,7 @@ class DrawnRows:
 
 
 def attach(cut: Cut, drawn: DrawnRows) -> Cut:
-    """A copy of ``cut`` with its rows in the custom field, and its cost where Lhotse samplers count tokens."""
+    """Return a copy of ``cut`` with its rows in the custom field, and its cost where Lhotse samplers count tokens."""
     if isinstance(cut, MixedCut):
         index = next(i for i, track in enumerate(cut.tracks) if track.cut.supervisions)
         tracks = list(cut.tracks)
@@ -95,13 +97,13 @@ def attach(cut: Cut, drawn: DrawnRows) -> Cut:
 
 
 def _without_behaviors(custom: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The drawn rows stand for them; all of them would only make the way to the workers longer."""
+    """Return custom values without the behaviors, which would only make the way to the workers longer."""
     return {key: value for key, value in (custom or {}).items() if key not in (BEHAVIORS, CONVERSATION)}
 
 
 @dataclass(frozen=True)
 class DrawConfig(Section):
-    """How rows are drawn.
+    """Settings of the drawing of rows.
 
     Attributes:
         seed: of the run.
@@ -112,7 +114,7 @@ class DrawConfig(Section):
         max_cost: bound of the cost of a cut (the last bucket).
         expected: fingerprints that the behaviors must come from (:func:`check_provenance`).
         allow_foreign: accept behaviors of another LLM.
-        filters: pairs of (reason, predicate); a cut for which the predicate is false is counted and left out.
+        filters: pairs of (reason, predicate); a cut for which a predicate is false is counted and left out.
     """
 
     seed: int = 0
@@ -129,7 +131,7 @@ class DrawConfig(Section):
 
 
 class DrawRows:
-    """A lazy, picklable iterable of cuts with their rows.
+    """Lazy, picklable iterable of cuts with their rows.
 
     The epoch of a cut is the number of the loader's iteration (:meth:`set_epoch`) plus the number of times that the
     cut has come by within it, which is how streams without an end count. In streams that every worker of every rank
@@ -164,7 +166,7 @@ class DrawRows:
         self._visits: dict[int, int] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Starts pass ``epoch``."""
+        """Start pass ``epoch``."""
         self.epoch = epoch
         self._visits.clear()
 
@@ -201,7 +203,7 @@ class DrawRows:
         return attach(cut, drawn)
 
     def _read(self) -> Iterator[Cut]:
-        """The source's cuts, with one clear error where it cannot be read."""
+        """Yield the source's cuts, with one clear error where it cannot be read."""
         iterator, last = iter(self.source), None
         while True:
             try:
@@ -232,14 +234,14 @@ class DrawRows:
         return (self.epoch + visits) * world_size * workers + rank * workers + index
 
     def _draw(self, cut: Cut, skipped: Counter) -> DrawnRows | None:
-        """The rows of a cut, or ``None`` (counted) where it is left out."""
+        """Return the rows of a cut, or ``None`` (counted) where it is left out."""
         config = self.config
         reason = self._unwanted(cut)
         if reason is not None:
             skipped[reason] += 1
             return None
         conversation = conversation_of(cut)
-        problem = self._problem(cut) if conversation is None else self._silence(conversation)
+        problem = self._problem(cut) if conversation is None else self._audio_problem(conversation)
         if problem is not None:
             if config.on_bad_audio == "raise":
                 raise ValueError(
@@ -283,25 +285,25 @@ class DrawRows:
         drawn = DrawnRows(conversation.id, self.config.seed, epoch, (), cost, "", pass_number=self.epoch)
         return replace(drawn, conversation=conversation)
 
-    def _silence(self, conversation: Conversation) -> tuple[str, str] | None:
-        """Reason and message of a conversation with an audio that cannot be used."""
+    def _audio_problem(self, conversation: Conversation) -> tuple[str, str] | None:
+        """Return reason and message of a conversation with an audio that cannot be used; ``None`` if all can."""
         for cut in conversation.cuts():
             if self.frames(cut.num_samples) == 0:
                 return "too_short", f"has an audio, {cut.id}, that is too short to own a single speech frame"
         return None
 
     def _unwanted(self, cut: Cut) -> str | None:
-        """The filter that leaves the cut out."""
+        """Return the name of the filter that leaves the cut out; ``None`` if none does."""
         conversation = conversation_of(cut)
-        heard = conversation is None or bool(conversation.cuts())  # one of text alone lasts no time
-        if heard and cut.duration > self.config.max_duration:
+        has_audio = conversation is None or bool(conversation.cuts())  # one of text alone lasts no time
+        if has_audio and cut.duration > self.config.max_duration:
             return "longer_than_max_duration"
-        if heard and cut.duration < self.config.min_duration:
+        if has_audio and cut.duration < self.config.min_duration:
             return "shorter_than_min_duration"
         return next((reason for reason, keep in self.config.filters if not keep(cut)), None)
 
     def _problem(self, cut: Cut) -> tuple[str, str] | None:
-        """Reason and message of a cut that cannot be used."""
+        """Return reason and message of an utterance that cannot be used; ``None`` if it can."""
         if not transcript(cut):
             return "no_transcript", "has no transcript (a supervision with text; see text_field)"
         if not cut.has_recording:

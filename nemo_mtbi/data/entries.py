@@ -24,8 +24,8 @@ class Problem(NamedTuple):
     """A fault of an entry.
 
     Attributes:
-        reason: Name under which it is counted.
-        text: For a message: what is wrong with which key.
+        reason: name under which it is counted.
+        text: which key is wrong, and why, for a message.
     """
 
     reason: str
@@ -33,7 +33,12 @@ class Problem(NamedTuple):
 
 
 class BadEntryError(ValueError):
-    """An entry that cannot be used; names it, and what is wrong. ``reason`` is the name under which it is counted."""
+    """An entry that cannot be used.
+
+    Args:
+        message: names the entry, and what is wrong.
+        reason: name under which it is counted.
+    """
 
     def __init__(self, message: str, reason: str = WRONG_TYPE):
         super().__init__(message)  # torch makes the error of a worker process anew, from its text alone
@@ -47,7 +52,7 @@ class _BadValue(Exception):
 
 
 def problem_of(check: Any, *args: Any) -> Problem | None:
-    """The problem that a check of this module finds; ``None`` if all is well."""
+    """Return the problem that a check of this module reports; ``None`` if there is none."""
     try:
         check(*args)
     except _BadValue as error:
@@ -68,7 +73,7 @@ def _shown(value: Any) -> str:
 
 
 def check_text(value: Any, key: str, optional: bool = True) -> None:
-    """A string that can be written as UTF-8, or nothing."""
+    """Check that a value is a string that can be written as UTF-8, or ``None`` where that is ``optional``."""
     if value is None and optional:
         return
     if not isinstance(value, str):
@@ -78,7 +83,7 @@ def check_text(value: Any, key: str, optional: bool = True) -> None:
 
 
 def check_seconds(value: Any, key: str, least: float = 0.0, optional: bool = False) -> None:
-    """A finite number of seconds, at least ``least``."""
+    """Check that a value is a finite number of seconds, at least ``least``."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -88,7 +93,7 @@ def check_seconds(value: Any, key: str, least: float = 0.0, optional: bool = Fal
 
 
 def check_count(value: Any, key: str, least: int, most: float = math.inf) -> None:
-    """A whole number, such as a rate in hertz or a number of samples."""
+    """Check that a value is a whole number, such as a rate in hertz or a number of samples."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
         raise _BadValue(WRONG_TYPE, f"{key} must be a whole number, not {_shown(value)}")
@@ -97,7 +102,7 @@ def check_count(value: Any, key: str, least: int, most: float = math.inf) -> Non
 
 
 def check_name(value: Any, key: str) -> None:
-    """The name of a file, absolute or relative; or an address."""
+    """Check that a value can be the name of a file, absolute or relative, or an address."""
     check_text(value, key, optional=False)
     size = len(os.fsencode(value))
     longest = max((len(os.fsencode(part)) for part in value.split("/")), default=0)
@@ -125,7 +130,7 @@ def _check_channels(value: Any, key: str) -> None:
 
 
 def check_alignment(value: Any, key: str = "alignment") -> None:
-    """``{"word": [[symbol, start, duration], ...], ...}``, or nothing."""
+    """Check that a value is ``{"word": [[symbol, start, duration], ...], ...}``, or ``None``."""
     if value is None:
         return
     for kind, items in _check_mapping(value, key).items():
@@ -142,7 +147,7 @@ _TASK_KEYS = ("task", "prompt", "response")
 
 
 def check_custom(custom: Any, key: str = "custom") -> None:
-    """Custom fields that we read: ``behaviors``, ``behaviors_from``, ``references``, ``alignment``; or nothing."""
+    """Check the custom fields that we read: ``behaviors``, ``behaviors_from``, ``references``, ``alignment``."""
     if custom is None:
         return
     custom = _check_mapping(custom, key)
@@ -159,7 +164,7 @@ def check_custom(custom: Any, key: str = "custom") -> None:
 
 
 def check_cut_values(cut: Any) -> None:
-    """A Lhotse cut or the mapping that it is made of: types, and finite times."""
+    """Check a Lhotse cut or the mapping that it is made of: types, and finite times."""
     check_text(_get(cut, "id"), "id", optional=False)
     tracks = _get(cut, "tracks")
     if tracks is None:
@@ -229,7 +234,7 @@ def _check_supervision(segment: Any) -> None:
 
 
 def check_nemo_entry(entry: Mapping[str, Any], text_keys: Iterable[str], tarred: bool) -> None:
-    """A line of a NeMo manifest.
+    """Check a line of a NeMo manifest.
 
     Args:
         entry: its mapping.
@@ -250,7 +255,7 @@ def check_nemo_entry(entry: Mapping[str, Any], text_keys: Iterable[str], tarred:
 
 
 def check_conversation_entry(entry: Mapping[str, Any]) -> None:
-    """A line of NeMo's multimodal or ShareGPT conversations."""
+    """Check a line of NeMo's multimodal or ShareGPT conversations."""
     if isinstance(entry.get("id"), (list, dict)):
         raise _BadValue(WRONG_TYPE, f"id must be a string, not {_shown(entry['id'])}")
     for key in ("sound", "ori_sound"):
@@ -269,7 +274,7 @@ def check_conversation_entry(entry: Mapping[str, Any]) -> None:
 
 
 def check_conversation(conversation: Any) -> None:
-    """A conversation of NeMo's readers, with the cuts of its audios."""
+    """Check a conversation of NeMo's readers, with the cuts of its audios."""
     for turn in conversation.turns:
         check_text(turn.role, "role of a turn", optional=False)
         if getattr(turn, "cut", None) is None:

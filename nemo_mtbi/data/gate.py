@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one gate through which cuts enter: what they would be read from is allowed, and their values are of their types.
+"""The gate through which all cuts enter: it checks what they would be read from, and the types of their values.
 
 :class:`GatedCuts` stands around whatever reads cuts, and does two things. It refuses entries that would run commands
-or reach the network (:mod:`nemo_mtbi.io.sources`), whatever the policy for bad entries says. And it finds entries
+or reach the network (:mod:`nemo_mtbi.io.sources`), whatever the policy for bad entries says. And it detects entries
 with values of a wrong type or without readable audio (:mod:`nemo_mtbi.data.entries`), which it names in an error or
 leaves out and counts.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from lhotse import CutSet
 from lhotse.cut import Cut, MixedCut, PaddingCut
 
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.data.entries import BadEntryError, Problem, check_conversation, check_cut_values, problem_of
 from nemo_mtbi.data.manifest_lines import PROBLEM, SKIP, EntryFilter
 from nemo_mtbi.data.nemo_cuts import restore_piece
@@ -27,7 +28,7 @@ from nemo_mtbi.io.text import in_one_line
 
 
 class GatedCuts:
-    """Cuts (or NeMo's conversations) that were looked at before anybody reads their audio. Can be iterated again.
+    """Cuts (or NeMo's conversations) that are checked before their audio is read. Can be iterated again.
 
     Args:
         source: the cuts; any iterable that can be iterated again.
@@ -50,7 +51,7 @@ class GatedCuts:
 
     @property
     def left_out(self) -> Counter:
-        """How many entries were left out, by reason."""
+        """Number of entries that were left out, by reason."""
         return self.lines.skipped
 
     def __iter__(self) -> Iterator[Any]:
@@ -95,9 +96,9 @@ class GatedCuts:
         if isinstance(item, PaddingCut):
             return None
         if isinstance(item, Cut):
-            found = problem_of(check_cut_values, restore_piece(item))
-            marked = None if found or isinstance(item, MixedCut) else (item.custom or {}).get(PROBLEM)
-            return Problem(*map(str, marked)) if isinstance(marked, list) and len(marked) == 2 else found
+            problem = problem_of(check_cut_values, restore_piece(item))
+            marked = None if problem or isinstance(item, MixedCut) else (item.custom or {}).get(PROBLEM)
+            return Problem(*map(str, marked)) if isinstance(marked, list) and len(marked) == 2 else problem
         return problem_of(check_conversation, item) if hasattr(item, "turns") else None
 
 
@@ -109,7 +110,7 @@ def read_gated(
     remedy: str = SKIP,
     restart: bool = False,
 ) -> tuple[GatedCuts, bool]:
-    """Cuts of a data configuration through the gate, and whether NeMo calls them tarred.
+    """Return the cuts of a data configuration behind the gate, and whether NeMo calls them tarred.
 
     Args:
         read: NeMo's ``read_cutset_from_config`` for that configuration.
@@ -122,9 +123,7 @@ def read_gated(
     Raises:
         ValueError: if the source can't be opened.
     """
-    from omegaconf import OmegaConf
-
-    lines = EntryFilter.of(OmegaConf.to_container(config, resolve=True), skip, remedy)
+    lines = EntryFilter.of(plain(config), skip, remedy)
     lines.opening = True
     try:
         with Reading(policy, "the data source", lines):
@@ -141,12 +140,13 @@ def read_gated(
 def open_manifest(
     path: str | Path, policy: SourcePolicy, skip: bool = False, remedy: str = SKIP, key: str = ""
 ) -> GatedCuts:
-    """The cuts of a Lhotse manifest, read lazily through the gate. Each iteration counts anew what it leaves out.
+    """Return the cuts of a Lhotse manifest, read lazily behind the gate. Each iteration counts anew.
 
     Args:
         path: of the manifest.
         policy: what its entries may be read from.
-        skip, remedy: see :func:`read_gated`.
+        skip: leave bad entries out and count them; otherwise the first is an error.
+        remedy: how they are left out, for messages.
         key: configuration key or command-line option that named it, for messages.
 
     Raises:
@@ -160,10 +160,10 @@ def open_manifest(
         check_manifest(path, key, "cuts")
     named = f"{key}={path}" if key else str(path)
     config = OmegaConf.create({"cuts_path": str(path)})
-    found, _ = read_gated(lambda: (CutSet.from_file(path), False), config, policy, skip, remedy, True)
-    if found.source is not None and not isinstance(found.source, CutSet):
-        raise ValueError(f"{named} holds a {type(found.source).__name__}, not cuts: give a manifest of cuts")
-    if found.source is None or next(iter(found), None) is None:
-        why = ", ".join(f"{count} left out as {reason}" for reason, count in found.left_out.items())
+    cuts, _ = read_gated(lambda: (CutSet.from_file(path), False), config, policy, skip, remedy, True)
+    if cuts.source is not None and not isinstance(cuts.source, CutSet):
+        raise ValueError(f"{named} holds a {type(cuts.source).__name__}, not cuts: give a manifest of cuts")
+    if cuts.source is None or next(iter(cuts), None) is None:
+        why = ", ".join(f"{count} left out as {reason}" for reason, count in cuts.left_out.items())
         raise ValueError(f"{named} holds no cuts: it is empty" if not why else f"{named} holds no usable cuts: {why}")
-    return found
+    return cuts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NeMo's own Lhotse data loading, with rows drawn before the sampler.
+"""Data loaders: NeMo's own Lhotse loading, with rows drawn before the sampler.
 
 ``build_dataloader`` takes the keys of NeMo's ``train_ds`` (every source that NeMo reads, its augmentations, buckets
 and batch sizes) plus ``rows_per_cut``. The user's source is read by NeMo, wrapped by :class:`DrawRows`, and handed
@@ -24,27 +24,34 @@ from lhotse.utils import fastcopy
 
 from nemo_mtbi.data.behaviors import custom_value
 from nemo_mtbi.data.conversations import as_cut
-from nemo_mtbi.data.dataset import MTBIDataset, Passes, SkippedBatches, StreamDataset
+from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.draw import DrawConfig, DrawnRows, DrawRows
 from nemo_mtbi.data.gate import GatedCuts, read_gated
 from nemo_mtbi.data.loader_config import DEFAULTS, SOURCE_KEYS, check_config, check_source
 from nemo_mtbi.data.nemo_cuts import restore_piece
+from nemo_mtbi.data.passes import EpochSampler, StreamDataset, StreamLoader
 from nemo_mtbi.io.reading import Reading
 from nemo_mtbi.io.seeds import stable_rng
 from nemo_mtbi.io.sources import SourcePolicy
-from nemo_mtbi.layouts.layout import StepBatch
 from nemo_mtbi.register import register
 
 DATA_TYPE = "nemo_mtbi"
 # NeMo's changes of the sound, which would reach the cut in which a conversation travels, and not its audios.
-_FOR_UTTERANCES = ("perturb_speed", "pad_min_duration", "noise_path", "rir_enabled", "lowpass_enabled")
-_FOR_UTTERANCES += ("compression_enabled", "clipping_enabled")
+_FOR_UTTERANCES = (
+    "perturb_speed",
+    "pad_min_duration",
+    "noise_path",
+    "rir_enabled",
+    "lowpass_enabled",
+    "compression_enabled",
+    "clipping_enabled",
+)
 
 _READING: ContextVar[tuple[CutSet, bool]] = ContextVar("nemo_mtbi_reading")
 
 
 def read_drawn_rows(config: Any) -> tuple[CutSet, bool]:
-    """NeMo's parser of our data type: the cuts of the :func:`build_dataloader` call that is under way.
+    """Return the cuts of the :func:`build_dataloader` call that is under way: NeMo's parser of our data type.
 
     Raises:
         ValueError: if there is none.
@@ -64,7 +71,7 @@ def register_data_type() -> None:
 
 
 class DrawnSource:
-    """The user's data with rows, opened anew for each pass.
+    """User's data with rows, opened anew for each pass.
 
     So whatever is random in a pass (order, mixing, noise, clipping) depends on the seed and the pass alone, and not on
     the passes before: a run can enter any pass directly.
@@ -98,12 +105,18 @@ class DrawnSource:
         return read_gated(partial(read_cutset_from_config, config), source, self.dataset.policy, skip)
 
     def seed_of(self, epoch: int, worker: int = 0) -> int:
-        """The seed of a pass. It is the same on all ranks, which share the batches out, unless each reads a stream."""
+        """Return the seed of a pass: the same on all ranks, which share the batches, unless each reads a stream."""
         reader = (self.rank, worker) if self.iterable else ()
         return stable_rng("pass", self.full.seed, epoch, *reader).getrandbits(31)
 
     def open(self, epoch: int, seed: int, reader: tuple[int, int] | None = None) -> tuple[DrawRows, bool]:
-        """The cuts of a pass with their rows, and whether NeMo calls the source tarred."""
+        """Return the cuts of a pass with their rows, and whether NeMo calls the source tarred.
+
+        Args:
+            epoch: number of the pass.
+            seed: of the order of shards.
+            reader: rank and number of ranks, where each reads a stream of its own.
+        """
         cuts, is_tarred = self._read(seed)
         prepared = _prepare(CutSet(cuts), self.full)
         rows = DrawRows(prepared, self.dataset.chat, self.dataset.frames, self.draw, reader, cuts.left_out)
@@ -111,7 +124,7 @@ class DrawnSource:
         return rows, is_tarred
 
     def sampler(self, epoch: int, worker: int = 0) -> Iterator[CutSet]:
-        """The batches of NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
+        """Yield the batches of NeMo's sampler of a pass, which reads the cuts through :func:`read_drawn_rows`."""
         from nemo.collections.common.data.lhotse.dataloader import get_lhotse_sampler_from_config
 
         register_data_type()  # a worker process may know nothing of us
@@ -135,50 +148,6 @@ class DrawnSource:
             yield batch
 
 
-class EpochSampler(Passes, torch.utils.data.Sampler):
-    """Batches of cuts, pass by pass; Lightning calls ``set_epoch``.
-
-    Args:
-        source: the data.
-        fixed: every pass is pass 0, for validation.
-    """
-
-    def __init__(self, source: DrawnSource, fixed: bool):
-        super().__init__(fixed)
-        self.source = source
-
-    def __iter__(self) -> Iterator[CutSet]:
-        epoch, consumed = self.take()
-        yield from islice(self.source.sampler(epoch), consumed, None)
-        self.ended(epoch)
-
-
-class StreamLoader(torch.utils.data.DataLoader):
-    """The data loader of a :class:`StreamDataset`."""
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        stream: StreamDataset = self.dataset
-        epoch, consumed = stream.epoch, stream.consumed
-        items = super().__iter__()  # the workers copy the stream here
-        stream.resume(0)
-        return self._batches(items, epoch, consumed)
-
-    def _batches(self, items: Iterator[StepBatch | SkippedBatches], epoch: int, missing: int) -> Iterator[StepBatch]:
-        for item in items:
-            if isinstance(item, SkippedBatches):
-                missing -= item.batches
-            elif missing:  # the data of a worker had ended before its turn, and others had gone on
-                missing -= 1
-            else:
-                yield item
-        self.dataset.ended(epoch)
-
-
-def passes(loader: torch.utils.data.DataLoader) -> Passes:
-    """What decides with which pass, and where in it, a loader of :func:`build_dataloader` goes on."""
-    return loader.dataset if isinstance(loader.dataset, Passes) else loader.sampler
-
-
 def build_dataloader(
     config: Mapping[str, Any],
     dataset: MTBIDataset,
@@ -189,7 +158,7 @@ def build_dataloader(
     expected: Mapping[str, str] | None = None,
     allow_foreign: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """Builds a data loader of :class:`~nemo_mtbi.layouts.layout.StepBatch`.
+    """Return a data loader of :class:`~nemo_mtbi.layouts.layout.StepBatch`.
 
     Training data may be finite (plain manifests: each pass ends) or endless (tarred, Shar, and blends), as in NeMo.
     Each pass begins anew, in an order of its own (with ``shuffle``): where a run is resumed, the data of one pass are
@@ -209,7 +178,7 @@ def build_dataloader(
 
     Returns:
         A loader whose ``sampler`` is an :class:`EpochSampler`, or, for streams, a :class:`StreamLoader`, whose workers
-        sample. Either way :func:`passes` says where it goes on.
+        sample. Either way :func:`nemo_mtbi.data.passes.passes` gives the object by which it is set to a pass.
 
     Raises:
         ValueError: if a key is unknown, contradicts another or would cut what the behaviors are about; if a path does
@@ -228,7 +197,7 @@ def build_dataloader(
     _fit_buckets(source)
     maybe_set_cuda_expandable_segments(full.cuda_expandable_segments)
     # A generator of its own: torch draws from it for each pass, and the training's must not depend on who reads.
-    common = {"batch_size": None, "num_workers": full.num_workers, "pin_memory": full.pin_memory}
+    common: dict[str, Any] = {"batch_size": None, "num_workers": full.num_workers, "pin_memory": full.pin_memory}
     common["generator"] = torch.Generator().manual_seed(full.seed)
     if source.iterable:
         return StreamLoader(StreamDataset(source, dataset), **common)
@@ -236,7 +205,7 @@ def build_dataloader(
 
 
 def _for_validation(full) -> None:
-    """Once, in order, read in the main process (a stream is otherwise read as a whole by each worker)."""
+    """Let data be read once, in order, in the main process (each worker would read a whole stream)."""
     if full.bucket_batch_size is not None:
         raise ValueError("validation data have no buckets: set batch_size or batch_tokens, not bucket_batch_size")
     full.shuffle, full.use_bucketing, full.bucket_duration_bins = False, False, None
@@ -244,7 +213,7 @@ def _for_validation(full) -> None:
 
 
 def _prepare(cuts: CutSet, full) -> CutSet:
-    """What changes the length of a cut comes before its rows are drawn, in NeMo's order, so that the cost is exact."""
+    """Apply what changes the length of a cut, in NeMo's order, before rows are drawn, so that costs are exact."""
     changed = next((key for key in _FOR_UTTERANCES if full.get(key)), None)
     cuts = cuts.map(partial(_prepare_cut, sample_rate=full.sample_rate, changed=changed), apply_fn=None)
     if full.perturb_speed:
@@ -255,7 +224,7 @@ def _prepare(cuts: CutSet, full) -> CutSet:
 
 
 def _prepare_cut(cut: Any, sample_rate: int, changed: str | None) -> Any:
-    """Resamples, and moves word times from a custom key to the supervision, where Lhotse keeps them.
+    """Resample a cut, and move word times from a custom key to the supervision, where Lhotse keeps them.
 
     Conversations become cuts in which they travel.
 
@@ -279,7 +248,7 @@ def _prepare_cut(cut: Any, sample_rate: int, changed: str | None) -> Any:
 
 
 def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provenance: Any) -> DrawConfig:
-    """NeMo's filters become ours: NeMo leaves cuts out without a word, we count them."""
+    """Return NeMo's filters as ours: NeMo leaves cuts out without a word, we count them."""
     from nemo.collections.common.data.lhotse.sampling import (
         CERFilter,
         ContextSpeakerSimilarityFilter,
@@ -310,7 +279,7 @@ def _draw_config(full, rows_per_cut: int | None, dataset: MTBIDataset, **provena
 
 
 def training_costs(config: Mapping[str, Any], dataset: MTBIDataset) -> tuple[list[int], Any]:
-    """What the first cuts of the training data cost: positions of all rows of a cut.
+    """Return the costs of the first cuts of the training data: positions of all rows of a cut.
 
     Args:
         config: see :func:`build_dataloader`.
@@ -336,7 +305,7 @@ def _costs(source: DrawnSource, most: int) -> list[int]:
 
 
 def _fit_buckets(source: DrawnSource) -> None:
-    """Reads the first cuts: to find the buckets, and to fail now and clearly where they cannot be used."""
+    """Read the first cuts: to compute the buckets, and to fail now and clearly where they cannot be used."""
     full = source.full
     estimate = full.use_bucketing and full.bucket_duration_bins is None
     costs = _costs(source, full.num_cuts_for_bins_estimate if estimate else 1)  # ranks keep in step by the bucket
@@ -348,7 +317,7 @@ def _fit_buckets(source: DrawnSource) -> None:
 
 
 def cost_bins(costs: list[int], num_buckets: int) -> list[int]:
-    """Upper bounds of all buckets but the last, such that every bucket holds about the same total cost.
+    """Return the upper bounds of all buckets but the last; every bucket holds about the same total cost.
 
     Unlike Lhotse's own, it accepts fewer cuts than buckets; the result may have fewer buckets, and none is empty.
     """
@@ -365,9 +334,9 @@ def cost_bins(costs: list[int], num_buckets: int) -> list[int]:
 
 
 def _for_nemo(full, seed: int) -> Any:
-    """What NeMo gets: our data type as the only source, and costs where its sampling constraint counts them."""
+    """Return NeMo's configuration with our data type as only source, and costs where its sampler counts them."""
     full = full.copy()
-    changes = {key: None for key in ("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path")}
+    changes: dict[str, Any] = dict.fromkeys(("manifest_filepath", "tarred_audio_filepaths", "cuts_path", "shar_path"))
     changes |= {"input_cfg": [{"type": DATA_TYPE}], "reweight_temperature": None}
     changes |= {"perturb_speed": False, "pad_min_duration": None, "min_duration": -1, "max_duration": float("inf")}
     changes |= {"use_multimodal_sampling": True, "measure_total_length": True, "pretokenize": False}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the data configuration: what NeMo would ignore or settle in silence is an error that names the remedy."""
+"""Checks of the data configuration: what NeMo would ignore or decide in silence is an error with a remedy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_mtbi.config.checks import at_least, suggestion
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.io import sources
 from nemo_mtbi.io.manifests import check_manifest
 from nemo_mtbi.io.text import read_text
@@ -78,7 +79,7 @@ REFUSED = {
 
 
 def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int | None]:
-    """Checks the user's keys and fills in NeMo's defaults.
+    """Check the user's keys and fill in NeMo's defaults.
 
     Args:
         config: the user's data configuration.
@@ -94,9 +95,9 @@ def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int 
         LhotseDataLoadingConfig,
         make_structured_with_schema_warnings,
     )
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import OmegaConf
 
-    given = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    given = plain(config)
     defaults = LhotseDataLoadingConfig()
     known = {entry.name for entry in fields(LhotseDataLoadingConfig)}
     _check_known(given, known)
@@ -107,8 +108,8 @@ def check_config(config: Mapping[str, Any], sample_rate: int) -> tuple[Any, int 
     _check_seeds(given)
     if given.get("sample_rate") not in (None, sample_rate):
         raise ValueError(
-            f"sample_rate is {given['sample_rate']}, but the speech encoder hears {sample_rate}: remove the key, all "
-            "audio is resampled"
+            f"sample_rate is {given['sample_rate']}, but the speech encoder takes {sample_rate} Hz: remove the key, "
+            "all audio is resampled"
         )
     values = {key: value for key, value in given.items() if key in known and key != "shard_seed"}
     full = make_structured_with_schema_warnings(OmegaConf.create({**DEFAULTS, **values}))
@@ -161,7 +162,7 @@ def _check_seeds(given: Mapping[str, Any]) -> None:
 
 
 def check_source(full, policy: sources.SourcePolicy) -> None:
-    """Checks that there is a source, that it is allowed, and that each local path in it exists.
+    """Check that there is a source, that it is allowed, and that each local path in it exists.
 
     Args:
         full: NeMo's full configuration.
@@ -170,9 +171,7 @@ def check_source(full, policy: sources.SourcePolicy) -> None:
     Raises:
         ValueError: names the key and the path.
     """
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(full, resolve=True)
+    config = plain(full)
     if all(config[key] is None for key in LOCATION_KEYS):
         raise ValueError(f"no data: set one of {', '.join(LOCATION_KEYS)}")
     _check_allowed(config, "", policy)
@@ -183,7 +182,7 @@ def check_source(full, policy: sources.SourcePolicy) -> None:
 
 
 def _check_allowed(value: Any, key: str, policy: sources.SourcePolicy) -> None:
-    """Refuses locations in a configuration that its user did not allow, at any depth."""
+    """Refuse locations in a configuration that its user did not allow, at any depth."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if name not in _NO_LOCATIONS:
@@ -196,7 +195,7 @@ def _check_allowed(value: Any, key: str, policy: sources.SourcePolicy) -> None:
 
 
 def _check_group(group: Any, where: str, policy: sources.SourcePolicy) -> None:
-    """Checks the entries of an ``input_cfg``, and of the groups in it."""
+    """Check the entries of an ``input_cfg``, and of the groups in it."""
     from nemo.collections.common.data.lhotse.cutset import get_known_config_data_types
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -236,11 +235,11 @@ def _check_paths(config: Mapping[str, Any], prefix: str) -> None:
             _check_path(f"{prefix}{key}", path)
 
 
-def _check_manifests(config: Mapping[str, Any], prefix: str, kind: str) -> None:
-    """Checks the first line of each local manifest; of shards, which may be empty, only that they are files."""
+def _check_manifests(config: Mapping[str, Any], prefix: str, kind: str | None) -> None:
+    """Check the first line of each local manifest; of shards, which may be empty, only that they are files."""
     from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 
-    for key, form in (("cuts_path", "cuts"), ("manifest_filepath", MANIFESTS.get(kind))):
+    for key, form in (("cuts_path", "cuts"), ("manifest_filepath", MANIFESTS.get(kind or ""))):
         patterns = [pattern for pattern in _paths(config.get(key)) if not _is_remote(pattern)]
         files = [file for pattern in patterns for file in expand_sharded_filepaths(pattern)]
         for file in files:
@@ -249,7 +248,7 @@ def _check_manifests(config: Mapping[str, Any], prefix: str, kind: str) -> None:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """The paths in a string, in nested lists (which may hold weights) and in mappings of fields."""
+    """Yield the paths in a string, in nested lists (which may hold weights) and in mappings of fields."""
     if isinstance(value, (str, Path)):
         yield str(value)
     elif isinstance(value, Mapping):
@@ -268,11 +267,11 @@ def _check_path(key: str, pattern: str) -> None:
     from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 
     for path in [] if _is_remote(pattern) else expand_sharded_filepaths(pattern):
-        found = Path(path)
-        if not found.exists():
+        file = Path(path)
+        if not file.exists():
             raise ValueError(f"{key}: there is no {path!r}: check the path (the working directory is {Path.cwd()})")
-        if found.is_file():
+        if file.is_file():
             try:
-                found.open("rb").close()
+                file.open("rb").close()
             except OSError as error:
                 raise ValueError(f"{key}: {path!r} cannot be read: {error}") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lines of manifests, checked before Lhotse's and NeMo's readers get them: an error would end those readers."""
+"""Checks lines of manifests before Lhotse's and NeMo's readers get them, which an error would end."""
 
 from __future__ import annotations
 
@@ -73,13 +73,16 @@ class EntryFilter:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], skip: bool, remedy: str = SKIP) -> EntryFilter:
-        """The filter for a data configuration in NeMo's keys.
+        """Return the filter for a data configuration in NeMo's keys.
 
         Args:
             config: of the data, with its ``input_cfg`` as lists and mappings where it is no file.
-            skip, remedy: see above.
+            skip: leave bad entries out and count them; otherwise the first is an error.
+            remedy: how bad entries are left out, for messages.
         """
-        texts, kinds, tarred, roots = {"text", "lang"}, {}, set(), {}
+        texts, tarred = {"text", "lang"}, set()
+        kinds: dict[str, str] = {}
+        roots: dict[str, str] = {}
         for entry in _entries(config):
             texts.update(str(entry[key]) for key in ("text_field", "lang_field") if entry.get(key))
             manifests = list(_expanded(entry.get("manifest_filepath")))
@@ -92,7 +95,12 @@ class EntryFilter:
         return cls(skip, remedy, sorted(texts), kinds, None if _elsewhere(config) else tarred, roots)
 
     def __call__(self, line: str, path: str, number: int) -> str | None:
-        """The line that the reader gets.
+        """Return the line that the reader gets in place of a line; ``None``: it is left out.
+
+        Args:
+            line: as it stands in the file.
+            path: of the manifest.
+            number: of the line, from 1.
 
         Raises:
             BadEntryError: if the line is bad, and bad ones are not left out.
@@ -146,15 +154,15 @@ class EntryFilter:
                 return Problem("missing_key", f"has no {key}")
         if "conversations" in entry:
             self.opens_audio = not tarred
-            found = problem_of(check_conversation_entry, entry)
-            return found or (None if tarred or not self.skip else self._unreadable_turn(entry, path))
+            problem = problem_of(check_conversation_entry, entry)
+            return problem or (None if tarred or not self.skip else self._unreadable_turn(entry, path))
         if "audio_filepath" in entry:
             if entry.get("_skipme"):
                 return None
             self.opens_audio = not tarred and not (entry.get("sampling_rate") or entry.get("sample_rate"))
-            found = problem_of(check_nemo_entry, entry, self.text_keys, tarred)
-            if found or not self.skip or not self.opens_audio:
-                return found
+            problem = problem_of(check_nemo_entry, entry, self.text_keys, tarred)
+            if problem or not self.skip or not self.opens_audio:
+                return problem
             return self._unreadable(entry["audio_filepath"], path, entry.get("offset"), entry["duration"])
         if entry.get("type") in _CUTS:
             return problem_of(check_cut_values, entry)
@@ -163,19 +171,19 @@ class EntryFilter:
         return Problem(WRONG_TYPE, f"the type of a cut is not {entry.get('type')!r}")
 
     def _unreadable_turn(self, entry: Mapping[str, Any], path: str) -> Problem | None:
-        """The first audio of a conversation that NeMo's reader could not open."""
+        """Return the problem of the first audio of a conversation that NeMo's reader could not open."""
         shared = entry.get("sound") or entry.get("ori_sound")
         for turn in entry["conversations"]:
             name = turn["value"] if turn.get("type") == "audio" else None
             if name is None:
                 continue
-            found = self._unreadable(name, path, turn.get("offset", 0.0), turn.get("duration"))
-            if found is not None:
-                return found
+            problem = self._unreadable(name, path, turn.get("offset", 0.0), turn.get("duration"))
+            if problem is not None:
+                return problem
         return None if shared is None else self._unreadable(shared, path, None, None)
 
     def _unreadable(self, name: str, path: str, offset: Any, duration: Any) -> Problem | None:
-        """Tries what NeMo's reader is about to do: open the header, and cut the part."""
+        """Return why NeMo's reader would fail: try what it is about to do, open the header and cut the part."""
         from nemo.collections.common.parts.preprocessing.manifest import get_full_path
         from nemo.utils.data_utils import is_datastore_path
 
@@ -195,7 +203,7 @@ class EntryFilter:
 
 
 def _named(entry: Any) -> str:
-    """How an entry calls itself, for a message."""
+    """Return the name of an entry for a message, in parentheses."""
     name = (
         next((entry[key] for key in ("id", "audio_filepath") if entry.get(key)), "") if isinstance(entry, dict) else ""
     )
@@ -204,7 +212,7 @@ def _named(entry: Any) -> str:
 
 
 def _in_place_of(entry: Any, problem: Problem, tarred: bool) -> str | None:
-    """A line by which a reader goes on without the bad one; ``None``: the line is left out."""
+    """Return a line by which a reader goes on without the bad one; ``None``: the line is left out."""
     if not isinstance(entry, dict):
         return None
     if entry.get("type") in _CUTS:  # Shar reads lines beside audio: none may be missing
@@ -219,12 +227,12 @@ def _in_place_of(entry: Any, problem: Problem, tarred: bool) -> str | None:
         return None
     turns = entry["conversations"] if isinstance(entry["conversations"], list) else []
     spoken = [turn for turn in turns if isinstance(turn, dict) and turn.get("type") == "audio"]
-    kept = [{"type": "audio", "from": "user", "value": turn.get("value")} for turn in spoken]
-    return json.dumps({"id": str(entry.get("id")), "conversations": kept, "custom": {"_skipme": True}}) + "\n"
+    audios = [{"type": "audio", "from": "user", "value": turn.get("value")} for turn in spoken]
+    return json.dumps({"id": str(entry.get("id")), "conversations": audios, "custom": {"_skipme": True}}) + "\n"
 
 
 def _entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A data configuration and all sources in it."""
+    """Yield a data configuration and all sources in it."""
     yield config
     group = config.get("input_cfg")
     if isinstance(group, (str, Path)) and Path(group).is_file():
@@ -237,13 +245,13 @@ def _entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _elsewhere(config: Mapping[str, Any]) -> bool:
-    """Whether sources are listed in a file that is not on this machine."""
+    """Return whether sources are listed in a file that is not on this machine."""
     groups = [entry.get("input_cfg") for entry in _entries(config)]
     return any(isinstance(group, (str, Path)) and not Path(group).is_file() for group in groups)
 
 
 def _expanded(value: Any) -> Iterator[str]:
-    """The files that a value of NeMo's ``manifest_filepath`` names."""
+    """Yield the files that a value of NeMo's ``manifest_filepath`` names."""
     from nemo.collections.common.data.lhotse.nemo_adapters import expand_sharded_filepaths
 
     if isinstance(value, (str, Path)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts of NeMo's manifest reader, as their entries say."""
+"""Corrects cuts of NeMo's manifest reader that are shorter than their entries say."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def restore_piece(cut: Cut) -> Cut:
     - An entry that goes past the end of its file.
 
     The identifier of the cut, which ends in offset and duration, still tells. The file is taken to be longer than the
-    piece: how long it is nobody has said, and the piece alone is read. Where the file can't give it, loading fails.
+    piece: its length is unknown, and the piece alone is read. Where the file can't give it, loading fails.
     """
     promised = promised_seconds(cut) if isinstance(cut, DataCut) and cut.has_recording else None
     if promised is None:
@@ -47,5 +47,5 @@ def promised_seconds(cut: DataCut) -> float | None:
 
     ``None`` where the entry had no offset, or the cut does not come from NeMo's reader.
     """
-    found = re.fullmatch(r"-(\d{6,})-(\d{6,})", cut.id.removeprefix(cut.recording.id))
-    return int(found[2]) / 1e2 if found and int(found[1]) == round(cut.start * 1e2) else None
+    times = re.fullmatch(r"-(\d{6,})-(\d{6,})", cut.id.removeprefix(cut.recording.id))
+    return int(times[2]) / 1e2 if times and int(times[1]) == round(cut.start * 1e2) else None

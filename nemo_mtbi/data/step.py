@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training step holds, judged before any audio is read."""
+"""Size of a training step, estimated before any audio is read."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RESPONSE_SHARE = 0.5  # of a microbatch's positions, where no data tell
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one replica.
+    """Size of one step of one replica.
 
     Attributes:
-        positions: of the decoder, over all rows; ``None`` if nothing tells.
+        positions: of the decoder, over all rows; ``None`` if unknown.
         share: of the positions of a microbatch, those that predict a response token; the largest.
         frames: speech frames of the connector, at most.
         row: positions of the longest row; 0 if unknown.
@@ -45,7 +45,9 @@ class Step:
 
 
 def assumed_step(train: Mapping[str, Any], micro_batch_tokens: int) -> Step:
-    """A step as far as its configuration bounds it: all positions speech, each utterance heard by all its rows.
+    """Return the size of a step as far as its configuration bounds it: all positions are speech.
+
+    Each utterance is taken to be in ``rows_per_cut`` rows.
 
     Args:
         train: NeMo's data keys and ``rows_per_cut``.
@@ -58,7 +60,7 @@ def assumed_step(train: Mapping[str, Any], micro_batch_tokens: int) -> Step:
 def measured_step(
     batches: Sequence[CutSet], chat: ChatFormat, frames: FrameCounter, micro_batch_tokens: int, bound: int | None
 ) -> Step:
-    """A step like some batches of cuts that the sampler chose, with all their rows as speech.
+    """Return the size of a step by some batches of cuts that the sampler chose, with all their rows as speech.
 
     Args:
         batches: cuts with their rows.
@@ -67,23 +69,24 @@ def measured_step(
         micro_batch_tokens: bound on rows times longest row of a microbatch.
         bound: on the positions of a step, if there is one.
     """
-    totals, shares, heard, longest, seconds = [], [], [], 0, 0.0
+    totals, shares, frame_counts, longest, seconds = [], [], [], 0, 0.0
     for batch in batches:
-        rows, counts = [], []
+        rows: list[Row] = []
+        counts: list[int] = []  # connector frames of each utterance
         for cut in batch:
             rows += _rows(cut, chat, frames, counts)
         lengths = [len(row.layout) for row in rows]
         for group in group_by_length(lengths, micro_batch_tokens):
-            said = sum(label != IGNORE for index in group for label in rows[index].labels)
-            shares.append(said / (len(group) * lengths[group[0]]))
+            predicting = sum(label != IGNORE for index in group for label in rows[index].labels)
+            shares.append(predicting / (len(group) * lengths[group[0]]))
         totals.append(sum(lengths))
-        heard.append(sum(counts))
+        frame_counts.append(sum(counts))
         longest = max(longest, *lengths)
         seconds += sum(cut.duration for cut in batch)
     return Step(
         positions=max(max(totals), bound or 0),
         share=max(shares),
-        frames=max(heard),
+        frames=max(frame_counts),
         row=longest,
         seconds=seconds / len(batches),
         cuts=sum(len(batch) for batch in batches) / len(batches),
@@ -91,7 +94,7 @@ def measured_step(
 
 
 def _rows(cut: Cut, chat: ChatFormat, frames: FrameCounter, counts: list[int]) -> list[Row]:
-    """The rows of a cut, all as speech; the frames of what they hear go to ``counts``."""
+    """Return the rows of a cut, all as speech; append the frames of its audios to ``counts``."""
     drawn = DrawnRows.of(cut)
     if drawn.conversation is not None:
         own = [frames(part.num_samples) for part in drawn.conversation.cuts()]
@@ -102,7 +105,7 @@ def _rows(cut: Cut, chat: ChatFormat, frames: FrameCounter, counts: list[int]) -
 
 
 def count_cuts(train: Mapping[str, Any]) -> int | None:
-    """Utterances of a pass, if its manifest is one local file of lines that is read quickly; else ``None``."""
+    """Return the utterances of a pass, if its manifest is one local file of moderate size; else ``None``."""
     source = train.get("cuts_path") or train.get("manifest_filepath")
     path = Path(source) if isinstance(source, str) else None
     if path is None or not path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")) or not path.is_file():
@@ -115,12 +118,12 @@ def count_cuts(train: Mapping[str, Any]) -> int | None:
 
 
 def steps_of_pass(train: Mapping[str, Any], batches: Iterable[CutSet], most: int, replicas: int) -> str:
-    """Steps of a pass over the data, for people.
+    """Return the number of steps of a pass over the data, in words.
 
     Args:
         train: NeMo's data keys.
         batches: the first ones of the pass on one replica.
-        most: how many were asked for; fewer are the whole pass.
+        most: largest number of ``batches``; fewer are the whole pass.
         replicas: model replicas that share the data out.
     """
     sizes = [len(batch) for batch in batches]

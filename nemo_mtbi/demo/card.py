@@ -10,7 +10,7 @@ from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.demo.corpora.corpus import load_corpus
 from nemo_mtbi.demo.corpora.synthetic import VOICES, build_synthetic
 from nemo_mtbi.encoders.ctc import transcribe_ctc
-from nemo_mtbi.evaluation.benchmark import questions
+from nemo_mtbi.evaluation.questions import questions
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.metrics.corpus import score, wer
 from nemo_mtbi.parallel import groups

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from hydra.utils import get_class
@@ -51,14 +51,14 @@ class AsrFile:
         members: names of all files in it.
 
     Raises:
-        ArchiveError: if it is damaged, or holds what no ASR model of NeMo has.
+        ArchiveError: if it is damaged, or holds files that no ASR model of NeMo has.
         RuntimeError: if it is packed, and there is no room to unpack it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ArchiveError("it is no file" if self.path.exists() else "it does not exist")
+            raise ArchiveError("it is not a file" if self.path.exists() else "it does not exist")
         self._file = _open_tar(self.path)
         weakref.finalize(self, self._file.close)
         self._found = read_members(self._file, os.fstat(self._file.fileno()).st_size)
@@ -84,7 +84,7 @@ class AsrFile:
         return self._file.read(member.size)
 
     def _tensors(self) -> StoredTensors | dict[str, Tensor]:
-        """The weights: in place, or read as a whole if NeMo has pickled them."""
+        """Return the weights: read in place, or as a whole if NeMo has pickled them."""
         if self._state is None:
             member = self._found[self._weights]
             if self._weights == WEIGHTS:
@@ -98,15 +98,15 @@ class AsrFile:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all weights, by name."""
-        found = self._tensors()
-        if isinstance(found, StoredTensors):
-            return found.shapes
-        return {name: tuple(value.shape) for name, value in found.items()}
+        """Shapes of all weights, by name."""
+        state = self._tensors()
+        if isinstance(state, StoredTensors):
+            return state.shapes
+        return {name: tuple(value.shape) for name, value in state.items()}
 
     @property
     def encoder_settings(self) -> dict[str, Any]:
-        """The sections that front end and encoder are built from."""
+        """Sections that front end and encoder are built from."""
         front = self.settings.get("preprocessor")
         rate = self.settings.get("sample_rate", front.get("sample_rate") if isinstance(front, dict) else None)
         return {**{name: self.settings.get(name) for name in CLASSES}, "sample_rate": rate}
@@ -136,14 +136,14 @@ class AsrFile:
             ArchiveError: if the settings are not those of the weights, or ask for what is not built here.
         """
         self.probe()
-        found, state = build_encoder(self.encoder_settings, CONFIG), self._tensors()
+        parts, state = build_encoder(self.encoder_settings, CONFIG), self._tensors()
         tensor = state.tensor if isinstance(state, StoredTensors) else state.__getitem__
         for name in CLASSES:
-            fill_encoder(getattr(found, name), lambda key, name=name: tensor(f"{name}.{key}"))
-        return found
+            fill_encoder(getattr(parts, name), lambda key, name=name: tensor(f"{name}.{key}"))
+        return parts
 
     def ctc_settings(self) -> dict[str, Any]:
-        """The configuration of the CTC model in it: see :func:`nemo_mtbi.encoders.asr_settings.ctc_settings`.
+        """Return the configuration of the CTC model in it: see :func:`nemo_mtbi.encoders.asr_settings.ctc_settings`.
 
         Raises:
             ArchiveError: if it has no CTC head, or sizes are not those of the weights.
@@ -153,7 +153,7 @@ class AsrFile:
 
 
 class _Part(io.RawIOBase):
-    """A member of an archive as a file of its own."""
+    """A member of an archive as a read-only file."""
 
     def __init__(self, file: BinaryIO, member: Member):
         super().__init__()
@@ -176,9 +176,10 @@ class _Part(io.RawIOBase):
     def readinto(self, buffer) -> int:
         count = max(min(len(buffer), self._member.size - self._at), 0)
         self._file.seek(self._member.start + self._at)
-        read = self._file.readinto(memoryview(buffer)[:count]) or 0
-        self._at += read
-        return read
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _open_tar(path: Path) -> BinaryIO:
@@ -189,12 +190,13 @@ def _open_tar(path: Path) -> BinaryIO:
     if not packed:
         return file
     with file, gzip.open(path) as unpacked:
-        members = read_members(unpacked, _GZIP_GROWTH * size, whole=False)
+        stream = cast(BinaryIO, unpacked)  # GzipFile has its methods, but typeshed does not say so
+        members = read_members(stream, _GZIP_GROWTH * size, whole=False)
         last = max((member.start + member.size for member in members.values()), default=0)
         check_room(path, last)
         plain = tempfile.TemporaryFile()  # noqa: SIM115
-        unpacked.seek(0)
-        _copy(unpacked, plain, last)
+        stream.seek(0)
+        _copy(stream, plain, last)
     plain.write(bytes(-last % 512 + 1024))
     plain.seek(0)
     return plain
@@ -218,7 +220,7 @@ def check_room(path: Path, need: int) -> None:
     folder = tempfile.gettempdir()
     if need > shutil.disk_usage(folder).free:
         raise RuntimeError(
-            f"{path} unpacks to {need} bytes, but {folder} has not so many left: set TMPDIR to a larger folder"
+            f"{path} unpacks to {need} bytes, but {folder} has too little free space: set TMPDIR to a larger folder"
         )
 
 
@@ -245,10 +247,10 @@ class TensorArchive(SaveRestoreConnector):
         trainer=None,
         validate_access_integrity: bool = True,
     ):
-        """Do as NeMo's, behind a check of what it is about to unpack, and with a configuration written anew.
+        """Load as NeMo does, after checking what it unpacks, and with a configuration made of checked values.
 
         Raises:
-            ArchiveError: if the archive is damaged, harmful or no CTC model; nothing was unpacked then.
+            ArchiveError: if the archive is damaged, harmful or not a CTC model; nothing was unpacked then.
             RuntimeError: if there is no room to unpack it.
         """
         if override_config_path is not None or self.model_extracted_dir is not None:
@@ -266,7 +268,7 @@ class TensorArchive(SaveRestoreConnector):
             )
         except ArchiveError:
             raise
-        except Exception as error:  # a damaged tokenizer raises what the libraries below happen to raise
+        except Exception as error:  # a damaged tokenizer raises errors of many libraries
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ArchiveError(f"NeMo can't build it ({shown(reason)})") from error
         finally:  # NeMo leaves this on after an error
@@ -284,7 +286,7 @@ class TensorArchive(SaveRestoreConnector):
         }
 
     def _inject_model_parallel_rank_for_ckpt(self, dirname: str, basename: str) -> str:
-        """One file for every layout; NeMo looks for one for each model-parallel process."""
+        """Return one file for every layout; NeMo looks for one for each model-parallel process."""
         return os.path.join(dirname, basename)
 
     def _save_state_dict_to_disk(self, state_dict, filepath):

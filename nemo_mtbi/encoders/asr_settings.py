@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of NeMo's ASR models from archives: what is refused, and what NeMo is given."""
+"""Configurations of NeMo's ASR models from archives: checks, and the ones that NeMo is given instead."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TOKENIZER = {"model_path": "tokenizer.model", "vocab_path": "vocab.txt", "spe_t
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse a configuration that names a class which is none of NeMo's for speech, or asks for foreign code.
+    """Refuse a configuration that names a class other than NeMo's for speech, or asks for foreign code.
 
     Args:
         settings: the whole tree, plain values.
@@ -50,7 +50,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for place, key, value in entries(settings):
         named = value is not None if key == "_target_" else isinstance(value, str) and "." in value
         if key in _TARGETS and named and not _is_known(value):
-            raise ArchiveError(f"it names the class {shown(value)} at {shown(place)}, which is none for speech")
+            raise ArchiveError(f"it names the class {shown(value)} at {shown(place)}, which is not one for speech")
         if key in _CODE and value:
             raise ArchiveError(f"it asks for foreign code at {shown(place)}")
         if key == "_args_":
@@ -85,14 +85,14 @@ def ctc_settings(
     if not target.startswith(f"{MODELS}.") or kind not in _CTC:
         raise ArchiveError(f"its {shown(kind)} has no CTC head; give a CTC or a hybrid model of NeMo")
     hybrid = "Hybrid" in kind
-    section = settings.get("aux_ctc" if hybrid else "decoder")
+    section: Any = settings.get("aux_ctc" if hybrid else "decoder")
     section = section.get("decoder") if hybrid and isinstance(section, dict) else section
     section_class(section, "decoder", {"decoder": ("ConvASRDecoder",)})
     shape = shapes.get(f"{'ctc_' if hybrid else ''}decoder.{_HEAD}", ())
     if len(shape) != 3 or shape[2] != 1:
         raise ArchiveError(f"its CTC head has no weights {_HEAD}")
     own = _CTC[kind]
-    found = {
+    ctc: dict[str, Any] = {
         "target": f"{MODELS}.{own}",
         "sample_rate": settings.get("sample_rate", settings["preprocessor"].get("sample_rate")),
         **{name: settings[name] for name in CLASSES},
@@ -104,10 +104,10 @@ def ctc_settings(
         },
     }
     if own == "EncDecCTCModelBPE":
-        found["tokenizer"] = _tokenizer(settings.get("tokenizer"), members)
+        ctc["tokenizer"] = _tokenizer(settings.get("tokenizer"), members)
     else:
-        found["decoder"]["vocabulary"] = _letters(section.get("vocabulary"), shape[0] - 1)
-    return found
+        ctc["decoder"]["vocabulary"] = _letters(section.get("vocabulary"), shape[0] - 1)
+    return ctc
 
 
 def _letters(vocabulary: Any, classes: int) -> list[str]:
@@ -119,7 +119,7 @@ def _letters(vocabulary: Any, classes: int) -> list[str]:
 
 
 def _tokenizer(section: Any, members: Collection[str]) -> dict[str, Any]:
-    """A tokenizer made of files in the archive, and of nothing else."""
+    """Return the section of a tokenizer made only of files in the archive."""
     kind = str(section.get("type")).lower() if isinstance(section, dict) else "nothing"
     if kind == "agg" and isinstance(section.get("langs"), dict):
         langs = {str(name): _tokenizer(inner, members) for name, inner in section["langs"].items()}

@@ -177,8 +177,9 @@ class SpeechEncoder(nn.Module, ABC):
         chosen = unfrozen([name for name, _ in self.encoder.named_parameters()], config)
         for name, value in self.encoder.named_parameters():
             value.requires_grad_(name in chosen)
+            marked: Any = value
             # Megatron sums such gradients over tensor-parallel processes, which share the utterances of a step.
-            setattr(value, "sequence_parallel", name in chosen)  # noqa: B010 (unknown to torch's hints)
+            marked.sequence_parallel = name in chosen
         self._trainable = frozenset(chosen)
         kept = torch.promote_types(dtype, torch.float32) if chosen else dtype
         self._autocast_dtype = dtype if kept != dtype else None

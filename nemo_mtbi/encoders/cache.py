@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps what the frozen encoder makes of an utterance, so that many runs over the same speech encode it once."""
+"""Cache of the frozen encoder's frames, so that many runs over the same speech encode it once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nemo_mtbi.encoders.base import SpeechEncoder
+from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,10 @@ FRAMES, _DIGEST = "frames", "sha256"
 
 
 class EncoderCache:
-    """Frames by the content of the audio, in memory and in a folder that several runs may share.
+    """Caches frames by the content of the audio, in memory and in a folder that several runs may share.
 
-    An utterance that is missing is encoded alone, without padding: what is kept depends on its samples only, and not
-    on the utterances that happened to stand beside it. Augmented audio is other audio: it fills the cache and gains
+    A missing utterance is encoded alone, without padding: its entry depends on its samples only, and not on the other
+    utterances of a batch. Augmented audio is other audio: it fills the cache and gains
     nothing. Entries carry a digest: what is damaged, or lies in the place of another, is made again.
 
     Args:
@@ -36,8 +36,9 @@ class EncoderCache:
         memory_bytes: of frames that this process holds beside the folder; the oldest go first.
 
     Attributes:
-        hits, misses: utterances so far that were found, and that were encoded.
-        damaged: entries so far that were not what was written, and were made again.
+        hits: number of utterances so far that were in the cache.
+        misses: number of utterances so far that were encoded.
+        damaged: number of entries so far that differed from what was written, and were made again.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, dtype: torch.dtype, memory_bytes: int = 2**30):
@@ -52,8 +53,8 @@ class EncoderCache:
         self._held_bytes = 0
 
     @torch.no_grad()
-    def encode(self, encoder: SpeechEncoder, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``encoder`` gives for each utterance alone.
+    def encode(self, encoder: AnyEncoder, audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the frames that ``encoder`` gives for each utterance alone.
 
         Args:
             encoder: the one with the fingerprint.
@@ -68,13 +69,13 @@ class EncoderCache:
         for samples, length in zip(audio, lengths.tolist(), strict=True):
             samples = samples[:length]
             key = hashlib.blake2b(samples.float().cpu().numpy().tobytes(), digest_size=20).hexdigest()
-            found = self._find(key)
-            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
-            if found is None:
+            entry = self._find(key)
+            self.hits, self.misses = self.hits + (entry is not None), self.misses + (entry is None)
+            if entry is None:
                 encoded, valid = encoder(samples[None], lengths.new_tensor([length]))  # [1, E, D]
-                found = encoded[0, : int(valid)].contiguous()
-                self._store(key, found)
-            frames.append(found.to(audio.device))
+                entry = encoded[0, : int(valid)].contiguous()
+                self._store(key, entry)
+            frames.append(entry.to(audio.device))
         counts = torch.tensor([len(one) for one in frames], device=audio.device)
         longest = FrameCounter(encoder.shape.stages, encoder.shape.sample_rate)(audio.shape[1])
         return torch.stack([F.pad(one, (0, 0, 0, longest - len(one))) for one in frames]), counts
@@ -102,7 +103,7 @@ class EncoderCache:
         return None
 
     def _parse(self, key: str, content: bytes, with_digest: bool) -> Tensor | None:
-        """The frames of an entry; ``None`` if it is not the one that was written for these samples."""
+        """Return the frames of an entry; ``None`` if it is not the one that was written for these samples."""
         try:
             frames = load(content)[FRAMES]
             if not with_digest:
@@ -114,7 +115,7 @@ class EncoderCache:
         return frames if digest == self._digest(key, frames) else None
 
     def _digest(self, key: str, frames: Tensor) -> str:
-        """SHA-256 of an entry: of the encoder, the samples and the frames."""
+        """Return SHA-256 of an entry: of the encoder, the samples and the frames."""
         name = f"{self.folder.name} {key} {frames.dtype} {list(frames.shape)} "
         data = frames.contiguous().view(-1).view(torch.uint8) if frames.numel() else frames.view(torch.uint8)
         return hashlib.sha256(name.encode() + data.numpy().tobytes()).hexdigest()

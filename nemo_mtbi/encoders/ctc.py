@@ -29,7 +29,7 @@ def train_ctc(
     precision: str = "32-true",
     progress: bool = True,
 ) -> None:
-    """Trains all weights of ``model`` on cut manifests with NeMo's Lhotse loader, CTC loss and cosine schedule.
+    """Train all weights of ``model`` on cut manifests with NeMo's Lhotse loader, CTC loss and cosine schedule.
 
     Args:
         model: changed in place; left in ``eval()``.
@@ -94,12 +94,12 @@ def train_ctc(
 
 
 def save_asr(model: EncDecCTCModelBPE, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a ``.nemo`` with tensors only, and without the paths of the machine that trained it.
+    """Write a ``.nemo`` with tensors only, and without the paths of the machine that trained it.
 
     Args:
         model: any NeMo ASR model with a tokenizer.
         path: of the archive.
-        dtype: of the stored weights; ``None`` keeps theirs.
+        dtype: of the stored weights; ``None`` keeps their own.
     """
     with open_dict(model.cfg):
         model.cfg.train_ds = model.cfg.validation_ds = model.cfg.optim = None
@@ -110,7 +110,7 @@ def save_asr(model: EncDecCTCModelBPE, path: str | Path, dtype: torch.dtype | No
 
 @torch.no_grad()
 def transcribe_ctc(model: EncDecCTCModelBPE, cuts, batch_size: int = 32) -> list[str]:
-    """Greedy CTC transcripts of an iterable of cuts, in order."""
+    """Return greedy CTC transcripts of an iterable of cuts, in order."""
     model.eval()
     texts: list[str] = []
     cuts = list(cuts)
@@ -128,7 +128,7 @@ def transcribe_ctc(model: EncDecCTCModelBPE, cuts, batch_size: int = 32) -> list
 
 
 def write_tokenizer(folder: str | Path, words: Sequence[str], vocabulary: int) -> Path:
-    """A SentencePiece tokenizer folder, as NeMo's CTC models want it, made for ``words``."""
+    """Write a SentencePiece tokenizer folder for NeMo's CTC models, trained on ``words``."""
     import sentencepiece
 
     folder = Path(folder)

@@ -150,7 +150,8 @@ class WhisperEncoder(HFSpeechEncoder):
     def __init__(self, model: Any, extractor: Any, config: EncoderConfig):
         if config.window > extractor.chunk_length:
             raise ValueError(
-                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper takes {extractor.chunk_length} s at most"
+                f"{config.SECTION}.window_seconds is {config.window:g}; Whisper takes {extractor.chunk_length} s "
+                "at most"
             )
         sizes = model.config
         super().__init__(model, extractor, config, sizes.d_model, sizes.encoder_layers, _WHISPER_STAGES)
@@ -243,7 +244,7 @@ def _assemble(
     kind = settings["model_type"]
     try:
         model, extractor = build(path, settings), read_extractor(path, kind)
-    except Exception as error:  # damaged files raise what the libraries below happen to raise
+    except Exception as error:  # damaged files raise errors of many libraries
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the encoder in {path} can't be read: {reason}") from error
     return KINDS[kind](model, extractor, config or EncoderConfig())

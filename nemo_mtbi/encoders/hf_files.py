@@ -45,17 +45,17 @@ _UNTRAINED = ("masked_spec_embed",)  # of training only
 
 
 def _named(module: str, name: str) -> Any:
-    """One of transformers' own classes."""
+    """Return a class of transformers."""
     from importlib import import_module
 
     return getattr(import_module(f"transformers.models.{module}"), name)
 
 
 def _config_of(path: Path, given: Mapping[str, Any]) -> Any:
-    """A configuration of transformers, without what could lead elsewhere.
+    """Return a configuration of transformers, without keys that name other code or files.
 
     Raises:
-        ValueError: if its numbers are none that an encoder has.
+        ValueError: if its numbers are not those of an encoder.
     """
     if given.get("quantization_config"):
         raise ValueError("its weights are quantized: give those in 16 or 32 bits")
@@ -73,13 +73,14 @@ def _config_of(path: Path, given: Mapping[str, Any]) -> Any:
     return _named(module.replace("modeling", "configuration"), name).from_dict(kept)
 
 
-def _class_of(kind: str) -> type[nn.Module]:
+def _class_of(kind: str) -> Any:
+    """Return the class of an encoder, a ``PreTrainedModel``."""
     _, module, name, _, _ = _CLASSES[kind]
     return _named(module, name)
 
 
 def build_empty(path: Path, given: Mapping[str, Any]) -> nn.Module:
-    """Build an encoder with the weights that its class draws.
+    """Build an encoder with random weights.
 
     Args:
         path: of the directory.
@@ -96,7 +97,7 @@ def load_weights(path: Path, given: Mapping[str, Any]) -> nn.Module:
         given: content of its ``config.json``.
 
     Raises:
-        ValueError: if weights are missing, or the configuration is not theirs.
+        ValueError: if weights are missing, or do not fit the configuration.
     """
     kind, config = given["model_type"], _config_of(path, given)
     missing = [file.name for file in weight_files(path) if not file.is_file()]
@@ -138,22 +139,22 @@ class _Stored:
             stream.close()
 
     def _find(self) -> Iterator[tuple[str, tuple[StoredTensors, str]]]:
-        found: dict[str, tuple[StoredTensors, str]] = {}
+        places: dict[str, tuple[StoredTensors, str]] = {}
         for stream in self._streams:
             file = StoredTensors(stream, Path(stream.name).name, 0, Path(stream.name).stat().st_size)
-            found |= {name: (file, name) for name in file.names()}
-        prefix = next((p for p in self._prefixes if any(name.startswith(p) for name in found)), None)
-        for name, place in found.items():
+            places |= {name: (file, name) for name in file.names()}
+        prefix = next((p for p in self._prefixes if any(name.startswith(p) for name in places)), None)
+        for name, place in places.items():
             if prefix is None or name.startswith(prefix):
                 yield name.removeprefix(prefix or ""), place
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors."""
+        """Shapes of all tensors."""
         return {name: file.shape(stored) for name, (file, stored) in self._places.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor."""
+        """Return a whole tensor."""
         file, stored = self._places[name]
         return file.tensor(stored)
 
@@ -167,9 +168,9 @@ def _check_sizes(kind: str, config: Any, stored: _Stored) -> None:
     with torch.device("meta"):
         probe = _class_of(kind)._from_config(config)
     wanted = sum(value.numel() for name, value in probe.named_parameters() if not name.startswith(_UNTRAINED))
-    found = sum(math.prod(shape) for shape in stored.shapes.values())
-    if wanted > found:
-        raise ValueError(f"config.json describes {wanted} weights, but there are {found}")
+    stored_count = sum(math.prod(shape) for shape in stored.shapes.values())
+    if wanted > stored_count:
+        raise ValueError(f"config.json describes {wanted} weights, but there are {stored_count}")
 
 
 def read_extractor(path: Path, kind: str) -> Any:
@@ -180,7 +181,7 @@ def read_extractor(path: Path, kind: str) -> Any:
         kind: ``model_type``.
 
     Raises:
-        ValueError: if its numbers are none that a front end has.
+        ValueError: if its numbers are not those of a front end.
     """
     cls = _named(*_CLASSES[kind][4])
     given, _ = cls.get_feature_extractor_dict(str(path), local_files_only=True)

@@ -42,7 +42,7 @@ _UNSTORED = 2**27  # numbers that modules hold beside their stored weights, such
 
 
 def section_class(section: Any, name: str, allowed: Mapping[str, tuple[str, ...]] = CLASSES) -> type[nn.Module]:
-    """Return the class of a section, which must be one of NeMo's modules for speech that are known to be harmless.
+    """Return the class of a section, which must be one of NeMo's speech modules that are known to be harmless.
 
     Args:
         section: keys and values, with ``_target_``.
@@ -55,19 +55,19 @@ def section_class(section: Any, name: str, allowed: Mapping[str, tuple[str, ...]
     target = shown(section.get("_target_")) if isinstance(section, dict) else "nothing"
     parts = target.removeprefix(f"{MODULES}.").split(".")
     if not target.startswith(f"{MODULES}.") or len(parts) > 2 or not all(part.isidentifier() for part in parts):
-        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
+        raise ArchiveError(f"its {name} is {target}, which is not a module of nemo.collections.asr")
     for _, key, _ in entries({key: value for key, value in section.items() if key != "_target_"}):
         if not isinstance(key, str) or key.startswith("_") or key in ("target", "cls"):
             raise ArchiveError(f"its {name} has {shown(key)}, which could call other code")
     try:
-        found = get_class(target)
+        cls = get_class(target)
     except (ImportError, AttributeError, ValueError, InstantiationException) as error:
         raise ArchiveError(f"its {name} is {target}, which this NeMo does not have") from error
-    if not issubclass(found, nn.Module) or not found.__module__.startswith(f"{MODULES}."):
-        raise ArchiveError(f"its {name} is {target}, no module of nemo.collections.asr")
-    if found.__name__ not in allowed[name]:
+    if not issubclass(cls, nn.Module) or not cls.__module__.startswith(f"{MODULES}."):
+        raise ArchiveError(f"its {name} is {target}, which is not a module of nemo.collections.asr")
+    if cls.__name__ not in allowed[name]:
         raise ArchiveError(f"its {name} is {target}, and only {', '.join(allowed[name])} can be read")
-    return found
+    return cls
 
 
 def check_encoder(
@@ -142,9 +142,9 @@ def build_encoder(settings: Mapping[str, Any], file: str) -> SimpleNamespace:
 
     try:
         parts = {name: Serialization.from_config_dict(OmegaConf.create(settings[name])) for name in CLASSES}
-    except Exception as error:  # constructors raise what they happen to meet
+    except Exception as error:  # constructors raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArchiveError(f"{file} describes no encoder ({shown(reason)})") from error
+        raise ArchiveError(f"{file} does not describe an encoder ({shown(reason)})") from error
     return SimpleNamespace(**parts, cfg=SimpleNamespace(sample_rate=settings["sample_rate"]))
 
 

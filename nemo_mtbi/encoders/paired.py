@@ -49,6 +49,9 @@ class PairedEncoder(nn.Module):
         return torch.cat([frames, others.to(frames.dtype)], -1), counts
 
 
+AnyEncoder = SpeechEncoder | PairedEncoder
+
+
 def paired_shape(first: EncoderShape, second: EncoderShape) -> tuple[EncoderShape, int, int]:
     """Return the shape of both together, how many frames of the second are stacked, and how often each is repeated.
 

@@ -11,7 +11,10 @@ from nemo_mtbi.encoders.hf import HFSpeechEncoder
 from nemo_mtbi.encoders.nemo import NemoEncoder
 
 NEMO = "nemo"
-ENCODERS: dict[str, type[SpeechEncoder]] = {NEMO: NemoEncoder, "hf": HFSpeechEncoder}
+ENCODERS: dict[str, type[SpeechEncoder]] = {
+    NEMO: NemoEncoder,
+    "hf": HFSpeechEncoder,  # type: ignore[type-abstract]  # its load() and empty() pick the concrete class
+}
 Kind = TypeVar("Kind", bound=type[SpeechEncoder])
 
 

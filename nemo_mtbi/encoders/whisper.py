@@ -39,7 +39,7 @@ def missing_of_decoder(path: Path) -> str | None:
 
 
 def _weight_names(path: Path) -> list[str] | None:
-    """The names of the stored weights; None where they are not safetensors."""
+    """Return the names of the stored weights; None where they are not safetensors."""
     index = path / "model.safetensors.index.json"
     try:
         if index.is_file():
@@ -55,9 +55,9 @@ def _weight_names(path: Path) -> list[str] | None:
 
 
 class WhisperTranscriber:
-    """Whisper as it is: greedy transcripts, of audio of any length.
+    """Whisper with its own decoder: greedy transcripts of audio of any length.
 
-    A multilingual model finds the language of each utterance itself, and its task is to transcribe.
+    A multilingual model detects the language of each utterance; its task is to transcribe.
 
     Args:
         path: directory of Hugging Face with encoder, decoder, tokenizer and feature extractor.
@@ -79,7 +79,7 @@ class WhisperTranscriber:
             )
             extractor = AutoFeatureExtractor.from_pretrained(str(path), **_LOCAL)
             tokenizer = AutoTokenizer.from_pretrained(str(path), **_LOCAL)
-        except Exception as error:  # damaged files raise what the libraries below happen to raise
+        except Exception as error:  # damaged files raise errors of many libraries
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"Whisper in {path} can't be read: {reason}") from error
         # transformers draws what is missing; the output layer is the table of tokens
@@ -112,7 +112,7 @@ class WhisperTranscriber:
             return_attention_mask=True,
             **padding,
         ).to(self._model.device)
-        asked: dict[str, Any] = {"return_timestamps": True} if timestamps else {}
+        options: dict[str, Any] = {"return_timestamps": True} if timestamps else {}
         if timestamps and getattr(self._model.generation_config, "no_timestamps_token_id", None) is None:
             raise ValueError(
                 f"Whisper in {self._path} takes {self._extractor.chunk_length} s at once, and has no timestamps in "
@@ -120,6 +120,6 @@ class WhisperTranscriber:
                 "s: cut it, or transcribe it elsewhere"
             )
         if getattr(self._model.generation_config, "lang_to_id", None):
-            asked["task"] = "transcribe"
-        ids = self._model.generate(**features, do_sample=False, num_beams=1, **asked)
+            options["task"] = "transcribe"
+        ids = self._model.generate(**features, do_sample=False, num_beams=1, **options)
         return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]

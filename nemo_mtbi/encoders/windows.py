@@ -12,19 +12,19 @@ from torch import Tensor
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.layouts.frames import FrameCounter
 
-AT_ONCE = 300  # seconds of windows that are encoded at once: what a convolution gives of an hour fills 25 GB
-Window = tuple[int, int, int]  # utterance, first sample, the one behind the last
+AT_ONCE = 300  # seconds of windows that are encoded at once: the output of a convolution for an hour takes 25 GB
+Window = tuple[int, int, int]  # utterance, first sample, end
 
 
 class Windows:
-    """Cuts audio into windows, and joins their frames in the middle of what they share.
+    """Cuts audio into windows, and joins their frames in the middle of each overlap.
 
-    An utterance is encoded as if it were alone: only windows that are heard at equal length share a batch, since not
-    every encoder is indifferent to padding.
+    An utterance is encoded as if it were alone: only windows of equal padded length share a batch, since padding
+    changes the output of some encoders.
 
     Args:
         counter: of the encoder's frames.
-        config: their length and overlap.
+        config: length and overlap of the windows.
         size: width of a frame, ``D``.
 
     Raises:
@@ -44,11 +44,11 @@ class Windows:
             )
 
     def hold(self, samples: int) -> bool:
-        """Whether an utterance fits into one of them."""
+        """Return whether an utterance fits into one window."""
         return samples <= self._window
 
     def of(self, samples: int) -> list[tuple[int, int]]:
-        """Where the windows of an utterance begin and end."""
+        """Return where the windows of an utterance begin and end, in samples."""
         hop = self._window - self._overlap
         starts = range(0, max(samples - self._overlap, 1), hop)
         return [(start, min(start + self._window, samples)) for start in starts if self._counter(samples - start)]
@@ -58,15 +58,15 @@ class Windows:
         audio: Tensor,
         lengths: Tensor,
         encode: Callable[[Sequence[Tensor]], Tensor],
-        heard: Callable[[int], int] = lambda samples: samples,
+        padded_samples: Callable[[int], int] = lambda samples: samples,
     ) -> tuple[Tensor, Tensor]:
-        """Encodes utterances of any length.
+        """Encode utterances of any length.
 
         Args:
             audio: ``[U, N]``.
             lengths: ``[U]`` valid samples.
-            encode: frames ``[W, E, D]`` of windows that are heard at equal length; ``E`` may exceed their count.
-            heard: samples that the encoder hears of a window: more than it has where it is padded.
+            encode: gives frames ``[W, E, D]`` of windows of equal padded length; ``E`` may exceed their count.
+            padded_samples: gives the padded length of a window of so many samples.
 
         Returns:
             ``[U, E, D]`` frames and their ``[U]`` valid lengths.
@@ -75,8 +75,8 @@ class Windows:
             RuntimeError: if the encoder gives fewer frames than are counted.
         """
         windows = [(u, *window) for u, size in enumerate(lengths.tolist()) for window in self.of(size)]
-        found: dict[Window, Tensor] = {}
-        for batch in self._batches(windows, heard):
+        frames: dict[Window, Tensor] = {}
+        for batch in self._batches(windows, padded_samples):
             for window, own in zip(batch, encode([audio[u, a:b].float() for u, a, b in batch]), strict=True):
                 count = self._counter(window[2] - window[1])
                 if len(own) < count:
@@ -84,26 +84,27 @@ class Windows:
                         f"the encoder gives {len(own)} frames for {window[2] - window[1]} samples, but its "
                         f"configuration says {count}: this kind of encoder is not supported"
                     )
-                found[window] = own[:count]
-        return self._join(found, audio, lengths)
+                frames[window] = own[:count]
+        return self._join(frames, audio, lengths)
 
-    def _batches(self, windows: Sequence[Window], heard: Callable[[int], int]) -> Iterator[list[Window]]:
-        """As many as memory allows."""
-        for size in sorted({heard(stop - start) for _, start, stop in windows}):
-            chosen = [window for window in windows if heard(window[2] - window[1]) == size]
+    def _batches(self, windows: Sequence[Window], padded_samples: Callable[[int], int]) -> Iterator[list[Window]]:
+        """Yield windows of equal padded length, as many at once as memory allows."""
+        for size in sorted({padded_samples(stop - start) for _, start, stop in windows}):
+            chosen = [window for window in windows if padded_samples(window[2] - window[1]) == size]
             most = max(AT_ONCE * self._counter.sample_rate // size, 1)
             yield from (chosen[first : first + most] for first in range(0, len(chosen), most))
 
-    def _join(self, found: dict[Window, Tensor], audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _join(self, frames: dict[Window, Tensor], audio: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Return frames ``[U, E, D]`` of whole utterances and their ``[U]`` valid lengths."""
         counts = [self._counter(size) for size in lengths.tolist()]
-        dtype = next((frames.dtype for frames in found.values()), torch.float32)
+        dtype = next((own.dtype for own in frames.values()), torch.float32)
         shape = len(counts), self._counter(audio.shape[1]), self._size
         encoded = torch.zeros(shape, dtype=dtype, device=audio.device)
         step, half = self._counter.samples_per_frame, self._overlap // 2
         for utterance, count in enumerate(counts):
-            own = sorted(window for window in found if window[0] == utterance)  # none if it is too short for a frame
+            own = sorted(window for window in frames if window[0] == utterance)  # none if it is too short for a frame
             edges = [0, *((start + half) // step for _, start, _ in own[1:]), count]
             for window, (first, last) in zip(own, pairwise(edges), strict=False):
                 offset = window[1] // step
-                encoded[utterance, first:last] = found[window][first - offset : last - offset]
+                encoded[utterance, first:last] = frames[window][first - offset : last - offset]
         return encoded, torch.tensor(counts, device=audio.device)

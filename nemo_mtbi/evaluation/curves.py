@@ -18,16 +18,16 @@ def read_curves(folders: Sequence[str]) -> dict[str, list[list[tuple[float, floa
         folders: Folders with TensorBoard logs, one for each run; the logs may be below them.
 
     Raises:
-        ValueError: a folder is missing or holds no log with a scalar that we draw.
+        ValueError: a folder is missing or holds no log with one of :data:`WANTED`.
     """
-    found: dict[str, list[list[tuple[float, float]]]] = {}
+    by_tag: dict[str, list[list[tuple[float, float]]]] = {}
     for folder in folders:
         curves = _read_run(Path(folder).expanduser())
         if not curves:
             raise ValueError(f"logs={folder} holds no TensorBoard log with one of {', '.join(WANTED)}")
         for tag, points in curves.items():
-            found.setdefault(tag, []).append(points)
-    return {tag: found[tag] for tag in WANTED if tag in found}
+            by_tag.setdefault(tag, []).append(points)
+    return {tag: by_tag[tag] for tag in WANTED if tag in by_tag}
 
 
 def _read_run(folder: Path) -> dict[str, list[tuple[float, float]]]:
@@ -37,13 +37,13 @@ def _read_run(folder: Path) -> dict[str, list[tuple[float, float]]]:
     for path in sorted(folder.rglob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         for tag in set(WANTED) & set(events.Tags()["scalars"]):
-            # a run that went on after a stop has logged some steps again
+            # a run that was resumed has logged some steps twice
             merged.setdefault(tag, {}).update({e.step: e.value for e in events.Scalars(tag) if math.isfinite(e.value)})
     return {tag: _thinned(sorted(points.items())) for tag, points in merged.items() if points}
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``_MOST`` points: each is the mean of a run of neighbors."""
+    """Return at most about ``_MOST`` points, each the mean of some neighbors."""
     width = -(-len(points) // _MOST)
-    runs = [points[start : start + width] for start in range(0, len(points), width)]
-    return [(run[-1][0], math.fsum(value for _, value in run) / len(run)) for run in runs]
+    blocks = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(block[-1][0], math.fsum(value for _, value in block) / len(block)) for block in blocks]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of an evaluation: what each system scores on each set, how far it is from the text, what differs surely."""
+"""Figures of an evaluation: scores of each system, its distance from the text, and comparisons of systems."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,24 @@ class Asked:
     seeds: Sequence[Sequence[Reply]]
 
     def where(self, keep: Callable[[Item], bool]) -> Asked:
-        """The questions that pass."""
+        """Return the questions that pass, with their answers."""
         kept = [index for index, item in enumerate(self.items) if keep(item)]
         return Asked([self.items[i] for i in kept], [[replies[i] for i in kept] for replies in self.seeds])
 
+    def in_group(self, group: str) -> Asked:
+        """Return the questions of one group, with their answers."""
+        return self.where(lambda item: item.group == group)
+
+    def of_task(self, task: str) -> Asked:
+        """Return the questions of one task, with their answers."""
+        return self.where(lambda item: item.task == task)
+
+    def scored(self) -> Asked:
+        """Return the questions that have a right answer and a metric, with their answers."""
+        return self.where(lambda item: item.reference is not None and bool(item.metrics))
+
     def answers(self, seed: int) -> list[str]:
-        """Texts of the answers of one seed; a system with fewer seeds than another answers alike for each."""
+        """Return the texts of one seed's answers; a system with fewer seeds than another repeats them."""
         return [reply.answer for reply in self.seeds[seed % len(self.seeds)]]
 
 
@@ -69,15 +81,15 @@ def score(items: Sequence[Item], answers: Sequence[str], name: str | None = None
     rows, abstained = np.zeros((len(items), 2)), np.zeros(len(items), dtype=bool)
     for kind in sorted(set(names)):
         where = [index for index, other in enumerate(names) if other == kind]
-        found = find_metric(kind).tally([items[i].reference for i in where], [answers[i] for i in where])
+        tally = find_metric(kind).tally([items[i].reference for i in where], [answers[i] for i in where])
         if not is_share(kind):
             raise ValueError(f"{kind} can't be averaged with {', '.join(sorted(set(names) - {kind}))}")
-        rows[where], abstained[where] = found.rows, found.abstained
+        rows[where], abstained[where] = tally.rows, tally.abstained
     return Tally("score", rows, mean, abstained=abstained)
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is a mean of points from 0 to 1, of which more is better."""
+    """Return whether a metric is a mean of points from 0 to 1, of which more is better."""
     chosen = find_metric(name)
     return chosen.combine is mean and chosen.higher_is_better and chosen.scale == 1.0
 
@@ -89,7 +101,7 @@ def right(scores: Tally) -> Tally:
 
 
 def figure(tallies: Sequence[Tally], utterances: Sequence[str], resampling: Resampling) -> dict[str, Any]:
-    """One figure over all seeds: value, bootstrap interval over utterances, spread over seeds.
+    """Return one figure over all seeds: value, bootstrap interval over utterances, spread over seeds.
 
     Args:
         tallies: One for each seed, over the same items.
@@ -101,36 +113,30 @@ def figure(tallies: Sequence[Tally], utterances: Sequence[str], resampling: Resa
     """
     whole = pooled(tallies)
     interval = bootstrap(whole, list(utterances) * len(tallies), resamples=resampling.resamples, seed=resampling.seed)
-    found = {"value": interval.value, "low": interval.low, "high": interval.high, "flat": interval.flat}
-    return {**found, "n": len(whole), "left_out": whole.left_out, "seeds": spread(tallies)}
+    bounds = {"value": interval.value, "low": interval.low, "high": interval.high, "flat": interval.flat}
+    return {**bounds, "n": len(whole), "left_out": whole.left_out, "seeds": spread(tallies)}
 
 
 def spread(tallies: Sequence[Tally]) -> dict[str, Any]:
-    """The spread of a figure over seeds; None where it is undefined for one of them."""
+    """Return the spread of a figure over seeds; None where it is undefined for one of them."""
     values = [tally.value for tally in tallies]
-    if any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
         return {"values": values, "mean": None, "deviation": None, "low": None, "high": None}
-    found = seed_spread(values)
-    return {
-        "values": values,
-        "mean": found.mean,
-        "deviation": found.deviation,
-        "low": found.low,
-        "high": found.high,
-    }
+    return {"values": values, **{key: value for key, value in asdict(seed_spread(known)).items() if key != "seeds"}}
 
 
 def over_seeds(tallies: Sequence[Tally]) -> dict[str, Any]:
-    """A figure whose bootstrap interval would lean to one side: the mean over seeds and their spread alone."""
-    found = spread(tallies)
+    """Return a figure whose bootstrap interval would be biased: the mean over seeds and their spread alone."""
+    seeds = spread(tallies)
     return {
-        "value": found["mean"],
-        "low": found["low"],
-        "high": found["high"],
+        "value": seeds["mean"],
+        "low": seeds["low"],
+        "high": seeds["high"],
         "flat": False,
         "n": len(tallies[0]),
         "left_out": 0,
-        "seeds": found,
+        "seeds": seeds,
     }
 
 
@@ -142,7 +148,7 @@ def describe(
     resampling: Resampling,
     in_tasks: bool = True,
 ) -> dict[str, Any]:
-    """All figures of a system on the questions of one group or task.
+    """Return all figures of a system on the questions of one group or task.
 
     Args:
         chosen: The set.
@@ -153,61 +159,65 @@ def describe(
         in_tasks: Whether to add the figures of each task.
     """
     utterances = [chosen.clips[item.clip].id for item in asked.items]
-    found: dict[str, Any] = {"n": len(asked.items), "utterances": len(set(utterances)), "seeds": len(asked.seeds)}
+    figures: dict[str, Any] = {"n": len(asked.items), "utterances": len(set(utterances)), "seeds": len(asked.seeds)}
     replies = [reply for seed in asked.seeds for reply in seed]
-    found["truncated"] = sum(reply.truncated for reply in replies)
-    found["unheard"] = sum(reply.unheard is not None for reply in replies)
-    found["tokens"] = sum(reply.tokens for reply in replies)
-    found["empty"] = sum(not reply.answer.strip() for reply in replies)
-    found |= _scores(chosen, asked, text, resampling)
+    figures["truncated"] = sum(reply.truncated for reply in replies)
+    figures["unheard"] = sum(reply.unheard is not None for reply in replies)
+    figures["tokens"] = sum(reply.tokens for reply in replies)
+    figures["empty"] = sum(not reply.answer.strip() for reply in replies)
+    figures |= _scores(chosen, asked, text, resampling)
     if text is not None:
-        found |= _behavior(utterances, asked, text, bare, resampling)
+        figures |= _behavior(utterances, asked, text, bare, resampling)
     if in_tasks:
-        found |= _transcription(chosen, asked, resampling)
-        found["tasks"] = {}
+        figures |= _transcription(chosen, asked, resampling)
+        figures["tasks"] = {}
         for task in sorted({item.task for item in asked.items}):
-            mine, twin = (part and part.where(lambda item, t=task: item.task == t) for part in (asked, text))
-            found["tasks"][task] = describe(chosen, mine, twin, None, resampling, in_tasks=False)
-    return found
+            mine, twin = asked.of_task(task), text and text.of_task(task)
+            figures["tasks"][task] = describe(chosen, mine, twin, None, resampling, in_tasks=False)
+    return figures
 
 
 def _scores(chosen: EvalSet, asked: Asked, text: Asked | None, resampling: Resampling) -> dict[str, Any]:
-    """Figures that need right answers."""
-    scored = asked.where(lambda item: item.reference is not None and bool(item.metrics))
-    found: dict[str, Any] = {"n_scored": len(scored.items), "metrics": {}}
+    """Return the figures that need right answers."""
+    scored = asked.scored()
+    figures: dict[str, Any] = {"n_scored": len(scored.items), "metrics": {}}
     if not scored.items:
-        return found
+        return figures
     utterances = [chosen.clips[item.clip].id for item in scored.items]
     count = range(len(scored.seeds))
     if all(is_share(item.metrics[0]) for item in scored.items):
         scores = [score(scored.items, scored.answers(seed)) for seed in count]
         rights = [right(tally) for tally in scores]
-        found["abstained"] = sum(tally.abstentions for tally in scores)
-        found["score"] = figure(scores, utterances, resampling)
-        found["right"] = figure(rights, utterances, resampling)
+        figures["abstained"] = sum(tally.abstentions for tally in scores)
+        figures["score"] = figure(scores, utterances, resampling)
+        figures["right"] = figure(rights, utterances, resampling)
         tasks, wordings = [item.task for item in scored.items], [item.prompt for item in scored.items]
         if any(len({i.prompt for i in scored.items if i.task == task}) > 1 for task in set(tasks)):
-            found["prompt_worst"] = over_seeds([prompt_worst(tally, tasks, wordings) for tally in rights])
-            found["prompt_spread"] = over_seeds([prompt_spread(tally, tasks, wordings) for tally in rights])
-            found["uncrossed"] = sorted(uncrossed_tasks(tasks, wordings, utterances))
-            found["wordings"] = wording_scores(scored, rights)
+            figures["prompt_worst"] = over_seeds([prompt_worst(tally, tasks, wordings) for tally in rights])
+            figures["prompt_spread"] = over_seeds([prompt_spread(tally, tasks, wordings) for tally in rights])
+            figures["uncrossed"] = sorted(uncrossed_tasks(tasks, wordings, utterances))
+            figures["wordings"] = wording_scores(scored, rights)
         if text is not None:
-            same = text.where(lambda item: item.reference is not None and bool(item.metrics))
-            base = [right(score(scored.items, same.answers(seed))) for seed in count]
+            read = text.scored()
+            base = [right(score(scored.items, read.answers(seed))) for seed in count]
             for measure in (behavior_gap, forgetting_rate):
                 tallies = [measure(a, b) for a, b in zip(base, rights, strict=True)]
-                found[measure.__name__] = figure(tallies, utterances, resampling)
+                figures[measure.__name__] = figure(tallies, utterances, resampling)
     for name in sorted({name for item in scored.items for name in item.metrics}):
-        part = scored.where(lambda item, n=name: n in item.metrics)
-        where = [chosen.clips[item.clip].id for item in part.items]
-        tallies = [score(part.items, part.answers(seed), name) for seed in range(len(part.seeds))]
-        found["metrics"][name] = figure(tallies, where, resampling)
-        found["metrics"][name]["abstained"] = sum(tally.abstentions for tally in tallies)
-    return found
+        figures["metrics"][name] = _metric(chosen, scored, name, resampling)
+    return figures
+
+
+def _metric(chosen: EvalSet, scored: Asked, name: str, resampling: Resampling) -> dict[str, Any]:
+    """Return the figure of one metric over the items that name it."""
+    part = scored.where(lambda item: name in item.metrics)
+    where = [chosen.clips[item.clip].id for item in part.items]
+    tallies = [score(part.items, part.answers(seed), name) for seed in range(len(part.seeds))]
+    return figure(tallies, where, resampling) | {"abstained": sum(tally.abstentions for tally in tallies)}
 
 
 def _transcription(chosen: EvalSet, asked: Asked, resampling: Resampling) -> dict[str, Any]:
-    """Error rates of the answers that should be the transcript; nothing where there are none."""
+    """Return the error rates of the answers that should be the transcript; nothing where there are none."""
     part = asked.where(lambda item: is_transcription(item, chosen.clips[item.clip].transcript))
     if not part.items:
         return {}
@@ -218,7 +228,7 @@ def _transcription(chosen: EvalSet, asked: Asked, resampling: Resampling) -> dic
 
 
 def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]]:
-    """The share of right answers under each wording of each task, over all seeds."""
+    """Return the share of right answers under each wording of each task, over all seeds."""
     points: dict[tuple[str, str], list[float]] = {}
     for tally in rights:
         for item, value in zip(asked.items, tally.rows[:, 0], strict=True):
@@ -232,26 +242,31 @@ def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]
 def _behavior(
     utterances: Sequence[str], asked: Asked, text: Asked, bare: Sequence[str] | None, resampling: Resampling
 ) -> dict[str, Any]:
-    """Figures against what the LLM answers to the text; they need no right answers."""
+    """Return the figures against the answers to the text; they need no right answers."""
     pairs = [(text.answers(seed), asked.answers(seed)) for seed in range(len(asked.seeds))]
-    found = {
+    figures = {
         "agreement": figure([agreement(*pair) for pair in pairs], utterances, resampling),
         "token_f1": figure([text_f1(*pair) for pair in pairs], utterances, resampling),
     }
-    compared = [i for i in range(len(asked.items)) if all(_kl(replies[i]) is not None for replies in asked.seeds)]
+    measured = [[_divergence(reply) for reply in replies] for replies in asked.seeds]
+    compared = [i for i in range(len(asked.items)) if all(pairs[i] is not None for pairs in measured)]
     if compared:
-        seeds = [[replies[i].divergence for i in compared] for replies in asked.seeds]
-        tallies = [mean_kl([far.kl for far in distances], [far.tokens for far in distances]) for distances in seeds]
-        found["mean_kl"] = figure(tallies, [utterances[i] for i in compared], resampling)
+        known = [[pair for i in compared if (pair := pairs[i]) is not None] for pairs in measured]
+        kls = [mean_kl([kl for kl, _ in pairs], [tokens for _, tokens in pairs]) for pairs in known]
+        figures["mean_kl"] = figure(kls, [utterances[i] for i in compared], resampling)
     if bare is not None and any(item.prompt for item in asked.items):
-        told = [index for index, item in enumerate(asked.items) if item.prompt]
-        tallies = [anchor_bias([a[i] for i in told], [bare[i] for i in told], [b[i] for i in told]) for a, b in pairs]
-        found["anchor_bias"] = figure(tallies, [utterances[i] for i in told], resampling)
-    return found
+        prompted = [index for index, item in enumerate(asked.items) if item.prompt]
+        unprompted = [bare[i] for i in prompted]
+        biases = [anchor_bias([a[i] for i in prompted], unprompted, [b[i] for i in prompted]) for a, b in pairs]
+        figures["anchor_bias"] = figure(biases, [utterances[i] for i in prompted], resampling)
+    return figures
 
 
-def _kl(reply: Reply) -> float | None:
-    return reply.divergence and reply.divergence.kl
+def _divergence(reply: Reply) -> tuple[float, int] | None:
+    """Return the KL divergence of a reply and its number of tokens; None where it was not measured."""
+    if reply.divergence is None or reply.divergence.kl is None:
+        return None
+    return reply.divergence.kl, reply.divergence.tokens
 
 
 def comparisons(
@@ -261,7 +276,7 @@ def comparisons(
     texts: Mapping[str, str | None],
     resampling: Resampling,
 ) -> list[dict[str, Any]]:
-    """Differences between systems, group by group: of right answers, and of agreement with the text.
+    """Return the differences between systems, group by group: of right answers, and of agreement with the text.
 
     Args:
         chosen: The set.
@@ -276,18 +291,18 @@ def comparisons(
     """
     rows: list[dict[str, Any]] = []
     for measure in ("agreement", "right"):
-        found = [
+        compared = (
             _compared(chosen, systems, pair, group, measure, texts, resampling)
             for group in sorted({item.group for item in chosen.items})
             for pair in pairs
             if set(pair) <= set(systems)
-        ]
-        rows += [row for row in found if row is not None]
+        )
+        rows += [row for row in compared if row is not None]
     return [{**row, "p_holm": p_holm} for row, p_holm in zip(rows, _corrected(rows), strict=True)]
 
 
 def _corrected(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """P-values by Holm, each family of tests apart."""
+    """Return the p-values by Holm, each family of tests apart."""
     families: dict[tuple[str, ...], dict[str, float]] = {}
     keys = [tuple(row[name] for name in ("measure", "group", "against")) for row in rows]
     for row, key in zip(rows, keys, strict=True):
@@ -306,21 +321,22 @@ def _compared(
     texts: Mapping[str, str | None],
     resampling: Resampling,
 ) -> dict[str, Any] | None:
-    """One difference; None where the measure is not defined for both."""
-    found = []
+    """Return one difference; None where the measure is not defined for both."""
+    measured = []
     for name in pair:
-        asked = systems[name].where(lambda item: item.group == group)
+        asked = systems[name].in_group(group)
         if measure == "right":
-            found.append(_rights(asked))
+            tallies = _rights(asked)
         else:
             text = systems.get(texts.get(name) or "")
-            found.append(text and _agreements(asked, text.where(lambda item: item.group == group)))
-    if None in found:
-        return None
-    # paired tests need both asked equally often
-    times = math.lcm(*(len(tallies) for _, tallies in found))
-    a, b = (pooled(tallies * (times // len(tallies))) for _, tallies in found)
-    utterances = [chosen.clips[item.clip].id for item in found[0][0]] * times
+            tallies = _agreements(asked, text.in_group(group)) if text else None
+        if tallies is None:
+            return None
+        measured.append(tallies)
+    # a paired test needs as many answers of both systems to each question
+    times = math.lcm(*(len(tallies) for _, tallies in measured))
+    a, b = (pooled(tallies * (times // len(tallies))) for _, tallies in measured)
+    utterances = [chosen.clips[item.clip].id for item in measured[0][0]] * times
     result = compare(a, b, utterances, resamples=resampling.resamples, seed=resampling.seed)
     interval = result.difference
     row = {"measure": measure, "group": group, "system": pair[0], "against": pair[1], "difference": interval.value}
@@ -335,7 +351,7 @@ def _agreements(asked: Asked, text: Asked) -> tuple[Sequence[Item], list[Tally]]
 
 
 def _rights(asked: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
-    scored = asked.where(lambda item: item.reference is not None and bool(item.metrics))
+    scored = asked.scored()
     if not scored.items or not all(is_share(item.metrics[0]) for item in scored.items):
         return None
     return scored.items, [right(score(scored.items, scored.answers(seed))) for seed in range(len(scored.seeds))]
@@ -347,8 +363,8 @@ class Answered:
 
     Attributes:
         chosen: The set.
-        systems: Answers by system; one that can't be asked, for lack of transcripts, is not there.
-        bare: For each text system its answer to the bare transcript, by utterance.
+        systems: Answers by system; a text system is not there where transcripts are missing.
+        bare: For each text system its answers to the transcripts without a prompt, by index of the utterance.
     """
 
     chosen: EvalSet

@@ -32,10 +32,10 @@ _LLASO_UNSCORED = re.compile(r"pitch|phoneme|pronunciation|entity_extraction", r
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, or of a JSON file that holds one list, each with its place for messages.
+    """Yield the objects of a JSONL file, or of a JSON file with one list, each with its place for messages.
 
     Raises:
-        ValueError: the file is missing, is no JSON or holds something else; the message names the line.
+        ValueError: the file is missing, is not JSON or holds something else; the message names the line.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -48,10 +48,10 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             lines = enumerate(text.split("\n"), 1)
             records = [(f"line {number} of {path}", json.loads(line)) for number, line in lines if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}): one object a line, or one list of objects") from error
+        raise ValueError(f"{path} is not a JSON file ({error}): one object a line, or one list of objects") from error
     for place, record in records:
         if not isinstance(record, dict):
-            raise ValueError(f"{place} is no object, but {type(record).__name__}")
+            raise ValueError(f"{place} is not an object but {type(record).__name__}")
         yield place, record
 
 
@@ -63,7 +63,7 @@ def _field(record: Mapping[str, Any], key: str, kind: type | tuple[type, ...], p
 
 
 class _Clips:
-    """Collects utterances; several questions about one file share it."""
+    """A collection of utterances; several questions about one file share it."""
 
     def __init__(self, path: Path, audio_dir: str | None):
         self._root = Path(audio_dir).expanduser() if audio_dir else path.parent
@@ -71,6 +71,7 @@ class _Clips:
         self._index: dict[tuple[str, str | None], int] = {}
 
     def add(self, name: str, transcript: str | None) -> int:
+        """Return the index of an utterance, which is added if it is new."""
         # some files were written on Windows
         path = Path(PureWindowsPath(name).as_posix()) if "\\" in name else Path(name)
         key = (path.as_posix(), transcript)
@@ -84,13 +85,13 @@ class _Clips:
 def speech_ifeval(
     name: str, path: str | Path, audio_dir: str | None = None, part: str | None = None, metric: str | None = None
 ) -> EvalSet:
-    """Speech-IFEval: instructions about audio whose form a rule checks.
+    """Read Speech-IFEval: instructions about audio whose form a rule checks.
 
     Fields: ``audio_filepath``, ``instruction``, ``instruction_id_list``, ``kwargs``, ``metric`` ("open" for creative
     writing) and ``seed_transcript``, the description of the audio that the text LLM reads.
     """
     path, layout = Path(path).expanduser(), "Speech-IFEval"
-    clips, items, left_out = _Clips(path, audio_dir), [], Counter()
+    clips, items, left_out = _Clips(path, audio_dir), list[Item](), Counter[str]()
     for place, record in read_records(path):
         ids, given = record.get("instruction_id_list"), record.get("kwargs")
         if not ids:
@@ -115,7 +116,7 @@ def speech_ifeval(
 def voicebench(
     name: str, path: str | Path, audio_dir: str | None = None, part: str | None = None, metric: str | None = None
 ) -> EvalSet:
-    """VoiceBench: the instruction is spoken, and the text prompt is empty.
+    """Read VoiceBench: the instruction is spoken, and the text prompt is empty.
 
     Fields: ``prompt`` (what is said), ``audio`` (a path, or an object with ``path``), and by subset ``reference``, or
     ``instruction_id_list`` with ``kwargs``. ``part`` names the subset; else the name of the file does.
@@ -124,7 +125,7 @@ def voicebench(
     subset = part or next((s for s in _VOICEBENCH if s in path.stem), None)
     if subset not in _VOICEBENCH:
         raise ValueError(f"sets.{name}: {path.name} names no subset of {layout}: set part to {', '.join(_VOICEBENCH)}")
-    clips, items, left_out = _Clips(path, audio_dir), [], Counter()
+    clips, items, left_out = _Clips(path, audio_dir), list[Item](), Counter[str]()
     for place, record in read_records(path):
         if subset in _VOICEBENCH_JUDGED:
             left_out[_JUDGED] += 1
@@ -172,14 +173,14 @@ def _voicebench_reference(subset: str, record: Mapping[str, Any], place: str) ->
 def llaso_eval(
     name: str, path: str | Path, audio_dir: str | None = None, part: str | None = None, metric: str | None = None
 ) -> EvalSet:
-    """LLaSO-Eval: one file for each task.
+    """Read LLaSO-Eval: one file for each task.
 
     Fields: ``voice`` (a path or a list of paths), ``conversations`` (``{from: human, value: "...<audio>"}``, then
     ``{from: gpt, value: the right answer}``) and ``metadata``. The labels of a classification are all right answers
     of its file. What a file is scored by follows from its name, or from ``metric``: choice, wer, or another of
-    ``evaluation.metrics`` that compares two texts.
+    ``metrics.corpus`` that compares two texts.
     """
-    path, left_out = Path(path).expanduser(), Counter()
+    path, left_out = Path(path).expanduser(), Counter[str]()
     clips, rows = _Clips(path, audio_dir), []
     kind = metric or _llaso_metric(path.stem)
     for place, record in read_records(path):
@@ -199,6 +200,8 @@ def llaso_eval(
         clip = clips.add(voices[0], spoken if isinstance(spoken, str) and spoken else None)
         rows.append((clip, " ".join(asked.replace("<audio>", " ").split()), right.strip()))
     task = part or path.stem
+    if kind is None:
+        return EvalSet(name, clips.clips, [], left_out)
     if kind != "choice":
         items = [Item(clip, task, "llaso", prompt, (kind,), right) for clip, prompt, right in rows]
         return EvalSet(name, clips.clips, items, left_out)

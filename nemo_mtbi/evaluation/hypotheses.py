@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transcripts made elsewhere, which a cascade reads: a JSONL with ``id`` or ``audio_filepath`` and the text."""
+"""Transcripts from elsewhere for a cascade: a JSONL with ``id`` or ``audio_filepath`` and the text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SHOWN = 5
 
 @dataclass
 class Hypotheses:
-    """Texts by what names an utterance.
+    """Transcripts by id or audio file of their utterance.
 
     Attributes:
-        key: of the configuration, with the path, for messages.
-        ids: text and line by ``id``.
-        files: text and line by the resolved path of the audio.
+        key: Key of the configuration, with the path, for messages.
+        ids: Text and line number by ``id``.
+        files: Text and line number by the resolved path of the audio.
     """
 
     key: str
@@ -31,14 +31,14 @@ class Hypotheses:
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def text(self, clip: Clip) -> str | None:
-        """The text of an utterance; None if there is no line for it."""
-        found = self.ids.get(clip.id)
+        """Return the text of an utterance; None if there is no line for it."""
+        entry = self.ids.get(clip.id)
         for path in _audio_of(clip):
-            found = found or self.files.get(os.path.realpath(path))
-        return found and found[0]
+            entry = entry or self.files.get(os.path.realpath(path))
+        return None if entry is None else entry[0]
 
     def check(self, sets: Sequence[EvalSet]) -> None:
-        """Raise ValueError unless each utterance of each set has a text of its own; names those that have none."""
+        """Raise ValueError unless each utterance of each set has a text of its own; names those without."""
         for chosen in sets:
             missing = [clip.id for clip in chosen.clips if self.text(clip) is None]
             if missing:
@@ -52,7 +52,7 @@ class Hypotheses:
         self._refuse_other_sets(sets)
 
     def _refuse_shared(self, chosen: EvalSet) -> None:
-        """A recording that is cut into several utterances does not say which of them a line is about."""
+        """Raise ValueError if a line names a recording of several utterances: which of them it means is unknown."""
         by_file = [clip for clip in chosen.clips if clip.id not in self.ids]
         counts = Counter(os.path.realpath(path) for clip in by_file for path in _audio_of(clip))
         for clip in by_file:
@@ -64,7 +64,7 @@ class Hypotheses:
                     )
 
     def _refuse_other_sets(self, sets: Sequence[EvalSet]) -> None:
-        """An id of two sets must be the same utterance."""
+        """Raise ValueError if an id is one utterance in one set and another in a second set."""
         seen: dict[str, tuple[list[Any], str]] = {}
         for chosen in sets:
             for clip in chosen.clips:
@@ -85,14 +85,14 @@ def read_hypotheses(path: str | Path, key: str) -> Hypotheses:
     in ``pred_text``, as NeMo's and our own transcription write it (``text`` is the reference there), else in ``text``.
 
     Args:
-        path: JSONL.
-        key: of the configuration that named it, for messages.
+        path: Of the JSONL.
+        key: Key of the configuration that named it, for messages.
 
     Raises:
-        ValueError: if it can't be read, a line lacks something, or two lines give one utterance different texts.
+        ValueError: the file can't be read, a line lacks a field, or two lines give one utterance different texts.
     """
     path = Path(path).expanduser()
-    found = Hypotheses(f"{key}={path}")
+    hypotheses = Hypotheses(f"{key}={path}")
     for number, line in read_json_lines(path, key):
         place = f"line {number} of {path}"
         text = line.get("pred_text", line.get("text"))
@@ -100,11 +100,11 @@ def read_hypotheses(path: str | Path, key: str) -> Hypotheses:
         if not names or not isinstance(text, str):
             raise ValueError(f"{place} must have id or audio_filepath, and pred_text or text, each a text in quotes")
         if "id" in names:
-            _add(found.ids, names["id"], text, number, place)
+            _add(hypotheses.ids, names["id"], text, number, place)
         else:
             for audio in _places_of(path, names["audio_filepath"]):
-                _add(found.files, audio, text, number, place)
-    return found
+                _add(hypotheses.files, audio, text, number, place)
+    return hypotheses
 
 
 def _add(texts: dict[str, tuple[str, int]], name: str, text: str, number: int, place: str) -> None:
@@ -114,17 +114,17 @@ def _add(texts: dict[str, tuple[str, int]], name: str, text: str, number: int, p
 
 
 def _places_of(path: Path, audio: str) -> set[str]:
-    """Where a recording may be that a file names."""
+    """Return the resolved paths that a recording named in a file may have."""
     given = Path(audio).expanduser()
     return {os.path.realpath(given), os.path.realpath(path.parent / given)}
 
 
 def _audio_of(clip: Clip) -> Iterator[str]:
-    """The audio file of an utterance, if it is one."""
+    """Yield the path of the audio of an utterance, if it is one file."""
     if isinstance(clip.audio, Path):
         yield str(clip.audio)
         return
     recording = getattr(clip.audio, "recording", None)
-    sources = recording.sources if recording is not None else ()
+    sources: Sequence[Any] = recording.sources if recording is not None else ()
     if len(sources) == 1 and sources[0].type == "file":
         yield str(sources[0].source)

@@ -3,24 +3,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_mtbi.archive.frozen import FrozenParts
-from nemo_mtbi.archive.restored import Restored, refusal, restoring
+from nemo_mtbi.archive.restored import OpenArchive, restore_error
 from nemo_mtbi.archive.save_restore import read_config
 from nemo_mtbi.config.model import parse_model_config
-from nemo_mtbi.evaluation.load import NemoFacts
 from nemo_mtbi.io.nemo_tar import NemoFile
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.register import register
 
 
+@dataclass(frozen=True)
+class NemoFacts:
+    """Facts of a ``.nemo`` that are known before it is restored.
+
+    Attributes:
+        encoder: Path of its speech encoder; None if it lies inside.
+        llm_trained: Whether its LLM itself was trained.
+    """
+
+    encoder: Path | None
+    llm_trained: bool
+
+
 def inspect_nemo(path: str | Path) -> NemoFacts:
-    """Return where the parts of a model are, and whether its LLM was itself trained.
+    """Return the facts of a model that decide how it can be evaluated.
 
     Raises:
-        ValueError: if the file is not an MTBI ``.nemo``, or a frozen part is missing or another one.
+        ValueError: the file is not an MTBI ``.nemo``, or a frozen part is missing or another one than in training.
     """
     register()
     path = Path(path).expanduser()
@@ -29,10 +42,9 @@ def inspect_nemo(path: str | Path) -> NemoFacts:
             raise ArchiveError("it does not exist")
         with NemoFile(path) as file:
             stored = read_config(file, MTBIModel)
-            with restoring(Restored(file, stored)):
-                config = parse_model_config(stored)
-                frozen = FrozenParts(config)
+            config = parse_model_config(stored)
+            frozen = FrozenParts(config, OpenArchive(file, stored))
     except ArchiveError as error:
-        raise ValueError(refusal(path, error)) from error
+        raise ValueError(restore_error(path, error)) from error
     trained = config.llm_was_trained or bool(config.llm and config.llm.trains)
     return NemoFacts(frozen.path("asr"), trained)

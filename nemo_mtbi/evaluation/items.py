@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation asks: utterances, questions about them, and how the answers are scored."""
+"""Sets of an evaluation: utterances, questions about them, and how the answers are scored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.data.behaviors import custom_value, transcript
 from nemo_mtbi.data.gate import open_manifest
-from nemo_mtbi.evaluation.benchmark import crossed_questions
+from nemo_mtbi.evaluation.questions import crossed_questions
 from nemo_mtbi.inference.audio import load_audio
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.sources import FILES, SourcePolicy
@@ -24,9 +24,9 @@ from nemo_mtbi.layouts.frames import FrameCounter
 from nemo_mtbi.metrics.abstention import is_empty, is_refusal
 from nemo_mtbi.metrics.corpus import ERROR_KINDS, Metric, metric, normalize, task_metric
 from nemo_mtbi.metrics.tally import mean
-from nemo_mtbi.targets.tasks import TaskPool
+from nemo_mtbi.targets.tasks import Task, TaskPool
 
-BARE = "no prompt"  # task and group of the bare transcript, which only text systems are asked
+BARE = "no prompt"  # task and group of the transcript without a prompt, which only text systems answer
 
 
 def _refusals(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
@@ -53,8 +53,8 @@ class Clip:
     Attributes:
         id: Unique in its set.
         audio: A cut, or the path of an audio file.
-        transcript: What is said, for text systems; None where nobody wrote it down.
-        policy: What the audio of a cut may be read from.
+        transcript: Words of the utterance, for text systems; None where they are unknown.
+        policy: Sources that the audio of a cut may be read from.
     """
 
     id: str
@@ -78,9 +78,9 @@ class Item:
         clip: Index of the utterance in its set.
         task: Name of the task.
         group: Questions that are reported together, such as "seen" or "heldout_tasks".
-        prompt: What is asked; may be empty.
+        prompt: The wording of the task; may be empty.
         metrics: Names of metrics; the first is the one that stands in tables. None: the answer is not scored.
-        reference: What the metrics compare with; None where it is unknown.
+        reference: The right answer, in the form that the metrics take; None where it is unknown.
     """
 
     clip: int
@@ -93,12 +93,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a system's predictions are from what the same LLM predicts where it reads the transcript.
+    """Distance of a system's predictions from those of the same LLM where it reads the transcript.
 
     Attributes:
         kl: KL(text || system), in nats, mean over the tokens of the text system's answer; None where there is
             nothing to compare: the audio was unusable or too long, or the text has no answer of some token.
-        tokens: How many these are.
+        tokens: The number of these tokens.
     """
 
     kl: float | None
@@ -113,7 +113,7 @@ class Reply:
         answer: Its text; empty where the audio was unusable.
         tokens: Generated tokens, the end token included.
         truncated: Whether the length limit cut it.
-        unheard: Why the audio was unusable; None where it was heard.
+        unheard: Reason why the audio was unusable; None where it was used.
         divergence: From the text twin; None where that was not measured. Stored apart from the answer.
     """
 
@@ -133,7 +133,7 @@ class EvalSet:
         clips: Utterances.
         items: Questions; those of a task and group stand together or not, their order means nothing.
         left_out: Items of the source that can't be scored here, by reason.
-        notes: What a reader of the figures must know.
+        notes: Remarks for a reader of the figures.
 
     Raises:
         ValueError: the source holds nothing, or two utterances have the same id.
@@ -153,27 +153,27 @@ class EvalSet:
             raise ValueError(f"set {self.name!r} has several utterances with the id {twice[0]!r}: give each its own")
 
     def parts(self) -> dict[tuple[str, str], list[Item]]:
-        """Questions by (group, task), each in an order of its own: the unit of resume."""
-        found: dict[tuple[str, str], list[Item]] = {}
+        """Return the questions by (group, task), the unit of resume; their order depends on their content alone."""
+        parts: dict[tuple[str, str], list[Item]] = {}
         for item in sorted(self.items, key=self._order):
-            found.setdefault((item.group, item.task), []).append(item)
-        return found
+            parts.setdefault((item.group, item.task), []).append(item)
+        return parts
 
     def _order(self, item: Item) -> tuple[str, ...]:
         return item.group, item.task, self.clips[item.clip].id, item.prompt
 
     def bare(self) -> list[Item]:
-        """The bare transcript of each utterance that is asked about under some prompt."""
+        """Return a question without a prompt for each utterance that has one with a prompt."""
         asked = sorted({item.clip for item in self.items if item.prompt}, key=lambda index: self.clips[index].id)
         return [Item(index, BARE, BARE, "") for index in asked]
 
     @property
     def untranscribed(self) -> int:
-        """How many utterances no text system can be asked about."""
+        """Number of utterances without a transcript, which text systems can't answer."""
         return sum(clip.transcript is None for clip in self.clips)
 
     def digest(self, items: Sequence[Item]) -> str:
-        """Hash of questions and their utterances, without what only scoring reads."""
+        """Return a hash of questions and their utterances; references and metrics do not change it."""
         return digest_of([[self.clips[item.clip].identity, item.prompt] for item in items])
 
 
@@ -187,7 +187,7 @@ def from_cuts(
     policy: SourcePolicy = FILES,
     leave_out: bool = False,
 ) -> EvalSet:
-    """A set of cuts under a task pool: every task, under the same wordings for all cuts.
+    """Return a set of cuts under a task pool: every task, under the same wordings for all cuts.
 
     References come from the cuts' custom field ``references`` (task to right answer). Where no cut has one to a task
     that is scored by an error rate, the transcripts are taken.
@@ -199,7 +199,7 @@ def from_cuts(
         wordings: How many wordings of each task and group; None: all.
         seed: Of the wordings.
         limit: Only the first cuts by id; None: all.
-        policy: What the cuts may be read from.
+        policy: Sources that the cuts may be read from.
         leave_out: Leave out and count entries with values of a wrong type; otherwise the first is an error.
 
     Raises:
@@ -212,10 +212,8 @@ def from_cuts(
     references = [custom_value(cut, "references") or {} for cut in cuts]
     notes, items = _take_transcripts(clips, references, pool), []
     for row in crossed_questions(cuts, pool, wordings, seed):
-        names = (task_metric(row.task.scoring).name,)
-        names += (row.task.scoring,) if row.task.scoring in ERROR_KINDS else ()
         reference = references[row.utterance].get(row.task.name)
-        items.append(Item(row.utterance, row.task.name, row.group, row.prompt, names, reference))
+        items.append(Item(row.utterance, row.task.name, row.group, row.prompt, metrics_of(row.task), reference))
     missing = sum(item.reference is None for item in items)
     if missing:
         notes.append(
@@ -225,15 +223,21 @@ def from_cuts(
     return EvalSet(name, clips, items, left_out, notes)
 
 
+def metrics_of(task: Task) -> tuple[str, ...]:
+    """Return the metrics of a task: its score from 0 to 1, and the error rate of that score where there is one."""
+    score = task_metric(task.scoring).name
+    return (score, task.scoring) if task.scoring in ERROR_KINDS else (score,)
+
+
 def _take_transcripts(clips: Sequence[Clip], references: list[Mapping[str, Any]], pool: TaskPool) -> list[str]:
-    """Take transcripts for the right answers to tasks of an error rate to which no cut has any; in place.
+    """Fill in transcripts as right answers to tasks of an error rate to which no cut has any; in place.
 
     Returns:
         A note for each such task.
     """
     notes = []
     for task in pool.tasks:
-        if task.scoring not in ERROR_KINDS or any(found.get(task.name) is not None for found in references):
+        if task.scoring not in ERROR_KINDS or any(right.get(task.name) is not None for right in references):
             continue
         for index, clip in enumerate(clips):
             if clip.transcript is not None:
@@ -243,14 +247,14 @@ def _take_transcripts(clips: Sequence[Clip], references: list[Mapping[str, Any]]
 
 
 def is_transcription(item: Item, transcript: str | None) -> bool:
-    """Whether a question is scored by an error rate against the transcript of its utterance."""
+    """Return whether a question is scored by an error rate against the transcript of its utterance."""
     if transcript is None or not isinstance(item.reference, str) or not set(item.metrics) & set(ERROR_KINDS):
         return False
     return normalize(item.reference) == normalize(transcript)
 
 
 def check_references(chosen: EvalSet) -> None:
-    """Raise ValueError if a reference is not what its metric needs; before a model is asked anything."""
+    """Raise ValueError if a reference has not the form that its metric takes."""
     for item in chosen.items:
         if item.reference is None:
             continue
@@ -263,7 +267,7 @@ def check_references(chosen: EvalSet) -> None:
 
 
 def load_clip(clip: Clip, frames: FrameCounter) -> Tensor | BadAudioError:
-    """Mono ``[n]`` samples at the encoder's rate, whatever rate the audio has; or why there are none."""
+    """Return mono ``[n]`` samples at the encoder's rate, whatever rate the audio has, or the error of bad audio."""
     try:
         if isinstance(clip.audio, Path):
             return load_audio(clip.audio, frames)

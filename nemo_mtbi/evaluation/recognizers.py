@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognizers, which write the transcripts of a cascade: CTC of NeMo, or Whisper's own decoder."""
+"""Recognizers, which write the transcripts of a cascade: a CTC model of NeMo, or Whisper's own decoder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_mtbi.encoders.ctc import transcribe_ctc
 from nemo_mtbi.encoders.hf import HFSpeechEncoder
 from nemo_mtbi.encoders.nemo import NemoEncoder
 from nemo_mtbi.encoders.whisper import WhisperTranscriber, missing_of_decoder
@@ -24,8 +24,8 @@ class Recognizer:
     """Speech to text.
 
     Attributes:
-        frames: for its sample rate and the shortest audio that it takes.
-        transcribe: transcripts of utterances ``[n]`` at that rate.
+        frames: Has its sample rate and the shortest audio that it takes.
+        transcribe: From utterances ``[n]`` at that rate to their transcripts.
     """
 
     frames: FrameCounter
@@ -42,21 +42,21 @@ def remedy(where: str) -> str:
 
 
 def find_recognizer(where: str, asr: str | None, encoder: Path | None) -> Path:
-    """Return the path of what a cascade transcribes with; no weights are read.
+    """Return the path of the model that transcribes for a cascade; no weights are read.
 
     Args:
-        where: the system in the configuration, for messages.
-        asr: its key ``asr``; None: what belongs to the encoder of its speech system.
-        encoder: that encoder; None if it lies inside the ``.nemo``, without the rest of its model.
+        where: The system in the configuration, for messages.
+        asr: Its key ``asr``; None: the model that the encoder of its speech system belongs to.
+        encoder: That encoder; None if it lies inside the ``.nemo``, without the rest of its model.
 
     Raises:
-        ValueError: if that can't transcribe; names the remedy.
+        ValueError: the model can't transcribe; names the remedy.
     """
-    if asr is None and encoder is None:
+    path = encoder if asr is None else resolve(asr, f"{where}.asr", "encoder.nemo")
+    if path is None:
         raise ValueError(
             f"{where}: the .nemo of its speech system holds the encoder without what writes text. {remedy(where)}"
         )
-    path = encoder if asr is None else resolve(asr, f"{where}.asr", "encoder.nemo")
     if path.is_dir():
         lacking = (
             missing_of_decoder(path) if HFSpeechEncoder.recognizes(path) else "it is not a directory of Hugging Face"
@@ -69,7 +69,7 @@ def find_recognizer(where: str, asr: str | None, encoder: Path | None) -> Path:
 
 
 def _missing_of_nemo(path: Path) -> str | None:
-    """Why a file can't transcribe; None if it is a NeMo model that can. Its configuration is read, and no weights."""
+    """Return why a file can't transcribe, None if it is a NeMo model that can; no weights are read."""
     from nemo.collections.asr.models import ASRModel, EncDecCTCModel
     from nemo.utils.model_utils import import_class_by_path
 
@@ -81,26 +81,25 @@ def _missing_of_nemo(path: Path) -> str | None:
         )
         if not str(config.get("target")).startswith("nemo.collections.asr."):  # nothing else is imported
             return f"it holds a {config.get('target')} and not a NeMo ASR model"
-        found = import_class_by_path(config.target)
+        kind = import_class_by_path(config.target)
     except Exception as error:  # a file that is something else raises what the libraries below happen to raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"it is not the .nemo of a NeMo ASR model ({reason})"
-    if not (isinstance(found, type) and issubclass(found, EncDecCTCModel)):
-        return f"{getattr(found, '__name__', found)} has no CTC head"
+    if not (isinstance(kind, type) and issubclass(kind, EncDecCTCModel)):
+        return f"{getattr(kind, '__name__', kind)} has no CTC head"
     return None
 
 
-def load_recognizer(where: str, path: Path, device: torch.device, transcribe_ctc: Callable[..., Any]) -> Recognizer:
-    """Load what :func:`find_recognizer` has found.
+def load_recognizer(where: str, path: Path, device: torch.device) -> Recognizer:
+    """Load a recognizer.
 
     Args:
-        where: the system in the configuration, for messages.
-        path: of it.
-        device: of the model.
-        transcribe_ctc: ``models.ctc.transcribe_ctc``.
+        where: The system in the configuration, for messages.
+        path: What :func:`find_recognizer` returned.
+        device: Of the model.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: the model is damaged.
     """
     if path.is_dir():
         whisper = WhisperTranscriber(path, device)

@@ -1,374 +1,293 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: what the LLM does with speech against what it does with text.
+"""The report for the browser: one HTML file that needs nothing else, with charts, tables and audio players inside.
 
-Every figure is a mean over rows (micro average; one row is one utterance under one prompt), so a task counts by how
-often it was asked. The figures of each single task stand beside.
+This module prepares the values; ``templates/report.html.j2`` lays them out, and escapes all of them.
 """
 
-import hashlib
-import os
-import unicodedata
+from __future__ import annotations
+
+import base64
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import soundfile
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from nemo_mtbi.evaluation.files import write_json
-from nemo_mtbi.io.display import printable
-from nemo_mtbi.metrics.behavior import agreement, behavior_gap, text_f1
-from nemo_mtbi.metrics.corpus import ERROR_KINDS, SCORERS, cer, exact, normalize, right, task_scores, wer
+from nemo_mtbi.data.audio import BadAudioError
+from nemo_mtbi.evaluation import charts
+from nemo_mtbi.evaluation.charts import Point
+from nemo_mtbi.evaluation.examples import Example, displayed, examples_of, pick_examples, speech_system
+from nemo_mtbi.evaluation.figures import Answered
+from nemo_mtbi.evaluation.items import Clip, load_clip
+from nemo_mtbi.evaluation.settings import EvalConfig
+from nemo_mtbi.evaluation.tables import (
+    BEHAVIOR,
+    behavior,
+    comparison_rows,
+    group_title,
+    measured,
+    percent,
+    transcription_rows,
+)
+from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
+from nemo_mtbi.metrics.scorers import exact
 
-GROUPS = {
-    "seen": "seen prompts",
-    "heldout_wordings": "held-out wordings",
-    "heldout_tasks": "held-out tasks",
+Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
+_KINDS = {
+    "speech": "hears the speech",
+    "cascade": "reads the transcript of a recognizer",
+    "text": "reads the reference transcript",
 }
-TRAIN_KEYS = ("seconds", "steps", "peak_rss_gib")
-_RESERVED = ("seed", "train", "transcription", "behavior", "tasks", "nemo")
-_MISSING = "-"
-_CLIP = 300  # characters of one text in an example
-_DEFAULT_WIDTH = 100
+_PLAYED = FrameCounter((LengthStage(1, 1),), 16000)  # any audio of one sample or more
+_UNSEEN = {code: "\ufffd" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}  # a model may write any
+_LONGEST = 20.0  # seconds of audio that the page takes
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One utterance under one prompt, answered by the LLM from its text and from its speech.
+@dataclass
+class ChartFigure:
+    """Charts with a common title and caption.
 
     Attributes:
-        cut_id: Id of the utterance.
-        task: Name of the task.
-        prompt: The wording of the task that was used; may be empty.
-        group: "seen", "heldout_wordings" or "heldout_tasks".
-        scoring: The task's kind of scoring, a key of ``metrics.SCORERS``.
-        transcript: What was said.
-        reference: The right answer, or None where none is known.
-        text: The LLM's answer to the transcript.
-        speech: The LLM's answer to the speech.
-
-    Raises:
-        ValueError: the group or the kind of scoring is unknown.
+        title: Of the figure.
+        caption: Below it.
+        legend: CSS colors by name.
+        charts: Title and SVG of each chart, under ``title`` and ``svg``.
     """
 
-    cut_id: str
-    task: str
-    prompt: str
-    group: str
-    scoring: str
-    transcript: str
-    reference: str | None
-    text: str
-    speech: str
+    title: str
+    caption: str
+    legend: dict[str, str] = field(default_factory=dict)
+    charts: list[dict[str, str | Markup]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise ValueError(f"unknown group {self.group!r} of task {self.task!r}: use one of {', '.join(GROUPS)}")
-        if self.scoring not in SCORERS:
-            raise ValueError(
-                f"unknown scoring kind {self.scoring!r} of task {self.task!r}: use one of {', '.join(sorted(SCORERS))}"
-            )
-
-    @property
-    def agrees(self) -> bool:
-        """Whether both answers are equal after folding whitespace."""
-        return exact(self.text, self.speech) == 1.0
+    def add(self, title: str, svg: Markup) -> None:
+        """Add a chart, unless it is empty."""
+        if svg:
+            self.charts.append({"title": title, "svg": svg})
 
 
-def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the figures of a run.
-
-    ``transcription``: ``wer`` of the speech answers of the transcription task (scored by WER or CER, seen wordings)
-    against the transcript, and ``n`` utterances; ``wer`` is None if there are none. ``cer`` is there too if a task is
-    scored by it. ``behavior``: for each group ``text`` and
-    ``speech`` (share of right answers, score exactly 1, among the ``n_scored`` rows with a reference), ``text_score``
-    and ``speech_score`` (mean scores of the same rows), ``ratio`` (``speech / text``), ``agreement`` (share of rows
-    whose two answers are equal), ``token_f1`` (mean, of the speech answer against the text answer) and ``n``.
-    A figure without a row behind it is None. ``tasks``: the same over all rows of a task, with ``scoring``,
-    ``heldout`` and the figures of each of its ``groups``.
-
-    Raises:
-        ValueError: there is no answer, a task has two kinds of scoring or is both trained and held out, or a
-            reference breaks the format of its kind of scoring.
-    """
-    if not answers:
-        raise ValueError("no answers to report: the validation set gave no rows; check its manifest and task pool")
-    by_task: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_task.setdefault(answer.task, []).append(answer)
-    return {
-        "transcription": _transcription(answers),
-        "behavior": {group: _figures([a for a in answers if a.group == group]) for group in GROUPS},
-        "tasks": {task: _task_figures(task, rows) for task, rows in sorted(by_task.items())},
-    }
-
-
-def write_results(
-    path: str | os.PathLike[str],
-    *,
-    summary: Mapping[str, Any],
-    seed: int,
-    train: Mapping[str, float],
-    nemo_path: str | os.PathLike[str] | None,
-    extra: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write ``results.json`` in one step (never half a file): sorted keys, numbers rounded to 6 digits.
+def render_report(results: Mapping[str, Any], curves: Curves, answered: Sequence[Answered], config: EvalConfig) -> str:
+    """Return the report as HTML.
 
     Args:
-        path: The file; its folder is made if it is missing.
-        summary: What :func:`summarize` returned.
-        seed: Seed of the run.
-        train: ``seconds`` (wall clock), ``steps`` and ``peak_rss_gib`` of the training; more keys are kept.
-        nemo_path: The saved model, or None if none was saved.
-        extra: More keys for the top level.
-
-    Raises:
-        ValueError: ``train`` lacks a key, ``extra`` would overwrite one, or a number is NaN or infinite.
+        results: What ``results.collect_results`` returned.
+        curves: Learning curves by system, see ``curves.read_curves``.
+        answered: The answers, for examples.
+        config: Has the number of examples and the text system of each speech system.
     """
-    missing = [key for key in TRAIN_KEYS if key not in train]
-    if missing:
-        raise ValueError(f"train lacks {', '.join(missing)}: results.json needs {', '.join(TRAIN_KEYS)}")
-    clash = sorted(set(extra or {}) & set(_RESERVED))
-    if clash:
-        raise ValueError(f"extra may not hold {', '.join(clash)}: these keys belong to the report; rename them")
-    results = {
-        **(extra or {}),
-        "seed": seed,
-        "train": dict(train),
-        "transcription": summary["transcription"],
-        "behavior": summary["behavior"],
-        "tasks": summary["tasks"],
-        "nemo": None if nemo_path is None else os.fspath(nemo_path),
-    }
-    return write_json(path, results)
-
-
-def render(
-    summary: Mapping[str, Any], answers: Sequence[Answer], console: Console | None = None, examples: int = 6
-) -> None:
-    """Print the report: speech against text by group, by task, and some examples side by side.
-
-    Args:
-        summary: What :func:`summarize` returned.
-        answers: The rows to draw examples from.
-        console: Where to print; by default the standard output, 100 columns wide where it is no terminal.
-        examples: How many examples, see :func:`pick_examples`.
-    """
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_DEFAULT_WIDTH)
-    console.print()
-    console.print(_behavior_table(summary["behavior"]))
-    transcription = summary["transcription"]
-    if transcription["n"]:
-        rates = [f"{key.upper()} {_percent(transcription[key])}" for key in ("cer", "wer") if key in transcription]
-        console.print(f"  transcription of speech: {', '.join(rates)}, {transcription['n']} utterances")
-    console.print()
-    console.print(_task_table(summary["tasks"]))
-    picked = pick_examples(answers, examples)
-    if picked:
-        console.print()
-        console.print(_example_table(picked, answers))
-
-
-def pick_examples(answers: Sequence[Answer], k: int) -> list[Answer]:
-    """Return up to k rows to show: half of them disagreements where there are that many, then agreements.
-
-    Groups, tasks and utterances are spread as far as possible; the choice depends on the rows, not on their order.
-    """
-    ordered = sorted(answers, key=_random_key)
-    differing = [a for a in ordered if not a.agrees]
-    equal = [a for a in ordered if a.agrees]
-    wanted = min(len(differing), max(k // 2, k - len(equal)))
-    picked = _spread(equal, k - wanted, [])
-    return _spread(differing, wanted, picked) + picked
-
-
-def examples_markdown(answers: Sequence[Answer], k: int = 6) -> str:
-    """Return k examples (see :func:`pick_examples`) as a Markdown table, as TensorBoard's text tab shows it."""
-    lines = ["| transcript | prompt | answer to text | answer to speech | same |", "|---|---|---|---|---|"]
-    for a in pick_examples(answers, k):
-        cells = [_markdown(shown(text)) for text in (a.transcript, a.prompt, a.text, a.speech)]
-        lines.append(f"| {' | '.join(cells)} | {'yes' if a.agrees else '**no**'} |")
-    return "\n".join(lines) + "\n"
-
-
-def _transcription(answers: Sequence[Answer]) -> dict[str, Any]:
-    # A task scored by an error rate against something else than the transcript, such as a translation, is none.
-    rows = [
-        a
-        for a in answers
-        if a.scoring in ERROR_KINDS
-        and a.group == "seen"
-        and (a.reference is None or normalize(a.reference) == normalize(a.transcript))
-    ]
-    said, written = [a.transcript for a in rows], [a.speech for a in rows]
-    found = {"wer": wer(said, written) if rows else None, "n": len(rows)}
-    return {**found, "cer": cer(said, written)} if any(a.scoring == "cer" for a in rows) else found
-
-
-def _figures(rows: Sequence[Answer]) -> dict[str, Any]:
-    scored = [(a.scoring, a.reference, a) for a in rows if a.reference is not None]
-    found = dict.fromkeys(("text", "speech", "ratio", "text_score", "speech_score", "agreement", "token_f1"))
-    if scored:
-        kinds, references, answers = zip(*scored, strict=True)
-        text, speech = (task_scores(kinds, references, given) for given in _answers(answers))
-        found |= {"text": right(text).value, "speech": right(speech).value}
-        found |= {"text_score": text.value, "speech_score": speech.value}
-        found["ratio"] = behavior_gap(right(text), right(speech)).value
-    if rows:
-        found |= {"agreement": agreement(*_answers(rows)).value, "token_f1": text_f1(*_answers(rows)).value}
-    return {**found, "n": len(rows), "n_scored": len(scored)}
-
-
-def _answers(rows: Sequence[Answer]) -> tuple[list[str], list[str]]:
-    return [a.text for a in rows], [a.speech for a in rows]
-
-
-def _task_figures(task: str, rows: Sequence[Answer]) -> dict[str, Any]:
-    kinds = sorted({a.scoring for a in rows})
-    if len(kinds) > 1:
-        raise ValueError(f"task {task!r} is scored by {' and '.join(kinds)}: give each task one kind of scoring")
-    groups = {a.group for a in rows}
-    if "heldout_tasks" in groups and len(groups) > 1:
-        raise ValueError(f"task {task!r} is both trained and held out: give the two different names")
-    return {
-        "scoring": kinds[0],
-        "heldout": "heldout_tasks" in groups,
-        **_figures(rows),
-        "groups": {group: _figures([a for a in rows if a.group == group]) for group in GROUPS if group in groups},
-    }
-
-
-def _random_key(answer: Answer) -> str:
-    parts = (answer.cut_id, answer.task, answer.prompt, answer.group, answer.text, answer.speech)
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _spread(candidates: Sequence[Answer], k: int, shown: Sequence[Answer]) -> list[Answer]:
-    """Return k candidates, each the one whose group, task and utterance were shown least often so far."""
-    left, picked = list(candidates), []
-    for _ in range(min(k, len(left))):
-        before = [*shown, *picked]
-        best = min(
-            range(len(left)),
-            key=lambda i: (
-                sum(a.group == left[i].group for a in before),
-                sum(a.task == left[i].task for a in before),
-                sum(a.cut_id == left[i].cut_id for a in before),
-                i,
-            ),
+    palette = _palette(results["systems"])
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=results["title"],
+            systems=_systems(results["systems"]),
+            sets=[_set(results, palette, part, config) for part in answered],
+            training=_curves(curves, palette),
+            not_measured=results["not_measured"],
         )
-        picked.append(left.pop(best))
-    return picked
-
-
-def _percent(value: float | None) -> str:
-    return _MISSING if value is None else f"{100 * value:.1f}%"
-
-
-def _ratio(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.3f}"
-
-
-def _graded(value: float | None) -> Text:
-    """Return a share as text, colored where the terminal has colors: weak ones are to be seen at a glance."""
-    if value is None:
-        return Text(_MISSING, style="dim")
-    return Text(_percent(value), style="green" if value >= 0.9 else "yellow" if value >= 0.7 else "red")
-
-
-def _table(title: str, **options: Any) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", header_style="bold", **options)
-
-
-def _behavior_table(behavior: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table(
-        "What the LLM does with speech against what it does with text",
-        box=box.ROUNDED,
-        caption="text, speech: right answers. ratio: speech / text. agreement: both answers equal.",
-        caption_justify="left",
     )
-    table.add_column("prompts", min_width=18)
-    for name in ("text", "speech", "ratio", "agreement", "token F1", "n"):
-        table.add_column(name, justify="right", min_width=8)
-    for group, title in GROUPS.items():
-        f = behavior[group]
-        table.add_row(
-            title,
-            _percent(f["text"]),
-            _graded(f["speech"]),
-            _ratio(f["ratio"]),
-            _graded(f["agreement"]),
-            _percent(f["token_f1"]),
-            str(f["n"]),
-        )
-    return table
+    return page.translate(_UNSEEN)
 
 
-def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table("By task", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", min_width=18, overflow="fold")
-    table.add_column("scored by")
-    for name in ("text", "speech", "ratio", "agreement", "n"):
-        table.add_column(name, justify="right", min_width=7)
-    for heldout in (False, True):
-        rows = [(name, f) for name, f in tasks.items() if f["heldout"] is heldout]
-        if not rows:
+def stylesheet() -> str:
+    """Return the CSS of the report, which charts need for their colors."""
+    return _environment().get_template("style.css.j2").render()
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    loader = PackageLoader("nemo_mtbi.evaluation")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _systems(systems: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["system", "what it does", "seeds", "hours of speech"]]
+    for name, about in systems.items():
+        hours = "-" if about["hours"] is None else f"{about['hours']:g}"
+        rows.append([name, _KINDS[about["kind"]], str(about["seeds"]), hours])
+    return rows
+
+
+def _set(results: Mapping[str, Any], palette: Mapping[str, int], part: Answered, config: EvalConfig) -> dict[str, Any]:
+    """Return the values of one section."""
+    name, systems = part.chosen.name, results["systems"]
+    about = results["sets"][name]
+    keys = ("utterances", "questions", "left_out", "notes")
+    section: dict[str, Any] = {"name": name, **{key: about[key] for key in keys}}
+    section |= {"figures": [], "tables": None, "examples": [], "speech": speech_system(part, config)}
+    if about["systems"]:
+        figures = [
+            _bars(name, about, _largest(systems, palette)),
+            _gap_over_hours(name, about, systems, palette),
+            _wordings(name, about, palette),
+        ]
+        section["figures"] = [figure for figure in figures if figure.charts]
+        section["tables"] = _tables(about, systems)
+        section["examples"] = [_card(x) for x in pick_examples(examples_of(part, config), config.examples)]
+    return section
+
+
+def _palette(systems: Mapping[str, Any]) -> dict[str, int]:
+    """Return the color of each system; systems of one line, trained on other amounts of speech, share it."""
+    lines = list(dict.fromkeys(about["line"] or name for name, about in systems.items()))
+    return {name: lines.index(about["line"] or name) for name, about in systems.items()}
+
+
+def _largest(systems: Mapping[str, Any], palette: Mapping[str, int]) -> dict[str, int]:
+    """Return the color of the system of each line that was trained on most speech."""
+    best: dict[int, str] = {}
+    for name, index in palette.items():
+        if index not in best or (systems[name]["hours"] or 0) > (systems[best[index]]["hours"] or 0):
+            best[index] = name
+    return {name: index for name, index in palette.items() if best[index] == name}
+
+
+def _legend(colors: Mapping[str, int]) -> dict[str, str]:
+    return {name: charts.color(index) for name, index in colors.items()}
+
+
+def _point(x: float, figure: Mapping[str, Any] | None) -> Point | None:
+    if figure is None or figure["value"] is None:
+        return None
+    return Point(x, figure["value"], figure["low"], figure["high"])
+
+
+def _bars(name: str, about: Mapping[str, Any], colors: Mapping[str, int]) -> ChartFigure:
+    figure = ChartFigure(
+        "Generalization",
+        "Shares with 95% intervals over utterances: trained tasks under wordings that were trained on, under wordings "
+        "that were not, and tasks that were never trained on.",
+    )
+    drawn = set()
+    for key, title in (("agreement", "Agreement with the answer to the text"), ("right", "Right answers")):
+        has = {system: {g for g, f in groups.items() if key in f} for system, groups in about["systems"].items()}
+        groups = [group for group in about["groups"] if any(group in of for of in has.values())]
+        shown = [system for system in colors if has.get(system)]
+        if not groups:
             continue
-        table.add_section()
-        table.add_row(Text("held-out tasks" if heldout else "trained tasks", style="italic dim"))
-        for name, f in rows:
-            table.add_row(
-                Text("  " + printable(name)),
-                f["scoring"],
-                _percent(f["text"]),
-                _graded(f["speech"]),
-                _ratio(f["ratio"]),
-                _graded(f["agreement"]),
-                str(f["n"]),
-            )
-    return table
+        values = {system: about["systems"][system] for system in shown}
+        series = [(x, colors[x], [_point(0.0, values[x].get(g, {}).get(key)) for g in groups]) for x in shown]
+        figure.add(title, charts.bars(f"{title}, {name}", [group_title(g) for g in groups], series))
+        drawn |= set(shown)
+    figure.legend = _legend({system: index for system, index in colors.items() if system in drawn})
+    return figure
 
 
-def _example_table(picked: Sequence[Answer], answers: Sequence[Answer]) -> Table:
-    differing = sum(not a.agrees for a in answers)
-    table = _table(
-        f"Examples (the two answers differ in {differing} of all {len(answers)} rows)",
-        box=box.ROUNDED,
-        show_lines=True,
-        expand=True,
+def _wordings(name: str, about: Mapping[str, Any], colors: Mapping[str, int]) -> ChartFigure:
+    figure = ChartFigure(
+        "Prompt sensitivity",
+        "Each dot is one wording of one task; the line goes from the lowest to the highest, the mark is the mean.",
     )
-    table.add_column("question", ratio=4, overflow="fold")
-    table.add_column("answer to text", ratio=3, overflow="fold")
-    table.add_column("answer to speech", ratio=3, overflow="fold")
-    for a in picked:
-        question = Text.assemble(
-            ("said:  ", "dim"),
-            (shown(a.transcript), "italic"),
-            ("\nasked: ", "dim"),
-            (shown(a.prompt), "bold"),
-            (f"\n({printable(a.task)}, {GROUPS[a.group]})", "dim"),
-        )
-        mark = ("= ", "green") if a.agrees else ("≠ ", "bold red")
-        table.add_row(question, Text(shown(a.text)), Text.assemble(mark, shown(a.speech)))
-    return table
+    for group in about["groups"]:
+        rows = []
+        for system, index in colors.items():
+            wordings = about["systems"].get(system, {}).get(group, {}).get("wordings", [])
+            dots = [(f"{w['task']}: {w['prompt'] or '(empty)'}", w["right"]) for w in wordings]
+            rows.append((system, index, dots))
+        if any(dots for *_, dots in rows):
+            label = f"Right answers by wording, {group_title(group)}, {name}"
+            figure.add(group_title(group), charts.strips(label, rows))
+    return figure
 
 
-def shown(text: str) -> str:
-    """Return the text as an example shows it: no control characters (a model may write any), cut where it is long."""
-    text = "".join("�" if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c for c in text)
-    text = printable("\n".join(line.strip() for line in text.strip().splitlines()))
-    if len(text) > _CLIP:
-        text = text[:_CLIP].rstrip() + " [...]"
-    return text or "(empty)"
+def _gap_over_hours(
+    name: str, about: Mapping[str, Any], systems: Mapping[str, Any], colors: Mapping[str, int]
+) -> ChartFigure:
+    figure = ChartFigure(
+        "Behavior gap against hours of speech",
+        "Right answers to speech divided by right answers to text: 100% loses nothing.",
+    )
+    trained = {system: facts for system, facts in systems.items() if facts["hours"] is not None}
+    if len({facts["hours"] for facts in trained.values()}) < 2:
+        return figure
+    families = {facts["line"] or system: colors[system] for system, facts in trained.items()}
+    for group in about["groups"]:
+        series = []
+        for family, index in families.items():
+            points = [
+                _point(facts["hours"], about["systems"].get(system, {}).get(group, {}).get("behavior_gap"))
+                for system, facts in trained.items()
+                if colors[system] == index
+            ]
+            series.append((family, index, sorted((p for p in points if p is not None), key=lambda p: p.x)))
+        label = f"Behavior gap against hours of speech, {group_title(group)}, {name}"
+        chart = charts.lines(label, series, "hours of speech trained on", shares=True, markers=True, log_x=True)
+        figure.add(group_title(group), chart)
+    figure.legend = _legend(families)
+    return figure
 
 
-def _markdown(text: str) -> str:
-    # Character references stay text in every Markdown dialect, also where a backslash would not help (tables).
-    escaped = "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>&|#~$" else c for c in text)
-    return escaped.replace("\n", "<br>")
+def _curves(curves: Curves, colors: Mapping[str, int]) -> ChartFigure:
+    caption = "From the TensorBoard logs of the trainings; one line for each run."
+    figure = ChartFigure("Learning curves", caption, _legend({n: i for n, i in colors.items() if curves.get(n)}))
+    for tag in dict.fromkeys(tag for of_system in curves.values() for tag in of_system):
+        series = [
+            (name, colors[name], [Point(step, value) for step, value in run])
+            for name, of_system in curves.items()
+            for run in of_system.get(tag, ())
+        ]
+        few = all(len(points) <= 30 for _, _, points in series)
+        figure.add(tag, charts.lines(f"{tag} over steps", series, "step", tag == "val_agreement", markers=few))
+    return figure
+
+
+def _tables(about: Mapping[str, Any], systems: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows of all tables of a set."""
+    closeness, steadiness = list(BEHAVIOR)[:4], list(BEHAVIOR)[4:]
+    counts = ("abstained", "truncated", "unheard", "n")
+    right = [["system", "prompts", "right", *(BEHAVIOR[key] for key in closeness)]]
+    steady = [["system", "prompts", *(BEHAVIOR[key] for key in steadiness), *counts]]
+    tasks = [["system", "prompts", "task", "metric", "value", "abstained", "n"]]
+    for system, groups in about["systems"].items():
+        for group, figures in groups.items():
+            head = [system, group_title(group)]
+            cells = {key: behavior(figures, key) for key in BEHAVIOR}
+            right.append([*head, percent(figures.get("right")), *(cells[key] for key in closeness)])
+            shown = (str(figures.get(key, "-")) for key in counts)
+            steady.append([*head, *(cells[key] for key in steadiness), *shown])
+            tasks += [
+                [*head, task, metric, measured(metric, value), str(value["abstained"]), str(value["n"])]
+                for task, of_task in figures["tasks"].items()
+                for metric, value in of_task["metrics"].items()
+            ]
+    details = {"Transcription": transcription_rows(about, systems), "Paired comparison": comparison_rows(about)}
+    return {"right": right, "counts": steady, "details": {**details, "Task by task": tasks}}
+
+
+def _card(example: Example) -> dict[str, Any]:
+    """Return the values of one example."""
+    reference = example.reference if isinstance(example.reference, str) else None
+    said = example.clip.transcript
+    answers = [
+        {
+            "system": name,
+            "text": displayed(answer),
+            "right": reference is not None and exact(reference, answer) == 1.0,
+        }
+        for name, answer in example.answers.items()
+    ]
+    return {
+        **_audio(example.clip),
+        "utterance": example.clip.id,
+        "transcript": displayed(said) if said else "",
+        "prompt": displayed(example.prompt),
+        "task": example.task,
+        "group": group_title(example.group),
+        "reference": None if reference is None else displayed(reference),
+        "answers": answers,
+    }
+
+
+def _audio(clip: Clip) -> dict[str, str]:
+    """Return the beginning of an utterance as FLAC in base64, or the reason why there is none."""
+    samples = load_clip(clip, _PLAYED)
+    if isinstance(samples, BadAudioError):
+        return {"audio": "", "no_audio": samples.reason}
+    beginning = samples[: int(_LONGEST * _PLAYED.sample_rate)]
+    content = io.BytesIO()
+    soundfile.write(content, beginning.numpy(), _PLAYED.sample_rate, format="FLAC", subtype="PCM_16")
+    return {"audio": base64.b64encode(content.getvalue()).decode("ascii"), "no_audio": ""}

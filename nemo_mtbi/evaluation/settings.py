@@ -29,7 +29,7 @@ class SystemConfig(Section):
         nemo: ``.nemo`` of the model, or a list: one for each seed. For ``speech``.
         of: for ``cascade`` and ``text``: the speech system whose encoder and LLM are used.
         llm: for ``cascade`` and ``text``: a text LLM directory or ``demo``, in place of that of ``of``.
-        chat: how ``llm`` is asked (``model.chat`` in training); ``null``: as it says itself.
+        chat: chat format of ``llm`` (``model.chat`` in training); ``null``: that of its directory.
         frozen_dtype: of the weights of ``llm``: ``float32`` or ``bfloat16``.
         asr: for ``cascade``: a NeMo ``.nemo`` with CTC, a Hugging Face directory of Whisper with its
             decoder, or ``demo``, in place of the encoder of ``of``.
@@ -96,18 +96,18 @@ class SetConfig(Section):
 
 @dataclass
 class EvalConfig(Section):
-    """Everything that ``conf/mtbi_eval.yaml`` may hold.
+    """The configuration of an evaluation: all keys of ``conf/mtbi_eval.yaml``.
 
     Attributes:
         output_dir: folder of answers and results; a run that was killed goes on in it.
         title: of the report.
         systems: rows of the tables, by name.
-        sets: what is asked, by name.
+        sets: sets of questions, by name.
         compare_with: system that all others are compared with; ``null``: the first speech system.
         compare: further pairs, each a system and the one that is subtracted from it.
         batch_size: utterances that are loaded and encoded at once.
-        batch_tokens: rows x positions that the LLM takes at once; ``null``: as the model says.
-        max_new_tokens: longest answer; ``null``: as the model says.
+        batch_tokens: rows x positions that the LLM takes at once; ``null``: that of the model.
+        max_new_tokens: longest answer in tokens; ``null``: that of the model.
         cache_gib: memory for encoded utterances, which are then not encoded again for each task.
         kl_utterances: utterances of each set, by id, that the KL divergence from the text is measured on: two forward
             passes for each answer. ``null``: all; 0: none.
@@ -119,7 +119,7 @@ class EvalConfig(Section):
         seed: of their draws.
         examples: answers side by side in the report, for each set.
         tensor_model_parallel_size, pipeline_model_parallel_size: processes that share each model.
-        overwrite: ask again where the folder holds answers of other systems or to other questions.
+        overwrite: replace answers of other systems or to other questions in the folder.
         cuda: index of the device; ``null``: a GPU if there is one; negative: CPU.
     """
 
@@ -147,12 +147,12 @@ class EvalConfig(Section):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """What is compared: each a system and the one that is subtracted from it."""
+        """Pairs that are compared: each a system and the one that is subtracted from it."""
         first = [(name, self.compare_with) for name in self.systems if self.compare_with not in (None, name)]
-        return list(dict.fromkeys([*first, *map(tuple, self.compare)]))
+        return list(dict.fromkeys([*first, *((system, other) for system, other in self.compare)]))
 
     def models(self, name: str) -> list[str]:
-        """The ``.nemo`` files that a system answers with, one for each seed; empty if it needs none."""
+        """Return the ``.nemo`` files that a system answers with, one for each seed; empty if it needs none."""
         system = self.systems[name]
         if system.kind == "speech":
             return system.nemos
@@ -160,14 +160,14 @@ class EvalConfig(Section):
         return nemos if system.adapted else nemos[:1]  # without adapters the LLM is the same for all of them
 
     def seeds(self, name: str) -> int:
-        """How many seeds a system has."""
+        """Return the number of seeds of a system."""
         return max(1, len(self.models(name)))
 
     def text_of(self, name: str) -> str | None:
-        """The text system that a system's behavior is measured against; None for text systems, or without any."""
+        """Return the text system that a system's behavior is measured against; None for text systems."""
         system = self.systems[name]
-        # not the LLM with adapters: that is what speech has made of it, not what there is to imitate
-        texts = [other for other, found in self.systems.items() if found.kind == "text" and not found.adapted]
+        # the LLM with adapters is not the behavior to imitate: the training on speech has changed it
+        texts = [other for other, of_other in self.systems.items() if of_other.kind == "text" and not of_other.adapted]
         if system.kind == "text" or not texts:
             return None
         owner = system.of or name
@@ -175,10 +175,10 @@ class EvalConfig(Section):
 
 
 def parse_eval_config(cfg: Mapping) -> EvalConfig:
-    """Checks a configuration, and that the files it names are there.
+    """Return a checked configuration, whose files exist.
 
     Raises:
-        ValueError: unknown, missing or contradictory key, or a missing system; names the remedy.
+        ValueError: a key is unknown, missing or contradictory, or a file does not exist; names the remedy.
     """
     config = read_section(EvalConfig, cfg)
     if not config.systems or not config.sets:
@@ -189,7 +189,7 @@ def parse_eval_config(cfg: Mapping) -> EvalConfig:
         speech = [name for name, system in config.systems.items() if system.kind == "speech"]
         config.compare_with = speech[0] if speech else None
     elif config.compare_with not in config.systems:
-        raise ValueError(f"compare_with={config.compare_with} is no system: use one of {', '.join(config.systems)}")
+        raise ValueError(f"compare_with={config.compare_with} is not a system: use one of {', '.join(config.systems)}")
     for pair in config.compare:
         if len(pair) != 2 or len(set(pair)) != 2 or not set(pair) <= set(config.systems):
             raise ValueError(f"compare holds {list(pair)}; each pair must name two of {', '.join(config.systems)}")
@@ -207,7 +207,7 @@ def _check_system(config: EvalConfig, name: str, system: SystemConfig) -> None:
         other = getattr(system, key)
         wanted = "speech" if key == "of" else "text"
         if other is not None and (other not in config.systems or config.systems[other].kind != wanted):
-            raise ValueError(f"{where}.{key}={other} is no system of kind {wanted}; the systems are: {known}")
+            raise ValueError(f"{where}.{key}={other} is not a system of kind {wanted}; the systems are: {known}")
     _check_llm(where, system)
     if system.kind == "speech":
         if not system.nemos or system.of or system.llm or system.asr or system.hypotheses:
@@ -233,7 +233,7 @@ def _check_recognizer(where: str, system: SystemConfig) -> None:
 
 def _check_llm(where: str, system: SystemConfig) -> None:
     if system.chat and not system.llm:
-        raise ValueError(f"{where}.chat is how an llm of its own is asked: set llm too, or leave it out")
+        raise ValueError(f"{where}.chat is the chat format of an llm of its own: set llm too, or leave it out")
     if system.adapted and (system.kind != "text" or not system.of or system.llm):
         raise ValueError(
             f"{where}.adapted is for the text system of a speech system: set kind to text and of, not llm"
@@ -241,7 +241,7 @@ def _check_llm(where: str, system: SystemConfig) -> None:
 
 
 def read_sets(config: EvalConfig) -> list[EvalSet]:
-    """The sets of a configuration, with checked references.
+    """Read the sets of a configuration and check their references.
 
     Raises:
         ValueError: a set names both or neither of ``cuts`` and ``format``, or its files are missing or malformed.
@@ -261,11 +261,11 @@ def _read_set(name: str, settings: SetConfig, policy: SourcePolicy, leave_out: b
         pool = TaskPool.from_yaml(DEMO / "tasks.yaml" if settings.tasks == "demo" else settings.tasks)
         pool = pool if settings.only is None else pool.subset(settings.only)
         drawn = (settings.wordings, settings.seed, settings.limit)
-        found = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
+        chosen = from_cuts(name, settings.cuts, pool, *drawn, policy, leave_out)
     else:
         if settings.format is None or settings.path is None:
             raise ValueError(f"{where}.path is missing: give the file of the format {settings.format}")
         read = FORMATS[settings.format]
-        found = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
-    check_references(found)
-    return found
+        chosen = read(name, settings.path, settings.audio_dir, settings.part, settings.metric)
+    check_references(chosen)
+    return chosen

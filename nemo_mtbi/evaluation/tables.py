@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of an evaluation as Markdown, and as text for any table."""
+"""Tables of an evaluation as Markdown, and the text of their cells for any format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN
 from nemo_mtbi.evaluation.items import find_metric
-from nemo_mtbi.evaluation.report import GROUPS
+from nemo_mtbi.evaluation.questions import GROUPS
 from nemo_mtbi.io.display import printable
 
 _MISSING = "-"
@@ -25,52 +24,52 @@ NO_SHARES = ("behavior_gap", "mean_kl")  # of these; all others are shown in per
 
 
 def group_order(names: Iterable[str]) -> list[str]:
-    """Groups as they stand in tables: those of a task pool first, in their order."""
-    known = (SEEN, NEW_WORDINGS, NEW_TASKS)
+    """Return groups as they stand in tables: those of a task pool first, in their order."""
+    known = list(GROUPS)
     return sorted(set(names), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def group_title(name: str) -> str:
-    """A group as readers see it."""
+    """Return the name of a group for readers."""
     return GROUPS.get(name, name.replace("_", " "))
 
 
 def markdown(results: Mapping[str, Any], details: bool = True) -> str:
     """Return the figures as Markdown tables; with ``details`` task by task, too."""
     lines = [f"# {in_markdown(results['title'])}", ""]
-    for name, found in results["sets"].items():
+    for name, about in results["sets"].items():
         lines += [
             f"## {in_markdown(name)}",
             "",
-            f"{found['utterances']} utterances, {found['questions']} questions.",
+            f"{about['utterances']} utterances, {about['questions']} questions.",
             "",
         ]
-        if found["systems"]:
-            lines += _right_table(found) + _transcription_table(found, results["systems"]) + _behavior_table(found)
-            lines += (_metric_table(found) if details or not _right_table(found) else []) + _comparison_table(found)
-        lines += [f"Left out: {count} items {in_markdown(why)}." for why, count in found["left_out"].items()]
-        lines += [f"Note: {in_markdown(note)}." for note in found["notes"]] + [""]
+        if about["systems"]:
+            lines += _right_table(about) + _transcription_table(about, results["systems"]) + _behavior_table(about)
+            lines += (_metric_table(about) if details or not _right_table(about) else []) + _comparison_table(about)
+        lines += [f"Left out: {count} items {in_markdown(why)}." for why, count in about["left_out"].items()]
+        lines += [f"Note: {in_markdown(note)}." for note in about["notes"]] + [""]
     lines += [f"- {line}" for line in results["not_measured"]]
     return "\n".join(lines) + "\n"
 
 
-def _right_table(found: Mapping[str, Any]) -> list[str]:
-    groups = [g for g in found["groups"] if any("right" in s[g] for s in found["systems"].values())]
+def _right_table(about: Mapping[str, Any]) -> list[str]:
+    groups = [g for g in about["groups"] if any("right" in s[g] for s in about["systems"].values())]
     if not groups:
         return []
     rows = [["system", *(f"{group_title(g)}: right" for g in groups), "abstained", "truncated", "seeds"]]
-    for name, figures in found["systems"].items():
+    for name, figures in about["systems"].items():
         cells = [percent(figures[g].get("right")) for g in groups]
         counts = [str(sum(figures[g].get(key, 0) for g in figures)) for key in ("abstained", "truncated")]
         rows.append([name, *cells, *counts, str(max(figures[g]["seeds"] for g in figures))])
     return table(rows)
 
 
-def transcription_rows(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[list[str]]:
-    """Error rates of transcripts, under a head; systems that read the transcript are left out."""
+def transcription_rows(about: Mapping[str, Any], systems: Mapping[str, Any]) -> list[list[str]]:
+    """Return the error rates of transcripts, under a head; systems that read the transcript are left out."""
     rows = [["system", "prompts", "WER of the transcription", "CER of the transcription", "n"]]
-    for name, figures in found["systems"].items():
-        for group in found["groups"]:
+    for name, figures in about["systems"].items():
+        for group in about["groups"]:
             rates = figures[group].get("transcription")
             if rates and systems[name]["kind"] != "text":
                 cells = [percent(rates["wer"]), percent(rates["cer"]), str(rates["wer"]["n"])]
@@ -78,42 +77,42 @@ def transcription_rows(found: Mapping[str, Any], systems: Mapping[str, Any]) -> 
     return rows
 
 
-def _transcription_table(found: Mapping[str, Any], systems: Mapping[str, Any]) -> list[str]:
-    rows = transcription_rows(found, systems)
+def _transcription_table(about: Mapping[str, Any], systems: Mapping[str, Any]) -> list[str]:
+    rows = transcription_rows(about, systems)
     return table(rows) if len(rows) > 1 else []
 
 
-def _behavior_table(found: Mapping[str, Any]) -> list[str]:
+def _behavior_table(about: Mapping[str, Any]) -> list[str]:
     rows = [["system", "prompts", *BEHAVIOR.values()]]
-    for name, figures in found["systems"].items():
-        for group in found["groups"]:
+    for name, figures in about["systems"].items():
+        for group in about["groups"]:
             cells = [behavior(figures[group], key) for key in BEHAVIOR]
             if any(cell != _MISSING for cell in cells):
                 rows.append([name, group_title(group), *cells])
     return table(rows) if len(rows) > 1 else []
 
 
-def _metric_table(found: Mapping[str, Any]) -> list[str]:
-    """Metrics task by task, where they are more than the share of right answers."""
+def _metric_table(about: Mapping[str, Any]) -> list[str]:
+    """Return the metrics task by task, folded away."""
     rows = [["system", "prompts", "task", "metric", "value", "n"]]
-    for name, figures in found["systems"].items():
-        for group in found["groups"]:
+    for name, figures in about["systems"].items():
+        for group in about["groups"]:
             for task, of_task in figures[group]["tasks"].items():
                 for metric, value in of_task["metrics"].items():
                     rows.append([name, group_title(group), task, metric, measured(metric, value), str(value["n"])])
     return ["<details><summary>Task by task</summary>", "", *table(rows), "</details>", ""] if len(rows) > 1 else []
 
 
-def _comparison_table(found: Mapping[str, Any]) -> list[str]:
-    if not found["comparisons"]:
+def _comparison_table(about: Mapping[str, Any]) -> list[str]:
+    if not about["comparisons"]:
         return []
-    return table(comparison_rows(found))
+    return table(comparison_rows(about))
 
 
-def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Differences between systems, under a head."""
+def comparison_rows(about: Mapping[str, Any]) -> list[list[str]]:
+    """Return the differences between systems, under a head."""
     rows = [["system", "minus", "prompts", "measure", "difference", "p", "p (Holm)"]]
-    for row in found["comparisons"]:
+    for row in about["comparisons"]:
         p_values = [_MISSING if row[key] is None else f"{row[key]:.4f}" for key in ("p", "p_holm")]
         names = [
             row["system"],
@@ -133,28 +132,28 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def in_markdown(text: str) -> str:
-    """Return a text of others as one line of Markdown in which nothing is HTML, a link, an image or a cell's end."""
+    """Return an untrusted text as one line of Markdown in which nothing is HTML, a link, an image or a cell's end."""
     line = printable(" ".join(text.split()))
     return "".join(f"&#{ord(c)};" if c in _MARKUP else c for c in line)
 
 
 def percent(figure: Mapping[str, Any] | None) -> str:
-    """A share with its interval, in percent."""
+    """Return a share with its interval, in percent."""
     return _with_interval(figure, lambda value: f"{100 * value:.1f}")
 
 
 def ratio(figure: Mapping[str, Any] | None) -> str:
-    """A ratio with its interval."""
+    """Return a ratio with its interval."""
     return _with_interval(figure, lambda value: f"{value:.3f}")
 
 
 def behavior(figures: Mapping[str, Any], key: str) -> str:
-    """One measure of :data:`BEHAVIOR` with its interval."""
+    """Return one measure of :data:`BEHAVIOR` with its interval."""
     return (ratio if key in NO_SHARES else percent)(figures.get(key))
 
 
 def measured(metric: str, figure: Mapping[str, Any] | None) -> str:
-    """A value of a metric with its interval: those from 0 to 1 in percent."""
+    """Return the value of a metric with its interval: metrics from 0 to 1 in percent."""
     return (percent if find_metric(metric).scale == 1.0 else ratio)(figure)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files: reading text as people have it, outputs that spare their inputs, locks."""
+"""Files: text, tensors, archives, locks, digests, and what may be read."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes: files and folders that are there whole or not at all."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from nemo_mtbi.io.locks import exclusive
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the body has ended, and vanishes if it fails."""
+    """Yield a file that takes the place of ``path`` when the body has ended, and is deleted if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -29,9 +29,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def building(path: Path) -> Iterator[Path]:
-    """A folder that gets the name ``path`` when the body has ended.
+    """Yield a folder that gets the name ``path`` when the body has ended.
 
-    If the body fails it stays as ``path.partial``, and the next run begins anew. A folder of that name that is not
+    If the body fails, it stays as ``path.partial``, and the next run begins anew. A folder of that name that is not
     such a leftover is not touched.
 
     Raises:

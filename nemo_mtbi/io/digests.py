@@ -11,11 +11,23 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, cast
 
 
 class DamageError(ValueError):
     """Content that is not what was written. The message is one clause that names the file."""
+
+
+class _Reader(Protocol):
+    """Methods of a binary file that are used here; the hints of ``BinaryIO`` lack ``readinto``."""
+
+    def seek(self, offset: int, /) -> int:
+        """Go to a position."""
+        ...
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Fill the beginning of a buffer; return the number of bytes, 0 at the end."""
+        ...
 
 
 def sha256(content: bytes | memoryview) -> str:
@@ -24,7 +36,7 @@ def sha256(content: bytes | memoryview) -> str:
 
 
 class HashingWriter:
-    """Write to a file, and hash what is written.
+    """Writer that hashes what it writes to a file.
 
     Args:
         file: open for writing; written from where it stands.
@@ -96,7 +108,8 @@ class CheckedFile(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, name: str, start: int, size: int, digests: Sequence[str] | None, block: int):
         super().__init__()
-        self._file, self._name, self._start, self._size = file, name, start, size
+        self._file = cast(_Reader, file)  # files that are open for reading bytes have it
+        self._name, self._start, self._size = name, start, size
         self._digests, self._block = digests, block
         self._position = 0
         self._kept: tuple[int, bytes] = (-1, b"")  # number and content of a block of which only a part was wanted
@@ -104,15 +117,19 @@ class CheckedFile(io.RawIOBase):
             raise DamageError(f"{name} has {size} bytes, and digests of {len(digests)} blocks of {block}")
 
     def readable(self) -> bool:
+        """Return that it can be read."""
         return True
 
     def seekable(self) -> bool:
+        """Return that the position can be changed."""
         return True
 
     def tell(self) -> int:
+        """Return the position in the part, in bytes."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position in the part, as any file."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         self._position = base + offset
         return self._position
@@ -134,18 +151,19 @@ class CheckedFile(io.RawIOBase):
 
     def _read_some(self, view: memoryview) -> int:
         """Fill the beginning of ``view`` from the position on, up to the end of a block."""
-        if self._digests is None:
+        digests = self._digests
+        if digests is None:
             self._read_exactly(self._position, view)
             return len(view)
         number, within = divmod(self._position, self._block)
         first = number * self._block
         length = min(self._block, self._size - first)
         if not within and len(view) >= length:  # into its place, without a copy
-            self._check(number, self._read_exactly(first, view[:length]))
+            self._check(number, digests[number], self._read_exactly(first, view[:length]))
             return length
         if self._kept[0] != number:
             content = bytearray(length)
-            self._check(number, self._read_exactly(first, memoryview(content)))
+            self._check(number, digests[number], self._read_exactly(first, memoryview(content)))
             self._kept = number, bytes(content)
         count = min(len(view), length - within)
         view[:count] = self._kept[1][within : within + count]
@@ -161,8 +179,9 @@ class CheckedFile(io.RawIOBase):
             done += count
         return view
 
-    def _check(self, number: int, content: memoryview) -> None:
-        if sha256(content) != self._digests[number].lower():
+    def _check(self, number: int, digest: str, content: memoryview) -> None:
+        """Compare a block with its digest."""
+        if sha256(content) != digest.lower():
             first = number * self._block
             raise DamageError(
                 f"{self._name} is not as it was written: the SHA-256 of its bytes {first} to {first + len(content)} "
@@ -171,9 +190,10 @@ class CheckedFile(io.RawIOBase):
 
 
 def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text of a value, with sorted keys and no white space."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value."""
+    """Return the SHA-256 of a JSON value, as hexadecimal digits."""
     return hashlib.sha256(canonical_json(value)).hexdigest()

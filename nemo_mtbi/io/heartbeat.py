@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs of life in logs: bars are drawn in terminals alone, and a run of hours would be silent elsewhere."""
+"""Progress lines in logs: bars are drawn in terminals alone, and a run of hours would be silent elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Heartbeat:
     """Prints a line at least every :data:`EVERY` seconds while its body runs, where the console is not a terminal.
 
     Args:
-        state: says how far the work is; called in a thread of its own.
+        state: returns how far the work is, as text; called in a thread of its own.
         console: where the line is printed.
         show: whether anything is printed.
         last: whether a line is printed at the end, too.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run at a time in one place."""
+"""Locks: one run at a time writes an output."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def exclusive(path: str | Path, key: str = "", lock: str | Path | None = None) -
 
 
 def _owner(name: Path) -> str:
-    """The process that holds a lock, for a message."""
+    """Return the process that holds a lock, for a message."""
     try:
         return f"process {int(name.read_text())}"
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kind of a manifest, by its first line: messages that name the file and the remedy."""
+"""Checks the kind of a manifest by its first line."""
 
 from __future__ import annotations
 

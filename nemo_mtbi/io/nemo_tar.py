@@ -8,7 +8,6 @@ compared when it is read, before anything is made of it.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from torch import Tensor
 
@@ -36,14 +35,19 @@ _MAX_MEMBERS = 10_000
 
 @dataclass(frozen=True)
 class Member:
-    """Where a file lies in an archive, in bytes."""
+    """Place of a file in an archive.
+
+    Attributes:
+        start: of its content, in bytes.
+        size: of its content, in bytes.
+    """
 
     start: int
     size: int
 
 
-class _Headers(io.BufferedIOBase):
-    """What tarfile sees of a file: it reads headers only, and a header that claims gigabytes is not read."""
+class _Headers:
+    """File for tarfile, which reads headers only; a header that claims gigabytes is refused."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -61,7 +65,7 @@ class _Headers(io.BufferedIOBase):
 
 
 def read_members(file: BinaryIO, limit: int, whole: bool = True) -> dict[str, Member]:
-    """Files of a tar archive by name; nothing but headers is read.
+    """Return the files of a tar archive by name; nothing but headers is read.
 
     Args:
         file: an uncompressed archive.
@@ -72,22 +76,22 @@ def read_members(file: BinaryIO, limit: int, whole: bool = True) -> dict[str, Me
         ArchiveError: for a name that leads outside, twice the same name, a link, device or sparse file, more bytes
             than ``limit``, or a damaged archive.
     """
-    found: dict[str, Member] = {}
+    members: dict[str, Member] = {}
     total = 0
     try:
-        with tarfile.TarFile(fileobj=_Headers(file)) as tar:
+        with tarfile.TarFile(fileobj=cast(BinaryIO, _Headers(file))) as tar:
             for member in tar:
                 name = _checked_name(member)
                 total += member.size
                 if member.size < 0 or total > limit or (whole and member.offset_data + member.size > limit):
                     raise ArchiveError(f"it is cut off, or {name} claims more bytes than there are")
-                if len(found) > _MAX_MEMBERS:
+                if len(members) > _MAX_MEMBERS:
                     raise ArchiveError(f"it holds more than {_MAX_MEMBERS} files")
                 if member.isdir():
                     continue
-                if name in found:
+                if name in members:
                     raise ArchiveError(f"it holds {name} twice")
-                found[name] = Member(member.offset_data, member.size)
+                members[name] = Member(member.offset_data, member.size)
     except ArchiveError:
         raise
     except (
@@ -101,11 +105,11 @@ def read_members(file: BinaryIO, limit: int, whole: bool = True) -> dict[str, Me
         RecursionError,
     ) as error:
         raise ArchiveError(str(error) or type(error).__name__) from error
-    return found
+    return members
 
 
 def _checked_name(member: tarfile.TarInfo) -> str:
-    """The path of a member inside the archive."""
+    """Return the path of a member inside the archive."""
     path, shown = PurePosixPath(member.name), member.name[:100]
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         raise ArchiveError(f"{shown!r} in it leads outside")
@@ -113,7 +117,7 @@ def _checked_name(member: tarfile.TarInfo) -> str:
         "a symbolic link": member.issym(),
         "a hard link": member.islnk(),
         "a sparse file": member.issparse(),
-        "no plain file": not (member.isreg() or member.isdir()),
+        "not a plain file": not (member.isreg() or member.isdir()),
     }
     for kind, applies in kinds.items():
         if applies:
@@ -125,12 +129,12 @@ def _checked_name(member: tarfile.TarInfo) -> str:
 
 
 class NemoFile:
-    """A ``.nemo`` file, or the directory it was unpacked to. It is read in place: nothing is unpacked.
+    """Reader of a ``.nemo`` file, or of the directory it was unpacked to. It reads in place: nothing is unpacked.
 
     To be used in ``with``, or closed.
 
     Raises:
-        ArchiveError: if it is none, see :func:`read_members`.
+        ArchiveError: if it is not a ``.nemo``, see :func:`read_members`.
     """
 
     def __init__(self, path: str | Path):
@@ -149,7 +153,7 @@ class NemoFile:
 
     def _open_file(self) -> None:
         if not self.path.is_file():
-            raise ArchiveError("it is no file" if self.path.exists() else "it does not exist")
+            raise ArchiveError("it is not a file" if self.path.exists() else "it does not exist")
         try:
             file = self._open[""] = open(self.path, "rb")
             self._members = read_members(file, os.fstat(file.fileno()).st_size)
@@ -163,10 +167,11 @@ class NemoFile:
         return name in self._members if self._members is not None else (self.path / name).is_file()
 
     def unknown(self, known: Iterable[str]) -> list[str]:
-        """What else is in the archive; other files of a directory are never read."""
+        """Return the names of members that are not ``known``; other files of a directory are never read."""
         return sorted(set(self._members or ()) - set(known))
 
     def _find(self, name: str) -> tuple[BinaryIO, Member]:
+        """Return the open file that holds a member, and where in it."""
         if name not in self:
             raise ArchiveError(f"{name} is missing")
         if self._members is not None:
@@ -179,13 +184,13 @@ class NemoFile:
         return self._open[name], Member(0, os.fstat(self._open[name].fileno()).st_size)
 
     def _read_digests(self) -> dict[str, Any]:
-        """The size and the SHA-256 of each block of all members.
+        """Return the size and the SHA-256 of each block of all members.
 
         Raises:
             DamageError: if they can't be read.
         """
         file, member = self._find(DIGESTS)
-        described = sum(found.size for found in self._members.values()) if self._members else 2**40
+        described = sum(other.size for other in self._members.values()) if self._members else 2**40
         if member.size > TEXT_LIMIT + 100 * (described // DIGEST_BLOCK):
             raise ArchiveError(f"{DIGESTS} has {member.size} bytes, more than it can need")
         file.seek(member.start)
@@ -198,10 +203,10 @@ class NemoFile:
             raise DamageError(f"{DIGESTS} can't be read ({error})") from error
 
     def _digests_of(self, name: str, size: int) -> Sequence[str] | None:
-        """SHA-256 of each block of a member; ``None`` in an archive of before, which has none.
+        """Return the SHA-256 of each block of a member; ``None`` in an archive of an older format, which has none.
 
         Raises:
-            DamageError: if there are none of this member, or its size is another.
+            DamageError: if there are no digests of this member, or its size is another.
         """
         if self._digests is None:
             return None
@@ -213,7 +218,7 @@ class NemoFile:
         return digests
 
     def read(self, name: str, limit: int = TEXT_LIMIT) -> bytes:
-        """The content of a small file.
+        """Return the content of a small file.
 
         Raises:
             DamageError: if it is not what was written.
@@ -225,15 +230,16 @@ class NemoFile:
         return CheckedFile(file, name, member.start, member.size, digests, DIGEST_BLOCK).read()
 
     def settings(self, name: str) -> dict[str, Any]:
-        """The content of a YAML file with keys and values."""
+        """Return the content of a YAML file with keys and values."""
         return read_yaml(self.read(name), name)
 
     def tensors(self, name: str) -> StoredTensors:
-        """The tensors of a safetensors file; they can be read until this archive is closed."""
+        """Return the tensors of a safetensors file; they can be read until this archive is closed."""
         file, member = self._find(name)
         return StoredTensors(file, name, member.start, member.size, self._digests_of(name, member.size))
 
     def close(self) -> None:
+        """Close the file, or all files of the directory."""
         for file in self._open.values():
             file.close()
         self._open.clear()
@@ -249,7 +255,7 @@ class NemoFile:
 
 
 class NemoWriter:
-    """Write the members of a ``.nemo`` one after the other, and behind them the digests of all.
+    """Writer of the members of a ``.nemo``, one after the other, and behind them the digests of all.
 
     Equal content gives equal archives.
 
@@ -263,7 +269,7 @@ class NemoWriter:
 
     @contextmanager
     def _member(self, name: str, size: int) -> Iterator[HashingWriter]:
-        """A member, whose content the body writes."""
+        """Begin a member, whose content the body writes."""
         entry = tarfile.TarInfo(f"./{name}")
         entry.size, entry.mode = size, 0o644
         self._file.write(entry.tobuf(tarfile.GNU_FORMAT))

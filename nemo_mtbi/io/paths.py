@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs that spare their inputs."""
+"""Paths of inputs and outputs: no output may take the place of an input."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def refuse_overwriting(inputs: Mapping[str, Paths], outputs: Mapping[str, Paths]
     folders = [entry for entry in read if os.path.isdir(_plain(entry[1]))]
     for key, paths in outputs.items():
         for path in paths:
-            found = next((files[name] for name in _identities(path) if name in files), None)
-            found = found or _inside(path, read) or _part_of(path, folders)
-            if found is not None:
-                other, source = found
+            replaced = next((files[name] for name in _identities(path) if name in files), None)
+            replaced = replaced or _inside(path, read) or _part_of(path, folders)
+            if replaced is not None:
+                other, source = replaced
                 raise ValueError(
                     f"{key} would replace {path}, which is an input ({other}: {source}): give another {key}"
                 )
@@ -71,10 +71,10 @@ def expand_shards(pattern: str) -> list[str]:
         return []
     braces = re.sub(r"_CL_|[)\]>]", "}", re.sub(r"_OP_|[(\[<]", "{", pattern))  # as NeMo reads them
     try:
-        found = list(islice(braceexpand(braces, escape=False), MOST_SHARDS)) if ".." in braces or "," in braces else []
+        names = list(islice(braceexpand(braces, escape=False), MOST_SHARDS)) if ".." in braces or "," in braces else []
     except ValueError:
-        found = []
-    return list(dict.fromkeys([pattern, *found]))
+        names = []
+    return list(dict.fromkeys([pattern, *names]))
 
 
 def user_path(name: str | os.PathLike) -> Path:
@@ -117,7 +117,7 @@ def _named_in_yaml(path: str, seen: frozenset[str]) -> Iterator[str]:
         with open(_plain(path), encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return  # whoever reads it says what is wrong
+        return  # whoever reads it raises the error
     if not isinstance(content, str):
         yield from named_files(content, seen | {_real(path)})
 
@@ -141,16 +141,18 @@ def _status(path: str | os.PathLike) -> os.stat_result | None:
 
 
 def _identities(path: str | os.PathLike, quick: bool = False) -> list[object]:
-    """Return what two names of the same file share; ``quick``: without its real path where the file exists."""
+    """Return what all names of a file have in common; ``quick``: without its real path where the file exists."""
     status = _status(path)
-    found: list[object] = [os.path.abspath(_plain(path))]
+    identities: list[object] = [os.path.abspath(_plain(path))]
     if status is not None:
-        found.append((status.st_dev, status.st_ino))
-    return found if quick and status is not None else [*found, _real(path)]  # a corpus may have millions of files
+        identities.append((status.st_dev, status.st_ino))
+    if quick and status is not None:
+        return identities  # a corpus may have millions of files
+    return [*identities, _real(path)]
 
 
 def _inside(output: str | os.PathLike, read: list[tuple[str, str | os.PathLike]]) -> tuple[str, Any] | None:
-    """The input that is in a folder which is replaced."""
+    """Return the input that is in a folder which is replaced."""
     if not os.path.isdir(_plain(output)):
         return None
     folder = _real(output)
@@ -163,7 +165,7 @@ def _inside(output: str | os.PathLike, read: list[tuple[str, str | os.PathLike]]
 
 
 def _part_of(output: str | os.PathLike, folders: list[tuple[str, str | os.PathLike]]) -> tuple[str, Any] | None:
-    """The folder of inputs that an output belongs to, by its name or as what a link in the folder leads to."""
+    """Return the folder of inputs that an output lies in, by its name or as the target of a link in the folder."""
     status, real = _status(output) if folders else None, _real(output)
     for key, folder in folders:
         if Path(real).is_relative_to(_real(folder)) or (status and _holds(_plain(folder), status)):
@@ -172,7 +174,7 @@ def _part_of(output: str | os.PathLike, folders: list[tuple[str, str | os.PathLi
 
 
 def _holds(folder: str, wanted: os.stat_result) -> bool:
-    """Whether a folder holds a name of a file: a symbolic or a hard link."""
+    """Return whether a folder holds a link to a file, symbolic or hard."""
     for parent, _, names in os.walk(folder):
         for name in names:
             status = _status(os.path.join(parent, name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as torch pickles them: tensors are taken, nothing is called."""
+"""Reads weights that torch has pickled: tensors only, and without calling anything."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def load_pickled(file: BinaryIO, name: str, map_location: Any = "cpu") -> dict[s
     try:
         _check_records(file, name)
         file.seek(0)
-        found = torch.load(file, map_location=map_location or "cpu", weights_only=True)
+        content = torch.load(file, map_location=map_location or "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ArchiveError(f"{name} holds more than tensors, and is not read: {_line(error)}") from error
     except ArchiveError:
         raise
     except Exception as error:  # a damaged file raises what torch happens to meet
         raise ArchiveError(f"{name} is damaged: {_line(error)}; copy or save the archive again") from error
-    if not isinstance(found, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ArchiveError(f"{name} holds more than named tensors, and is not read")
-    return dict(found)
+    return dict(content)
 
 
 def _check_records(file: BinaryIO, name: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lhotse's backends for files and audio, such that inside :class:`Reading` they obey it."""
+"""Guards before Lhotse's backends for files and audio: inside :class:`Reading` they open only what is allowed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARK = "_obeys_nemo_mtbi"
 
 
 class GuardedIOBackend(IOBackend):
-    """Opens what another backend opens, if the reading under way allows it.
+    """Backend that opens what another backend opens, if the reading under way allows it.
 
     Args:
         inner: the other backend.
@@ -48,9 +48,11 @@ class GuardedIOBackend(IOBackend):
         return _Lines(stream, str(identifier), reading) if reading.lines and mode in ("r", "rt") else stream
 
     def handles_special_case(self, identifier: Any) -> bool:
+        """Return what the other backend returns."""
         return self.inner.handles_special_case(identifier)
 
     def is_applicable(self, identifier: Any) -> bool:
+        """Return what the other backend returns."""
         return self.inner.is_applicable(identifier)
 
 
@@ -79,7 +81,7 @@ class _Lines:
 
 
 class GuardedAudioBackend(AudioBackend):
-    """Reads audio as another backend does, if the reading under way allows the name of the file.
+    """Backend that reads audio as another backend does, if the reading under way allows the name of the file.
 
     Args:
         inner: the other backend.
@@ -113,18 +115,23 @@ class GuardedAudioBackend(AudioBackend):
             return LibsndfileCompatibleAudioInfo(channels=1, frames=16000, samplerate=16000, duration=1.0)
 
     def save_audio(self, *args: Any, **kwargs: Any) -> None:
+        """Save audio by the other backend."""
         self.inner.save_audio(*args, **kwargs)
 
     def handles_special_case(self, path_or_fd: Any) -> bool:
+        """Return what the other backend returns."""
         return self.inner.handles_special_case(path_or_fd)
 
     def is_applicable(self, path_or_fd: Any) -> bool:
+        """Return what the other backend returns."""
         return self.inner.is_applicable(path_or_fd)
 
     def supports_save(self) -> bool:
+        """Return what the other backend returns."""
         return self.inner.supports_save()
 
     def supports_info(self) -> bool:
+        """Return what the other backend returns."""
         return self.inner.supports_info()
 
 
@@ -149,7 +156,7 @@ def install() -> None:
 
 
 def _guarded_source(load_audio: Any) -> Any:
-    """``AudioSource.load_audio`` with a check: it runs sources of type ``command`` itself, through no backend."""
+    """Return ``AudioSource.load_audio`` with a check: it runs sources of type ``command`` without a backend."""
 
     @functools.wraps(load_audio)
     def load(source: AudioSource, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +190,7 @@ class Reading:
         self.lines = lines
         self.postpone = postpone
         self._refused: ForbiddenSourceError | None = None
-        self._token: Token | None = None
+        self._token: Token[Reading | None] | None = None
 
     def __enter__(self) -> Reading:
         install()
@@ -191,6 +198,8 @@ class Reading:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._token is None:
+            raise RuntimeError("a Reading is left that was not entered")
         _ACTIVE.reset(self._token)
         refused, self._refused = self._refused, None
         if refused is not None:

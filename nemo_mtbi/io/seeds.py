@@ -11,7 +11,7 @@ from nemo_mtbi.io.digests import canonical_json
 
 
 def stable_seed(*parts: Any) -> int:
-    """A 64-bit seed made of ints and strings: the same in every process and on every machine."""
+    """Return a 64-bit seed made of ints and strings: the same in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(canonical_json(parts)).digest()[:8], "big")
 
 
@@ -20,13 +20,13 @@ _KEY_TYPES = (str, int, float, bool, bytes, type(None))
 
 
 def stable_rng(*key: Any) -> random.Random:
-    """A random generator that depends on ``key`` alone: the same in every process and on every machine.
+    """Return a random generator that depends on ``key`` alone: the same in every process and on every machine.
 
     Args:
-        key: Strings, numbers, bools, bytes, None, or tuples of these, such as ``(seed, epoch, cut_id)``.
+        key: strings, numbers, bools, bytes, None, or tuples of these, such as ``(seed, epoch, cut_id)``.
 
     Raises:
-        ValueError: If a part has another type, whose repr might differ between processes.
+        ValueError: if a part has another type, whose repr might differ between processes.
     """
     _check_key(key)
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where data may be read from: files always; remote addresses and commands only where the configuration allows them.
+"""Policy for sources of data: files always; addresses and commands only where the configuration allows them.
 
 Lhotse and NeMo read a manifest's entries from files, from addresses and from shell commands alike. So a manifest of
 somebody else could run commands. :func:`check_cut` refuses such entries before audio is opened, and :class:`Reading`
@@ -56,10 +56,14 @@ class SourcePolicy:
         Raises:
             ValueError: if one is neither true nor false.
         """
-        values = {key: config.get(key) for key in KEYS if config.get(key) is not None}
-        for key, value in values.items():
+        values: dict[str, bool] = {}
+        for key in KEYS:
+            value = config.get(key)
+            if value is None:
+                continue
             if not isinstance(value, bool):
                 raise ValueError(f"{key} must be true or false, got {value!r}")
+            values[key] = value
         return cls(**values)
 
     def check(self, location: str, place: str) -> None:
@@ -130,7 +134,7 @@ def kind_of(location: str) -> str:
 
 
 def _shown(text: Any) -> str:
-    """The beginning of a text, without what a terminal would take for its own."""
+    """Return the beginning of a text, without what a terminal would obey."""
     text = repr(text if isinstance(text, str) else str(text))
     return text if len(text) <= 80 else f"{text[:77]}…'"
 
@@ -185,7 +189,7 @@ def _check_mapping(item: Mapping[str, Any], policy: SourcePolicy, place: str) ->
 def _check_source(parts: Mapping[str, Any], policy: SourcePolicy, place: str) -> None:
     kind, source = parts.get("type"), parts.get("source")
     if kind == "command":
-        policy.refuse_command(source, place)
+        policy.refuse_command(str(source), place)
     elif isinstance(source, (str, os.PathLike)):
         policy.check_audio(str(source), place)
 
@@ -196,6 +200,3 @@ def _check_storage(parts: Mapping[str, Any], policy: SourcePolicy, place: str) -
         policy.refuse_command(f"arrays of storage {kind}", place)
     if isinstance(path, (str, os.PathLike)):
         policy.check(str(path), place)
-
-
-# ---------------------------------------------------------------------------------------------------------- reading

@@ -36,18 +36,20 @@ _MAX_HEADER = 2**23  # the names of a hundred layers have 100 kB
 
 
 class SupportsWrite(Protocol):
-    """A file, or what stands in front of one."""
+    """A file open for writing, or a writer before one."""
 
-    def write(self, data: Any) -> Any: ...
+    def write(self, data: Any) -> Any:
+        """Write a bytes-like object."""
+        ...
 
 
 class ArchiveError(ValueError, tarfile.TarError):
-    """A file that is damaged, or that no honest program has written. The message is one clause: what is wrong."""
+    """A file that is damaged or malicious. The message is one clause that says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a tensor without its values.
+    """Type and shape of a tensor.
 
     Attributes:
         dtype: as stored.
@@ -59,6 +61,7 @@ class Spec:
 
     @property
     def bytes(self) -> int:
+        """Size of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -66,12 +69,12 @@ class Spec:
 
 
 class StoredTensors:
-    """Tensors of a safetensors file, or of one inside a larger file. Values are read when they are asked for.
+    """Tensors of a safetensors file, or of one inside a larger file. Values are read on demand.
 
     A :class:`nemo_mtbi.llm.weights.WeightSource`.
 
     Args:
-        file: open for reading as long as tensors are asked for.
+        file: open for reading as long as tensors are read.
         name: for messages.
         start: where the tensors' file begins, in bytes.
         size: its length in bytes.
@@ -113,26 +116,29 @@ class StoredTensors:
             raise ArchiveError(f"{self._name} is damaged: its header can't be read ({error})") from error
 
     def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
         return self._entries.keys()
 
     def spec(self, name: str) -> Spec:
+        """Return type and shape of a tensor."""
         return self._entries[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return self.spec(name).shape
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name."""
+        """Shapes of all tensors, by name."""
         return {name: self.shape(name) for name in self.names()}
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor, in the dtype that is stored."""
+        """Return a whole tensor, in the dtype that is stored."""
         spec = self.spec(name)
         return self._read(name, 0, math.prod(spec.shape)).view(spec.shape)
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """The tensor between two positions of one of its first two axes."""
+        """Return a tensor between two positions of one of its first two axes."""
         if axis:
             return self.tensor(name).narrow(axis, start, stop - start)
         shape = self.shape(name)
@@ -140,7 +146,7 @@ class StoredTensors:
         return self._read(name, start * row, (stop - start) * row).view(stop - start, *shape[1:])
 
     def _read(self, name: str, first: int, count: int) -> Tensor:
-        """``count`` numbers from the ``first`` on."""
+        """Return ``count`` numbers of a tensor from the ``first`` on, ``[count]``."""
         dtype = self.spec(name).dtype
         data = torch.empty(count, dtype=dtype)
         if not count:
@@ -154,14 +160,19 @@ class StoredTensors:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a key that stands twice, of which readers take different ones."""
+    """Return a JSON object; refuse a key that stands twice, of which readers take different values."""
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
 
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, unknown or of another shape, each named with why."""
+    """Return what is missing, unknown or of another shape, each named with why.
+
+    Args:
+        expected: shapes by name.
+        found: the shapes that are there.
+    """
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     for name, shape in expected.items():
@@ -174,7 +185,7 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
 
 
 def exact_dtypes(values: Iterable[Tensor]) -> set[torch.dtype]:
-    """Short floating-point types in which all ``values`` are what they are."""
+    """Return the floating-point types of at most 32 bits that hold all ``values`` exactly."""
     exact = {torch.float16, torch.bfloat16, torch.float32}
     for value in values:
         for dtype in [dtype for dtype in exact if dtype != value.dtype]:
@@ -184,18 +195,23 @@ def exact_dtypes(values: Iterable[Tensor]) -> set[torch.dtype]:
 
 
 def shortest(own: torch.dtype, exact: set[torch.dtype]) -> torch.dtype:
-    """The dtype to store numbers in without loss."""
+    """Return the shortest dtype that stores numbers without loss.
+
+    Args:
+        own: their dtype.
+        exact: see :func:`exact_dtypes`.
+    """
     smaller = (torch.float16, torch.bfloat16, torch.float32)
     return next((dtype for dtype in smaller if dtype in exact and dtype.itemsize < own.itemsize), own)
 
 
 def ordered(specs: Mapping[str, Spec]) -> dict[str, Spec]:
-    """In the order of the file: long numbers first, so that all of them are aligned, and then by name."""
+    """Return tensors in the order of the file: long numbers first, so that all are aligned, and then by name."""
     return dict(sorted(specs.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
 def file_header(specs: Mapping[str, Spec]) -> bytes:
-    """What stands in front of the values."""
+    """Return the header of the file: its length, and JSON."""
     entries, position = {}, 0
     for name, spec in specs.items():
         end = position + spec.bytes
@@ -207,12 +223,12 @@ def file_header(specs: Mapping[str, Spec]) -> bytes:
 
 
 def file_size(specs: Mapping[str, Spec]) -> int:
-    """Bytes of the whole file."""
+    """Return the bytes of the whole file."""
     return len(file_header(specs)) + sum(spec.bytes for spec in specs.values())
 
 
 def write_tensors(file: SupportsWrite, specs: Mapping[str, Spec], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes tensors as they come, so that one of them is in memory at a time.
+    """Write tensors as they come, so that one of them is in memory at a time.
 
     Args:
         file: gets :func:`file_size` bytes.
@@ -236,5 +252,5 @@ def write_tensors(file: SupportsWrite, specs: Mapping[str, Spec], tensors: Itera
 
 
 def _as_bytes(flat: Tensor) -> memoryview:
-    """The memory of a tensor of one axis."""
-    return memoryview(flat.view(torch.uint8).numpy())
+    """Return the memory of a tensor of one axis."""
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers; hints of 3.12 on

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files as people have them: with a byte order mark, with CRLF, with every character that JSON allows."""
+"""Reads text files as editors write them: with a byte order mark, with CRLF, with every character of JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path, key: str = "") -> str:
-    """Return the content of a UTF-8 file, without its byte order mark and with ``\\n`` at the end of each line.
+    r"""Return the content of a UTF-8 file, without its byte order mark and with ``\n`` at the end of each line.
 
     Args:
         path: of the file.
@@ -41,8 +41,8 @@ def why_not_utf8(error: UnicodeDecodeError) -> str:
     """Return the rest of a message that begins with the name of a file: what it is instead, and the remedy."""
     if error.object.startswith(_UTF_16):
         return "is UTF-16: convert it with iconv -f utf-16 -t utf-8"
-    found = error.object[error.start]
-    return f"is not UTF-8 (byte {error.start} is 0x{found:02x}): convert it, for example with iconv -f latin1 -t utf-8"
+    byte = error.object[error.start]
+    return f"is not UTF-8 (byte {error.start} is 0x{byte:02x}): convert it, for example with iconv -f latin1 -t utf-8"
 
 
 def read_lines(path: str | Path, key: str = "") -> list[str]:
@@ -122,6 +122,6 @@ def is_writable_text(text: str) -> bool:
 
 
 def in_one_line(error: Exception) -> str:
-    """What Lhotse says of a file that it cannot load, without its hints to developers and its dump of the cut."""
+    """Return Lhotse's message about a file that it cannot load, without hints to developers and dump of the cut."""
     lines = str(error).split("\n[extra info]")[0].splitlines()
     return " ".join(line.strip() for line in lines if not line.startswith("Set LHOTSE_"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opener of text files for Lhotse's and NeMo's readers: as editors on every system write them."""
+"""Opens text files for Lhotse's and NeMo's readers, as editors on every system write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnreadableTextError(ValueError):
 
 
 class TextOpener(IOBackend):
-    """Opens local text files for Lhotse; everything else is left to another backend.
+    """Backend that opens local text files for Lhotse; everything else is left to another backend.
 
     Lhotse's own opener keeps a byte order mark, which no JSON reader takes, and its readers stop at an empty line.
 
@@ -61,7 +61,7 @@ class TextFile(io.TextIOWrapper):
         self._json: bool | None = None  # lines of JSON? unknown before the first one
         self.line_number = 0  # of the line given last, from 1, with those that were left out
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]  # io.TextIOWrapper, too, overrides bytes by str
         line = self._next_line()
         while self._json is not False and not line.strip():
             line = self._next_line()
@@ -97,12 +97,12 @@ class TextFile(io.TextIOWrapper):
 
 
 def _bad_line(path: str | Path, error: UnicodeDecodeError) -> str:
-    """The message about a file that is not UTF-8; the decoder, which reads ahead, does not know the line."""
+    """Return the message about a file that is not UTF-8; the decoder, which reads ahead, does not know the line."""
     with open(path, "rb") as raw:
         packed = raw.peek(2).startswith(GZIP)
         for number, line in enumerate(gzip_open_robust(raw, "rb") if packed else raw, start=1):
             try:
                 line.decode()
-            except UnicodeDecodeError as found:
-                return f"line {number} of {path} {why_not_utf8(found)}"
+            except UnicodeDecodeError as of_line:
+                return f"line {number} of {path} {why_not_utf8(of_line)}"
     return f"{path} {why_not_utf8(error)}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values in YAML from archives, which come from others: the parsed tree is checked before anyone uses it."""
+"""Reads YAML from archives of unknown origin: the parsed tree is checked before anyone uses it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ _TAG = "tag:yaml.org,2002:"
 _REFERENCE = "${"  # all that OmegaConf replaces contains it, escaped or not
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the fast one, where libyaml is there
+
+
+class _Loader(_Base):
     """YAML as OmegaConf reads it: ``1e-5`` is a number, dates are text, no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
-        if len(found) != len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
-        return found
+        return mapping
 
 
 _UNWANTED = (f"{_TAG}timestamp", f"{_TAG}merge", f"{_TAG}value")
@@ -64,7 +67,7 @@ def read_yaml(content: bytes, name: str, limit: int = _LONGEST) -> dict[str, Any
     except ArchiveError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ArchiveError(f"{name} is no YAML ({error})") from error
+        raise ArchiveError(f"{name} is not YAML ({error})") from error
     if not isinstance(values, dict):
         raise ArchiveError(f"{name} holds no keys and values")
     check_plain(values, name)
@@ -97,7 +100,7 @@ def check_plain(values: dict[Any, Any], name: str) -> None:
             if abs(value) >= _LARGEST:
                 raise ArchiveError(f"{name} has a number of {value.bit_length()} bits at {place[:100]!r}")
         elif not isinstance(value, (float, dict, list, type(None))):
-            raise ArchiveError(f"{name} holds a {type(value).__name__} at {place[:100]!r}, which is no plain value")
+            raise ArchiveError(f"{name} holds a {type(value).__name__} at {place[:100]!r}, which is not a plain value")
 
 
 def walk(values: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,12 +118,12 @@ def walk(values: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _short(key: Any) -> str:
-    """A key for a message; a number may be too long to be printed."""
+    """Return a key for a message; a number may be too long to be printed."""
     return shown(key, 100) if isinstance(key, str) else type(key).__name__
 
 
 def shown(value: Any, longest: int = 200) -> str:
-    """Return a text of others for a message: of bounded length, and without what a terminal would obey."""
+    """Return an untrusted text for a message: of bounded length, and without what a terminal would obey."""
     text = str(value)[:longest]
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 

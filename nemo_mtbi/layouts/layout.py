@@ -134,7 +134,7 @@ class RowInfo:
         instruction: the prompt as text.
         reference: the response that the text LLM gave to the transcript.
         truncated: the reference was cut by the length limit.
-        transcript: what is said.
+        transcript: text of the utterance.
     """
 
     utterance: int
@@ -163,8 +163,8 @@ class StepBatch:
         skipped: counts of what was left out, by reason. A batch of nothing but skipped cuts has no utterance, no
             microbatch and 0 targets (:meth:`empty`).
         twins: the text twins of the rows with speech, grouped by their own lengths. Their response tokens, microbatch
-            by microbatch in the order of ``response_index``, are what ``MicroBatch.twin_index`` points into. Empty if no
-            row has speech, ``None`` if the rows came without twins.
+            by microbatch in the order of ``response_index``, are what ``MicroBatch.twin_index`` points into. Empty if
+            no row has speech, ``None`` if the rows came without twins.
     """
 
     audio: Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a text LLM is made of: sizes and choices, without a weight."""
+"""Architecture of a text LLM: sizes, choices, names and shapes of its weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Llama3Scaling:
     """Rotary frequencies of Llama 3.1 and later: long wavelengths are stretched, for longer sequences.
 
     Attributes:
-        factor: by which the longest are stretched.
-        low_freq_factor: wavelengths above the original length divided by it are stretched whole.
-        high_freq_factor: wavelengths below the original length divided by it stay; those between, in part.
-        original_max_position_embeddings: the original length.
+        factor: by which the longest wavelengths are stretched.
+        low_freq_factor: wavelengths above the original length divided by it are stretched by ``factor``.
+        high_freq_factor: wavelengths below the original length divided by it stay; those between stretch in part.
+        original_max_position_embeddings: the original length, in positions.
     """
 
     factor: float
@@ -65,7 +65,13 @@ class DecoderConfig:
 
 
 _LARGEST = 2**31  # of any size
-_ABOVE_ZERO = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+_ABOVE_ZERO: tuple[str, ...] = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+)
 _ABOVE_ZERO += ("vocab_size", "max_sequence_length", "kv_channels", "num_experts", "experts_per_token")
 
 
@@ -95,11 +101,11 @@ def check_layers(config: DecoderConfig, tensors: int) -> None:
     """Refuse more layers and experts than there are weights: naming them all takes time and memory.
 
     Args:
-        config: of the LLM.
-        tensors: how many weights are stored.
+        config: architecture of the LLM.
+        tensors: number of stored weights.
 
     Raises:
-        ValueError: if they can't be those of the weights.
+        ValueError: if the weights can't be those of the architecture.
     """
     experts = config.num_experts or 1
     if config.num_layers * experts > tensors:
@@ -108,7 +114,7 @@ def check_layers(config: DecoderConfig, tensors: int) -> None:
 
 
 def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and shapes of all weights of an LLM, in the order of its layers."""
+    """Return canonical names and shapes of all weights of an LLM, in the order of its layers."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     width = config.head_channels * config.num_attention_heads
     qkv = width + 2 * config.head_channels * config.num_query_groups
@@ -128,7 +134,7 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         networks = [f"mlp.experts.local_experts.{expert}." for expert in range(config.num_experts)]
     for network in networks:  # gate and value stand one behind the other
         layer |= {f"{network}linear_fc1.weight": (2 * ffn, hidden), f"{network}linear_fc2.weight": (hidden, ffn)}
-    shapes = {"embedding.word_embeddings.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (config.vocab_size, hidden)}
     for number in range(config.num_layers):
         shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in layer.items()}
     shapes["decoder.final_layernorm.weight"] = (hidden,)

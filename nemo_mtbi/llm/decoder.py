@@ -25,7 +25,7 @@ from nemo_mtbi.parallel.cpu import megatron_device
 
 
 def check_training(config: DecoderConfig, layout: ParallelConfig) -> None:
-    """Whether an LLM can be trained with under a layout; it answers under any.
+    """Check whether a model with this LLM can be trained under a layout; it generates under any.
 
     Raises:
         ValueError: for experts that Megatron trains with sequence parallelism only.
@@ -46,8 +46,8 @@ class GPTDecoder(GPTModel):
     Args:
         config: architecture.
         dtype: of the weights.
-        chunk: which run of layers of this process, under virtual pipeline stages.
-        transformer_engine: whether its layers are used, which fuse the norm that an adapter stands behind.
+        chunk: number of this run of layers in its process, under virtual pipeline stages.
+        transformer_engine: whether its layers are used; they fuse norms with linear layers, and take no adapters.
         **overrides: keys of Megatron's ``TransformerConfig``.
 
     Raises:
@@ -67,7 +67,7 @@ class GPTDecoder(GPTModel):
             config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
         )
         if config.num_experts and not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # Megatron reads it also where it could not import it
+            moe_utils.te_general_gemm = None  # Megatron reads it also where its import failed
         megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
@@ -85,8 +85,7 @@ class GPTDecoder(GPTModel):
             )
         self.architecture = config
         self.lora: Any = None  # see nemo_mtbi.llm.lora
-        self.learned: frozenset[str] = frozenset()  # canonical names of the weights that train, of the whole LLM
-        self.was_trained = False  # whether it came out of an archive that holds what the LLM has learned
+        self.trained_names: frozenset[str] = frozenset()  # canonical, of the weights of the whole LLM that train
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
             rotary = self.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
@@ -94,25 +93,16 @@ class GPTDecoder(GPTModel):
             # ``hidden`` gathers the positions already, since the head reads a few of them only
             self.output_layer.sequence_parallel = False
 
-    @property
-    def trains(self) -> bool:
-        """Whether weights of the LLM do, here or in other runs of its layers."""
-        return bool(self.learned)
-
-    @property
-    def is_original(self) -> bool:
-        """Whether its weights, without adapters, are those of the LLM that targets come from."""
-        return not (self.trains or self.was_trained)
-
     def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
         return hidden_states
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Embedding rows of ``tokens``: ``[R, T]`` to ``[R, T, H]``. First stage only."""
+        """Return embedding rows ``[R, T, H]`` of ``tokens [R, T]``. First stage only."""
         return self.embedding.word_embeddings(tokens)
 
     def hidden(
@@ -122,7 +112,7 @@ class GPTDecoder(GPTModel):
         inference_context=None,
         speech: Tensor | None = None,
     ) -> Tensor:
-        """Runs this stage's layers.
+        """Run this stage's layers.
 
         Args:
             embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others (they take ``set_input_tensor``).
@@ -135,13 +125,12 @@ class GPTDecoder(GPTModel):
             multiple of the tensor-parallel size, and only the last stage holds all of it.
         """
         split = self.config.sequence_parallel
-        if self.lora is not None:
-            self.lora.speech = self._padded(speech[..., None]) if speech is not None else None
         if split and embeddings is not None:
             embeddings = self._padded(embeddings)
             # [T / tp, R, H]; a copy, since what Megatron returns is a view that keeps all positions alive
             embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
-        with megatron_device(self.device):
+        marked = self._padded(speech[..., None]) if speech is not None else None  # [T, R, 1]
+        with megatron_device(self.device), self.lora.positions(marked) if self.lora else contextlib.nullcontext():
             hidden = self(
                 input_ids=None,
                 position_ids=None,
@@ -156,12 +145,12 @@ class GPTDecoder(GPTModel):
         return hidden
 
     def _padded(self, positions: Tensor) -> Tensor:
-        """``[T, R, n]`` with positions added until tensor-parallel processes can share them, if they do."""
+        """Return ``[T, R, n]`` with positions added until tensor-parallel processes can share them, if they do."""
         missing = -len(positions) % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
         return F.pad(positions, (0, 0, 0, 0, 0, missing))
 
     def logits(self, hidden: Tensor, index: Tensor, gather: bool = False) -> Tensor:
-        """Applies the head at some positions. Last stage only.
+        """Apply the head at some positions. Last stage only.
 
         Args:
             hidden: ``[T, R, H]``.
@@ -183,14 +172,14 @@ class GPTDecoder(GPTModel):
 
 
 def padded_vocabulary(size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding table: every tensor-parallel process has the same number."""
+    """Return the rows of the embedding table, of which every tensor-parallel process has the same number."""
     return -(-size // tensor_parallel) * tensor_parallel
 
 
 def build_decoder(
     config: DecoderConfig, dtype: torch.dtype = torch.float32, transformer_engine: bool = HAVE_TE, **overrides: Any
 ) -> list[GPTDecoder]:
-    """This process's runs of layers under the layout in force: one, or several with virtual pipeline stages."""
+    """Return this process's runs of layers under the layout in force: one, or several with virtual stages."""
     virtual = groups.layout().virtual_pipeline_model_parallel_size
     chunks = [None] if virtual is None else range(virtual)
     return [GPTDecoder(config, dtype, chunk, transformer_engine, **overrides) for chunk in chunks]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text LLMs on disk: directories of ours, and of Hugging Face's.
+"""Text LLMs on disk: directories in our format, and in that of Hugging Face.
 
 Ours holds ``llm.yaml`` (architecture and chat format), the weights, and a tokenizer: SentencePiece's
 ``tokenizer.model`` or the files of Hugging Face. The weights are ``model.safetensors`` under canonical names, the same
-for every layer spec, or ``weights/``, a distributed checkpoint of Megatron. Theirs is read as it is: the architecture
-from ``config.json``, the chat format from the tokenizer's template.
+for every layer spec, or ``weights/``, a distributed checkpoint of Megatron. A directory of Hugging Face is read as it
+is: the architecture from ``config.json``, the chat format from the tokenizer's template.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from nemo_mtbi.llm.weights import SafetensorsWeights, WeightSource
 SETTINGS, WEIGHTS, SENTENCEPIECE = "llm.yaml", "model.safetensors", "tokenizer.model"
 MEGATRON = "weights"  # folder of a distributed checkpoint, in the place of WEIGHTS
 FORMAT_VERSION = 1  # of llm.yaml
-# What else belongs to an LLM of Hugging Face.
+# Other files that belong to an LLM of Hugging Face.
 COMPANIONS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md")
-# All that may lie beside the settings and say how texts become tokens; the class of a tokenizer follows from CONFIG.
+# Files that may lie beside the settings and define the tokenizer; the class of a tokenizer follows from CONFIG.
 TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
 HASHED_BYTES = 2**30  # of larger files only samples are hashed: reading 140 GB takes minutes
 _BLOCK, _SAMPLES = 2**18, 256
@@ -51,7 +51,7 @@ _OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 
 
 class TextLLMDirectory(ABC):
-    """A text LLM on disk. Nothing is read before it is asked for.
+    """A text LLM on disk; everything is read on first use.
 
     Args:
         path: of the directory.
@@ -62,12 +62,12 @@ class TextLLMDirectory(ABC):
 
     @abstractmethod
     def missing(self) -> list[str]:
-        """Names of files without which it is not whole."""
+        """Return the names of required files that are not there."""
 
     @cached_property
     @abstractmethod
     def architecture(self) -> DecoderConfig:
-        """Of the decoder.
+        """Architecture of the decoder.
 
         Raises:
             ValueError: if it can't be read or expressed.
@@ -75,10 +75,10 @@ class TextLLMDirectory(ABC):
 
     @abstractmethod
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
-        """The chat format, with the tokenizer.
+        """Return the chat format, with the tokenizer.
 
         Args:
-            config: what is asked for; ``None``: what belongs to the LLM.
+            config: the section ``model.chat``; ``None``: the format that belongs to the LLM.
 
         Raises:
             ValueError: if tokenizer and LLM do not belong together, or the format does not fit.
@@ -86,7 +86,7 @@ class TextLLMDirectory(ABC):
 
     @abstractmethod
     def weights(self) -> WeightSource:
-        """All weights under canonical names.
+        """Return all weights under canonical names.
 
         Raises:
             ValueError: if they are damaged, or are not those of the architecture.
@@ -94,7 +94,7 @@ class TextLLMDirectory(ABC):
 
     @abstractmethod
     def _files(self) -> list[Path]:
-        """All that makes the LLM what it is."""
+        """Return the files that the fingerprint covers, in order."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -102,11 +102,11 @@ class TextLLMDirectory(ABC):
         return files_digest(self._files())
 
     def sampled_files(self) -> list[Path]:
-        """Those of which the fingerprint covers samples only."""
+        """Return the files of which the fingerprint covers samples only."""
         return sampled(self._files())
 
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
-        """Settings and tokenizer, by names with which they and weights are a directory of ours."""
+        """Return settings and tokenizer, by the names of files in a directory of our format."""
         settings = settings_yaml(self.architecture, chat.turn, chat.end, chat.more, chat.ends).encode()
         return {SETTINGS: settings, **{path.name: path.read_bytes() for path in self._tokenizer_files()}}
 
@@ -115,13 +115,13 @@ class TextLLMDirectory(ABC):
 
         Small texts, relative to the directory; a copy of the LLM takes them along.
         """
-        found = {path.relative_to(self.path) for pattern in COMPANIONS for path in self.path.glob(pattern)}
-        found = {name for name in found if str(name) not in (*TOKENIZER_FILES, SETTINGS)}
-        found = {name for name in found if not name.name.endswith(".index.json")}
-        return sorted(name for name in found if (self.path / name).is_file())
+        names = {path.relative_to(self.path) for pattern in COMPANIONS for path in self.path.glob(pattern)}
+        names = {name for name in names if str(name) not in (*TOKENIZER_FILES, SETTINGS)}
+        names = {name for name in names if not name.name.endswith(".index.json")}
+        return sorted(name for name in names if (self.path / name).is_file())
 
     def _ends(self) -> tuple[int, ...]:
-        """Ids at which the LLM ends an answer, by the files that came with it."""
+        """Return the ids at which the LLM ends an answer, by the files that came with it."""
         return tuple(value for value in read_end_tokens(self.path) if value < self.architecture.vocab_size)
 
     def _has_vocabulary(self) -> bool:
@@ -132,18 +132,18 @@ class TextLLMDirectory(ABC):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the LLM.
+        """Tokenizer of the LLM.
 
         Raises:
             ValueError: if it can't be read, or has more tokens than the LLM.
         """
-        found = self._read_tokenizer()
-        if found.vocab_size > self.architecture.vocab_size:
+        tokenizer = self._read_tokenizer()
+        if tokenizer.vocab_size > self.architecture.vocab_size:
             raise ValueError(
-                f"{self.path}: the tokenizer has {found.vocab_size} tokens, but the LLM embeds "
+                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LLM embeds "
                 f"{self.architecture.vocab_size}: they do not belong together"
             )
-        return found
+        return tokenizer
 
     def _read_tokenizer(self) -> Any:
         return HFTokenizer(self.path)
@@ -157,12 +157,12 @@ class TextLLMDirectory(ABC):
 
 
 def file_digest(path: Path) -> str:
-    """Hash of a file that may be larger than memory."""
+    """Return the hash of a file that may be larger than memory."""
     return f"sha256:{_hash(path).hexdigest()}"
 
 
 def files_digest(paths: Iterable[Path]) -> str:
-    """Hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
+    """Return the hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(_hash(path, in_part=path.stat().st_size > HASHED_BYTES).digest())
@@ -170,12 +170,12 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def sampled(paths: Iterable[Path]) -> list[Path]:
-    """Those files of which :func:`files_digest` hashes samples only."""
+    """Return those files of which :func:`files_digest` hashes samples only."""
     return [path for path in paths if path.stat().st_size > HASHED_BYTES]
 
 
 def _hash(path: Path, in_part: bool = False) -> Any:
-    """SHA-256 of a file, or of its size and of blocks spread evenly over it: another training changes them all."""
+    """Return SHA-256 of a file, or of its size and of blocks spread evenly over it, which any training changes."""
     size, digest = path.stat().st_size, hashlib.sha256()
     starts = range(0, size, max(size // _SAMPLES, _BLOCK) if in_part else _BLOCK)
     if in_part:
@@ -194,7 +194,7 @@ def settings_yaml(
     more: tuple[str, ...] = (),
     ends: tuple[int, ...] = (),
 ) -> str:
-    """The content of ``llm.yaml``."""
+    """Return the content of ``llm.yaml``."""
     optional = {name: list(value) for name, value in (("more", more), ("ends", ends)) if value}
     settings = {
         "format_version": FORMAT_VERSION,
@@ -205,28 +205,30 @@ def settings_yaml(
 
 
 class OwnDirectory(TextLLMDirectory):
-    """A directory of ours.
+    """A directory in our format.
 
     Attributes:
-        written_with: what was asked for when its chat format was written, where that is known.
+        written_with: the section ``model.chat`` with which its chat format was written, where that is known.
     """
 
     written_with: ChatConfig | None = None
 
     def texts(self, chat: ChatFormat) -> dict[str, bytes]:
+        """Return settings and tokenizer, unchanged where the chat format is the directory's own."""
         texts = super().texts(chat)
         if chat == self.chat():
             texts[SETTINGS] = (self.path / SETTINGS).read_bytes()  # so that the copy has the same fingerprint
         return texts
 
     def missing(self) -> list[str]:
+        """Return the names of required files that are not there."""
         names = [name for name in (SETTINGS, WEIGHTS) if not (self.path / name).is_file()]
         if (self.path / MEGATRON).is_dir():
             names = [name for name in names if name != WEIGHTS]
         if self._has_vocabulary():
             return names
-        theirs = any((self.path / name).is_file() for name in HF_TOKENIZER)
-        return [*names, HF_TOKENIZER[0] if theirs else SENTENCEPIECE]
+        has_files = any((self.path / name).is_file() for name in HF_TOKENIZER)
+        return [*names, HF_TOKENIZER[0] if has_files else SENTENCEPIECE]
 
     @cached_property
     def _settings(self) -> Mapping[str, Any]:
@@ -243,16 +245,18 @@ class OwnDirectory(TextLLMDirectory):
 
     @cached_property
     def architecture(self) -> DecoderConfig:
+        """Architecture of the decoder, from ``llm.yaml``."""
         try:
-            found = DecoderConfig(**self._settings["architecture"])
+            architecture = DecoderConfig(**self._settings["architecture"])
         except (KeyError, TypeError) as error:
-            raise self._refusal(error) from error
-        return self._checked(found)
+            raise self._settings_error(error) from error
+        return self._checked(architecture)
 
-    def _refusal(self, error: Exception) -> ValueError:
+    def _settings_error(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        """Return the chat format, from ``llm.yaml`` or the tokenizer's template."""
         if config is not None:
             return chat_format(self.tokenizer, config, self._ends())
         try:
@@ -261,14 +265,14 @@ class OwnDirectory(TextLLMDirectory):
             # before they were written down: what the files say
             ends = own["ends"] if "ends" in own else (*self._ends(), *end_of_text(self.tokenizer))
         except (KeyError, TypeError) as error:
-            raise self._refusal(error) from error
+            raise self._settings_error(error) from error
         size = self.architecture.vocab_size
         if not isinstance(ends, (list, tuple)) or not all(type(i) is int and 0 <= i < size for i in ends):
             raise ValueError(f"{self.path / SETTINGS}: chat.ends is {ends!r}; it must be a list of ids below {size}")
         return self._with_known_turns(ChatFormat(turn, end, self.tokenizer, more, tuple(ends)))
 
     def _with_known_turns(self, form: ChatFormat) -> ChatFormat:
-        """A chat format without the further turns that its template does not split into; older settings have them."""
+        """Return a chat format without further turns that its template can't give; older settings have them."""
         if not form.more or not isinstance(self.tokenizer, HFTokenizer):
             return form
         try:
@@ -286,6 +290,7 @@ class OwnDirectory(TextLLMDirectory):
         return SentencePieceTokenizer(str(self.path / SENTENCEPIECE))
 
     def weights(self) -> WeightSource:
+        """Return all weights under canonical names."""
         if (self.path / WEIGHTS).is_file():
             return SafetensorsWeights(self.path / WEIGHTS)
         return MegatronWeights(self.path / MEGATRON, self.architecture.vocab_size)
@@ -297,7 +302,7 @@ class OwnDirectory(TextLLMDirectory):
         return [self.path / SETTINGS, *weights, *self._tokenizer_files()]
 
     def sampled_files(self) -> list[Path]:
-        """Also what says where the tensors of Megatron's checkpoint lie, which the fingerprint leaves out."""
+        """Return also the metadata of Megatron's checkpoint, which the fingerprint leaves out."""
         metadata = self.path / MEGATRON / ".metadata"
         return super().sampled_files() + ([] if (self.path / WEIGHTS).is_file() else [metadata])
 
@@ -306,6 +311,7 @@ class HFDirectory(TextLLMDirectory):
     """A directory that Hugging Face's ``save_pretrained`` has written, or that was downloaded from the hub."""
 
     def missing(self) -> list[str]:
+        """Return the names of required files that are not there."""
         files = [self.path / CONFIG, *weight_files(self.path)]
         names = [path.name for path in files if not path.is_file()]
         other = sorted(path.name for pattern in _OTHER_WEIGHTS for path in self.path.glob(pattern))
@@ -317,15 +323,18 @@ class HFDirectory(TextLLMDirectory):
 
     @cached_property
     def architecture(self) -> DecoderConfig:
+        """Architecture of the decoder, from ``config.json``."""
         return self._checked(architecture_of(read_config(self.path)))
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
+        """Return the chat format, from the tokenizer's template."""
         try:
             return chat_format(self.tokenizer, config or ChatConfig(), self._ends())
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
     def weights(self) -> WeightSource:
+        """Return all weights under canonical names."""
         return HFWeights(self.path)
 
     def _files(self) -> list[Path]:
@@ -333,7 +342,7 @@ class HFDirectory(TextLLMDirectory):
 
 
 def open_text_llm(path: str | Path) -> TextLLMDirectory:
-    """The text LLM in a directory. What is neither ours nor Hugging Face's is taken for one of ours that lacks all."""
+    """Return the text LLM in a directory; an unrecognized one is an ``OwnDirectory``, whose files are all missing."""
     path = Path(path)
     if (path / CONFIG).is_file() and not (path / SETTINGS).is_file():
         return HFDirectory(path)

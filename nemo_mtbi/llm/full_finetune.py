@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the LLM itself, wholly or in part, in the place of adapters."""
+"""Full fine-tuning: training of all or some weights of the LLM, instead of adapters."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nemo_mtbi.parallel.llm_optimizer import AdamOptions, LlmOptimizer
 
 
 def trained_names(architecture: DecoderConfig, config: LlmConfig | None, warn: bool = False) -> set[str]:
-    """Canonical names of the weights of the LLM that train.
+    """Return the canonical names of the LLM's weights that train.
 
     Args:
         architecture: of the LLM.
-        config: what is asked for.
-        warn: of patterns that do nothing.
+        config: the section ``model.llm``; ``None``: nothing trains.
+        warn: whether to warn of patterns that match nothing.
 
     Raises:
         ValueError: for an LLM with experts.
@@ -31,12 +31,12 @@ def trained_names(architecture: DecoderConfig, config: LlmConfig | None, warn: b
     if config is None or not config.trains:
         return set()
     if architecture.num_experts:
-        raise ValueError("model.llm.freeze must be true for an LLM with experts: it learns by model.lora only")
+        raise ValueError("model.llm.freeze must be true for an LLM with experts: it trains by model.lora only")
     return unfrozen(weight_shapes(architecture), config.freeze, "model.llm", warn)
 
 
 def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
-    """Lets weights of frozen runs of layers train, and notes on them how processes share them.
+    """Make weights of frozen runs of layers trainable, and mark them with how processes share them.
 
     Raises:
         ValueError: as :func:`trained_names`.
@@ -44,32 +44,33 @@ def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
     architecture = chunks[0].architecture
     names, shapes = trained_names(architecture, config, warn=groups.is_global_first()), weight_shapes(architecture)
     for chunk in chunks:
-        chunk.learned = frozenset(names)
+        chunk.trained_names = frozenset(names)
     for name, value in trained_weights(chunks).items():
         value.requires_grad_()
-        value.whole_shape = shapes[name]
+        marked: Any = value  # Megatron's attributes of a parameter
+        marked.whole_shape = shapes[name]
         sharing = sharing_of(name)
-        value.tensor_model_parallel = sharing is not None
+        marked.tensor_model_parallel = sharing is not None
         if sharing is not None:
-            value.partition_dim, value.partition_stride = sharing
+            marked.partition_dim, marked.partition_stride = sharing
 
 
 def trained_weights(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
-    """This process's share of the LLM's weights that train, by canonical names, and if NeMo's freeze() holds them."""
-    return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.learned}
+    """Return this process's share of the weights that train, by canonical names, also under NeMo's freeze()."""
+    return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.trained_names}
 
 
 def build_llm_optimizer(chunks: Sequence[GPTDecoder], config: LlmConfig, defaults: Mapping[str, Any]) -> LlmOptimizer:
-    """The optimizer of the weights that train, whatever NeMo's freeze() and unfreeze() have made of them.
+    """Build the optimizer of the weights that train, whatever NeMo's freeze() and unfreeze() have done to them.
 
     Args:
         chunks: this process's runs of layers.
-        config: what is asked for.
-        defaults: of the connector's optimizer, in torch's terms.
+        config: the section ``model.llm``.
+        defaults: settings of the connector's optimizer, by torch's names.
     """
     for chunk in chunks:
         for name, value in named_weights(chunk):
-            value.requires_grad_(name in chunk.learned)
+            value.requires_grad_(name in chunk.trained_names)
     options = AdamOptions(
         lr=defaults["lr"] if config.lr is None else config.lr,
         betas=tuple(defaults["betas"]),

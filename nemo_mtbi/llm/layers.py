@@ -37,9 +37,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # each process sees its own positions only
+        marked: Any = self.weight
+        marked.sequence_parallel = config.sequence_parallel  # each process sees its own positions only
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``x [T, R, H]`` normed and scaled, in its dtype."""
         wide = x if x.dtype == torch.float64 else x.float()
         return F.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
@@ -59,7 +61,8 @@ class SDPACoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **unused,
     ) -> Tensor:
-        """
+        """Attend.
+
         Args:
             query: ``[Tq, R, heads, D]``.
             key: ``[Tk, R, groups, D]``.
@@ -67,6 +70,7 @@ class SDPACoreAttention(MegatronModule):
             attention_mask: ``[R, 1, Tq, Tk]``, true where attention is forbidden; without it attention is causal if
                 ``Tq == Tk`` and free if the queries are the last positions of a cache.
             attn_mask_type: ``no_mask`` once a cache is in use.
+            **unused: other arguments of Megatron's core attention.
 
         Returns:
             ``[Tq, R, heads * D]``.
@@ -84,7 +88,7 @@ class SDPACoreAttention(MegatronModule):
 
 
 def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> ModuleSpec:
-    """Layers of Transformer Engine where it can be imported; else Megatron's own with our norm and SDPA."""
+    """Return layers of Transformer Engine where it can be imported; else Megatron's own with our norm and SDPA."""
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(config.num_experts, qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(config.num_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
@@ -99,7 +103,7 @@ def layer_spec(config: DecoderConfig, transformer_engine: bool = HAVE_TE) -> Mod
 def block_spec(
     config: DecoderConfig, megatron: TransformerConfig, chunk: int | None, transformer_engine: bool
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """This stage's layers and final norm. Megatron would take torch's norm for the latter, always in float32."""
+    """Return this stage's layers and final norm. Megatron would use torch's norm for the latter, always in float32."""
     if transformer_engine:
         return layer_spec(config, True)
     layers = [layer_spec(config, False)] * get_num_layers_to_build(megatron, chunk)
@@ -109,7 +113,7 @@ def block_spec(
 def transformer_config(
     config: DecoderConfig, dtype: torch.dtype, layout: ParallelConfig | None = None, **overrides: Any
 ) -> TransformerConfig:
-    """Megatron's configuration under a layout (``None``: the one in force).
+    """Return Megatron's configuration under a layout (``None``: the one in force).
 
     ``overrides`` are keys of Megatron's own, such as those of recomputation.
     """
@@ -141,7 +145,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         use_cpu_initialization=not torch.cuda.is_available(),
-        calculate_per_token_loss=True,  # the loss is divided by the global number of tokens by us, not by microbatches
+        calculate_per_token_loss=True,  # we divide the loss by the global number of tokens, not by microbatches
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # Megatron asks for it beside variable lengths, in dense models too
         tensor_model_parallel_size=layout.tensor_model_parallel_size,

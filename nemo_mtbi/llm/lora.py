@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in the frozen LLM, right under tensor, sequence and pipeline parallelism.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) in the frozen LLM, under tensor, sequence and pipeline parallelism.
 
-An adapter adds ``scale · B A x`` to what a linear layer makes of ``x``. Where the layer's output is shared by
+An adapter adds ``scale · B A x`` to a linear layer's output of ``x``. Where the layer's output is shared by
 tensor-parallel processes, B is shared as its rows are and A is whole on each; where its input is shared, A is shared
-as its columns are and B is whole. What crosses processes has ``rank`` channels, so that adapters cost little transfer.
+as its columns are and B is whole. Processes exchange ``rank`` channels only, so that adapters cost little transfer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,13 @@ LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear
 
 @dataclass
 class LoraState:
-    """What all adapters of a run of layers go by.
+    """Runtime state shared by all adapters of a run of layers.
 
     Attributes:
-        config: theirs.
-        active: ``False`` while the LLM is to be what it was.
-        merged: whether the weights of the LLM hold them.
-        speech: ``[T, R, 1]``, true where positions are speech; ``None``: nowhere.
+        config: the section ``model.lora``.
+        active: ``False`` while the LLM runs without its adapters.
+        merged: whether the adapters are added to the LLM's weights.
+        speech: ``[T, R, 1]``, true where positions are speech, during a forward; ``None``: nowhere, or no forward.
     """
 
     config: LoraConfig
@@ -52,36 +53,45 @@ class LoraState:
     merged: bool = False
     speech: Tensor | None = None
 
+    @contextmanager
+    def positions(self, speech: Tensor | None) -> Iterator[None]:
+        """Mark the positions of speech for one forward; Megatron's layers have no argument that would carry them."""
+        self.speech = speech
+        try:
+            yield
+        finally:
+            self.speech = None
+
 
 def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
-    """Names of the modules of the whole LLM that get an adapter.
+    """Return the names of the modules of the whole LLM that get an adapter.
 
     Raises:
         ValueError: if a pattern matches nothing.
     """
     known = [f"decoder.layers.{n}.{name}" for n in range(architecture.num_layers) for name in LINEAR]
-    found = matching(config.target_modules, known, "model.lora.target_modules")
-    for pattern, names in found.items():
+    matches = matching(config.target_modules, known, "model.lora.target_modules")
+    for pattern, names in matches.items():
         if not names:
             raise ValueError(
                 f"model.lora.target_modules has {pattern!r}, which matches no layer: names are like {known[0]}, and "
                 f"the last parts are {', '.join(LINEAR)}"
             )
-    chosen = set().union(*found.values())
+    chosen: set[str] = set().union(*matches.values())
     return [name for name in known if name in chosen]
 
 
 def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str | None) -> None:
-    """Whether an LLM can take adapters.
+    """Check whether an LLM can take adapters.
 
     Args:
         architecture: of the LLM.
-        config: of the adapters.
+        config: the section ``model.lora``.
         granularity: of recomputation.
 
     Raises:
-        ValueError: if a pattern matches nothing, or experts, or what is recomputed in backward would see the speech of
-            another microbatch.
+        ValueError: if a pattern matches nothing, or experts; or if recomputation in backward would use the speech mask
+            of another microbatch.
     """
     if config.speech_only and granularity == "full":
         raise ValueError(
@@ -91,9 +101,10 @@ def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str
         raise ValueError("model.lora.target_modules match experts, which take no adapters: name attention's layers")
 
 
-def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Names and shapes of all adapters of the whole LLM, in a single process."""
-    weights, shapes = weight_shapes(architecture), {}
+def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all adapters of the whole LLM, in a single process."""
+    weights = weight_shapes(architecture)
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in targets(architecture, config):
         rows, columns = weights[f"{name}.weight"]
         shapes |= {f"{name}.lora.a": (config.rank, columns), f"{name}.lora.b": (rows, config.rank)}
@@ -125,14 +136,16 @@ class Lora(nn.Module):
         first = first if self._by_column else first.chunk(size, 1)[rank]
         self.a = nn.Parameter(first.to(linear.weight.device, dtype))
         self.b = nn.Parameter(torch.zeros(rows, state.config.rank, dtype=dtype, device=linear.weight.device))
-        axis, parts = sharing_of(f"{name}.lora.{shared}")
-        set_tensor_model_parallel_attributes(getattr(self, shared), True, axis, parts)
-        other = self.a if self._by_column else self.b
-        # each process has made its gradient from its own positions
+        sharing = sharing_of(f"{name}.lora.{shared}")
+        if sharing is None:
+            raise ValueError(f"{name} is whole on each tensor-parallel process: name another layer in target_modules")
+        set_tensor_model_parallel_attributes(getattr(self, shared), True, *sharing)
+        other: Any = self.a if self._by_column else self.b
+        # each process computes its gradient from its own positions
         other.sequence_parallel = linear.sequence_parallel
 
     def forward(self, x: Tensor, split: bool) -> Tensor:
-        """What is added to the layer's output.
+        """Return the addition to the layer's output.
 
         Args:
             x: the layer's input, ``[T, R, in]``: of this process's positions where ``split`` and the output is shared,
@@ -145,7 +158,7 @@ class Lora(nn.Module):
             h = gather_from_sequence_parallel_region(h) if split else copy_to_tensor_model_parallel_region(h)
         else:
             h = reduce_scatter_to_sequence_parallel_region(h) if split else reduce_from_tensor_model_parallel_region(h)
-        if state.config.speech_only:
+        if state.config.speech_only and state.speech is not None:
             speech = state.speech
             if split and not self._by_column:
                 speech = speech.chunk(groups.layout().tensor_model_parallel_size)[groups.tensor_parallel_rank()]
@@ -153,12 +166,12 @@ class Lora(nn.Module):
         return F.linear(h, self.b.to(h.dtype)) * state.config.scale
 
     def delta(self) -> Tensor:
-        """What the adapter would add to the layer's weight."""
+        """Return the adapter's addition to the layer's weight."""
         return self._state.config.scale * (self.b @ self.a)
 
 
 def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
-    """Puts adapters, which are trained, into frozen runs of layers; at first they add nothing.
+    """Put trainable adapters into frozen runs of layers; at first they add nothing.
 
     Raises:
         ValueError: as :func:`check_lora`.
@@ -173,8 +186,8 @@ def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
                 module.register_forward_hook(_add)
 
 
-def _add(linear: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """A hook of the layer, so that it keeps its name and class."""
+def _add(linear: Any, inputs: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Add the adapter's output in a hook of the layer, which keeps its name and class."""
     state = linear.lora._state
     if not state.active or state.merged or (state.config.speech_only and state.speech is None):
         return outputs
@@ -183,7 +196,7 @@ def _add(linear: nn.Module, inputs: tuple, outputs: tuple[Tensor, Tensor | None]
 
 
 def adapters(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
-    """This process's share of the adapters, by names that no layout changes."""
+    """Return this process's share of the adapters, by names that no layout changes."""
     return {
         f"{name}.{part}": value
         for chunk in chunks
@@ -194,13 +207,13 @@ def adapters(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
 
 
 def is_merged(chunks: Sequence[GPTDecoder]) -> bool:
-    """Whether the weights of the LLM hold its adapters."""
+    """Return whether the adapters are added to the LLM's weights."""
     return any(chunk.lora is not None and chunk.lora.merged for chunk in chunks)
 
 
 @contextmanager
 def without_lora(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
-    """The LLM as it was, in the body.
+    """Run the LLM without its adapters in the body.
 
     Raises:
         RuntimeError: if adapters are merged into its weights.
@@ -220,7 +233,7 @@ def without_lora(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
 
 @torch.no_grad()
 def set_merged(chunks: Sequence[GPTDecoder], merged: bool) -> None:
-    """Adds the adapters to the LLM's weights, which then answers as fast as without them, or takes them out again.
+    """Add the adapters to the LLM's weights, which is then as fast as without them, or take them out again.
 
     In 16 bits that rounds, and taking them out does not give back the very same bits.
 

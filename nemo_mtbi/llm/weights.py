@@ -26,7 +26,7 @@ from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.rank_layout import stage_runs
 
 # How tensor-parallel processes share a tensor: the axis, and how many parts of the tensor are each split along it
-# (a gated feed-forward stores gate and value one behind the other). What is not here is whole on every process.
+# (a gated feed-forward stores gate and value one behind the other). Other tensors are whole on every process.
 _SHARED = {
     "embedding.word_embeddings.weight": (0, 1),
     "output_layer.weight": (0, 1),
@@ -44,12 +44,14 @@ _EXPERT = re.compile(r"mlp\.experts\.local_experts\.\d+\.")
 class WeightSource(Protocol):
     """Tensors by canonical name, of which parts can be read."""
 
-    def names(self) -> Iterable[str]: ...
+    def names(self) -> Iterable[str]:
+        """Return the canonical names of all tensors."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """The tensor between two positions of one of its first two axes."""
+        """Return the part of a tensor between two positions of one of its first two axes."""
 
 
 class MemoryWeights:
@@ -59,17 +61,20 @@ class MemoryWeights:
         self._weights = weights
 
     def names(self) -> Iterable[str]:
+        """Return the canonical names of all tensors."""
         return self._weights.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
         return tuple(self._weights[name].shape)
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Return the part of a tensor between two positions of one of its first two axes."""
         return self._weights[name].narrow(axis, start, stop - start)
 
 
 class SafetensorsWeights:
-    """Weights in a safetensors file; only the parts that are asked for are read.
+    """Weights in a safetensors file, of which only the requested parts are read.
 
     Raises:
         ValueError: if the file is damaged.
@@ -82,27 +87,30 @@ class SafetensorsWeights:
             raise ValueError(f"{path} is damaged: {error}; copy it again") from error
 
     def names(self) -> Iterable[str]:
+        """Return the canonical names of all tensors."""
         return self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
         return tuple(self._file.get_slice(name).get_shape())
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Return the part of a tensor between two positions of one of its first two axes."""
         part = self._file.get_slice(name)
         return part[start:stop] if axis == 0 else part[:, start:stop]
 
 
 def canonical_name(name: str) -> str:
-    """Name of a weight, whatever the layer spec."""
+    """Return the canonical name of a weight, whatever the layer spec."""
     return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
         "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
     )
 
 
-def named_weights(decoder: GPTDecoder) -> Iterator[tuple[str, Tensor]]:
-    """Canonical names, with layers counted over the whole pipeline, and this process's share of each weight.
+def named_weights(decoder: GPTDecoder) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield canonical names, with layers counted over the whole pipeline, and this process's share of each weight.
 
-    Adapters are no weights of the LLM: see :mod:`nemo_mtbi.llm.lora`.
+    Adapters are not among them: see :mod:`nemo_mtbi.llm.lora`.
     """
     tied = decoder.share_embeddings_and_output_weights
     for name, value in decoder.named_parameters():
@@ -115,7 +123,7 @@ def named_weights(decoder: GPTDecoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_modules(decoder: GPTDecoder) -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, with layers counted over the whole pipeline."""
+    """Yield modules by name, with layers counted over the whole pipeline."""
     for name, module in decoder.named_modules():
         yield _over_the_pipeline(decoder, name), module
 
@@ -129,19 +137,19 @@ def _over_the_pipeline(decoder: GPTDecoder, name: str) -> str:
 
 
 def sharing_of(name: str) -> tuple[int, int] | None:
-    """Axis and number of parts that tensor-parallel processes share; ``None`` where each has the whole tensor.
+    """Return axis and number of parts that tensor-parallel processes share; ``None`` where each has the whole tensor.
 
-    Of an adapter, B is shared like the rows of the layer's weight, or A like its columns.
+    In an adapter, B is shared like the rows of the layer's weight, or A like its columns.
     """
     linear, _, part = name.partition(".lora.")
     if not part:
         return _SHARED.get(_EXPERT.sub("mlp.", _LAYER.sub("", name)))
-    axis, parts = sharing_of(f"{linear}.weight")
-    return (axis, parts) if part == ("b" if axis == 0 else "a") else None
+    sharing = sharing_of(f"{linear}.weight")
+    return sharing if sharing is not None and part == ("b" if sharing[0] == 0 else "a") else None
 
 
 def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
-    """Copies this process's share of canonical weights into its runs of layers, in their dtype.
+    """Copy this process's share of canonical weights into its runs of layers, in their dtype.
 
     Raises:
         ValueError: if names or shapes differ; nothing is copied then.
@@ -151,7 +159,7 @@ def load_weights(chunks: Sequence[GPTDecoder], source: WeightSource) -> None:
 
 
 def check_weights(architecture: DecoderConfig, source: WeightSource) -> None:
-    """Compare stored weights with those of an architecture, before memory is taken for it.
+    """Compare names and shapes of stored weights with an architecture, before memory is allocated for it.
 
     Raises:
         ValueError: if names or shapes differ.
@@ -172,19 +180,19 @@ def check_weights(architecture: DecoderConfig, source: WeightSource) -> None:
 
 @torch.no_grad()
 def load_shares(owned: Iterable[tuple[str, Tensor]], source: WeightSource, prefix: str = "") -> None:
-    """Copies this process's share of stored tensors, by name; names and shapes must be right.
+    """Copy this process's share of stored tensors, by name; names and shapes must be right.
 
     Args:
-        owned: names that no layout changes, and what is filled.
+        owned: names that no layout changes, and the tensors to be filled.
         source: of the whole tensors.
-        prefix: of their names there.
+        prefix: of their names in the source.
     """
     for name, value in owned:
         _copy_share(name, value, source, prefix)
 
 
 def _copy_share(name: str, value: Tensor, source: WeightSource, prefix: str) -> None:
-    """Fills ``value`` with this process's share."""
+    """Fill ``value`` with this process's share."""
     sharing, name = sharing_of(name), prefix + name
     stored = source.shape(name)
     if sharing is None:
@@ -202,13 +210,13 @@ def _copy_share(name: str, value: Tensor, source: WeightSource, prefix: str) -> 
 
 
 def gather_weights(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | None]]:
-    """Canonical weights of the whole LLM: see :func:`gather_shares`."""
+    """Yield the canonical weights of the whole LLM: see :func:`gather_shares`."""
     owned = {name: value for chunk in chunks for name, value in named_weights(chunk)}
     return gather_shares(owned, chunks[0].architecture.vocab_size)
 
 
 def gather_shares(owned: Mapping[str, Tensor], vocabulary: int) -> Iterator[tuple[str, Tensor | None]]:
-    """Whole tensors, one at a time and in the order of their names, on the first process of the first replica.
+    """Yield whole tensors, one at a time in the order of their names, on the first process of the first replica.
 
     Every process of that replica must take part; the others get ``None`` for each tensor. A tensor is dropped before
     the next one is gathered, so that memory stays at one whole tensor.
@@ -237,7 +245,7 @@ def gather_shares(owned: Mapping[str, Tensor], vocabulary: int) -> Iterator[tupl
 
 
 def _join(name: str, shares: list[Tensor], vocabulary: int) -> Tensor:
-    """The whole tensor of its shares in the order of tensor-parallel ranks, without padding of the vocabulary."""
+    """Join shares in the order of tensor-parallel ranks, without padding of the vocabulary."""
     sharing = sharing_of(name)
     if sharing is None:
         return shares[0]

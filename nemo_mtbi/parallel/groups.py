@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_mtbi.config.parallel import ParallelConfig
-from nemo_mtbi.parallel import peers
+from nemo_mtbi.parallel import one_process, peers
 
 _layout: ParallelConfig | None = None
 _PATIENCE = timedelta(days=2)  # for work that one process does while the others wait; one that dies is noticed at once
+_CONTROL_GROUPS = ("world", "replica", "tensor", "data", "patient", "patient_replica")
 _control: dict[str, dist.ProcessGroup] = {}  # gloo groups for Python objects, apart from NCCL's
 
 
@@ -58,7 +59,7 @@ def initialize(
     if not dist.is_initialized():
         _start(limit)
     if "world" not in _control:
-        _control["world"] = dist.new_group(backend="gloo", timeout=limit)
+        _control["world"] = _new_control_group(limit)
         peers.remember(gather_objects(peers.Peer.here()))
     if check is not None:
         check()
@@ -110,18 +111,28 @@ def start_one_replica(tensor: int, pipeline: int, check: Callable[[], None] | No
 
 def _start(limit: timedelta | None) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # no port, no environment; the optimizer of an LLM that trains asks for collectives also of one process
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        one_process.new_world()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
 
 
+def _new_control_group(limit: timedelta | None) -> dist.ProcessGroup:
+    """Return a group of all processes on gloo, or one without threads where there is one process."""
+    if dist.get_world_size() == 1:
+        one_process.register()  # who started torch.distributed may have chosen another backend
+        return dist.new_group(backend=one_process.BACKEND)
+    return dist.new_group(backend="gloo", timeout=limit)
+
+
 def _start_control(limit: timedelta | None) -> None:
     """Groups for headers, object lists and flags. They are on gloo, so that none of it waits for the GPU."""
     from megatron.core import parallel_state
+
+    if dist.get_world_size() == 1:
+        _control.update(dict.fromkeys(_CONTROL_GROUPS, _control["world"]))
+        return
 
     def mine(ranks: list[int], limit: timedelta | None = limit) -> dist.ProcessGroup:
         everyone: list[list[int]] = [None] * dist.get_world_size()

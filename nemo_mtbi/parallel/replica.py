@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_mtbi.data.loader import passes
+from nemo_mtbi.data.passes import passes
 from nemo_mtbi.layouts.layout import StepBatch
 from nemo_mtbi.parallel import groups
 

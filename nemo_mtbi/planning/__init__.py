@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run would take, found out before it starts: memory, buckets, the report of a plan."""
+"""Plans of runs before they start: memory, buckets, and the report."""

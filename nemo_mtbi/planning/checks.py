@@ -36,7 +36,8 @@ def check_model(plan: Plan, model: Mapping) -> ModelConfig | None:
     for key, value in model.items():
         # the layout's keys may contradict each other: see check_layout
         layout = key in LAYOUT_KEYS and isinstance(value, (int, type(None)))
-        if not layout and plan.attempt(parse_model_config, {**needed, key: value}):
+        parsed = None if layout else plan.attempt(parse_model_config, {**needed, key: value})
+        if parsed is not None:
             good[key] = value
     return plan.attempt(parse_model_config, good)
 

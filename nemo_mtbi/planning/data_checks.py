@@ -14,8 +14,9 @@ from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.data.dataset import MTBIDataset
-from nemo_mtbi.data.loader import EpochSampler, build_dataloader
+from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.data.loader_config import check_config
+from nemo_mtbi.data.passes import EpochSampler
 from nemo_mtbi.data.step import Step, measured_step, steps_of_pass
 from nemo_mtbi.demo.recipe import describe_preparation, parse_data_config, unread_sources
 from nemo_mtbi.encoders.base import EncoderShape

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds what: a table of processes, of a plan or of a run that has started."""
+"""A table of processes with their layers and parameters, for a plan or a run that has started."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich import box
@@ -22,12 +23,13 @@ MOST_ROWS = 32  # of the table; more processes are shown stage by stage
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one process holds.
+    """Layers and parameters of one process.
 
     Attributes:
-        place: where it stands, and its layers.
+        place: its ranks and layers.
         device: its host and device.
-        trained, frozen: parameters.
+        trained: number of trained parameters.
+        frozen: number of frozen parameters.
     """
 
     place: Place
@@ -37,8 +39,9 @@ class RankFacts:
 
 
 def own_facts(model: SpeechLLM) -> RankFacts:
-    """Facts of this process."""
-    runs = tuple(tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in model.chunks)
+    """Return the facts of this process."""
+    blocks: list[Any] = [chunk.decoder for chunk in model.chunks]
+    runs = tuple(tuple(layer.layer_number - 1 for layer in block.layers) for block in blocks)
     rank = groups.control_group("world").rank()
     data, tensor, stage = groups.data_parallel_rank(), groups.tensor_parallel_rank(), groups.pipeline_parallel_rank()
     device = str(model.device)
@@ -53,7 +56,7 @@ def own_facts(model: SpeechLLM) -> RankFacts:
 
 
 def layout_table(facts: Sequence[RankFacts]) -> Table | Text:
-    """A table of ranks, layers, devices and parameters, in the order of ranks; one line for a single process.
+    """Return a table of ranks, layers, devices and parameters; one line for a single process.
 
     The processes of a stage share a line where there are more than :data:`MOST_ROWS`: they hold equally much.
     """
@@ -72,20 +75,20 @@ def layout_table(facts: Sequence[RankFacts]) -> Table | Text:
         spans = [_span([getattr(f.place, name) for f in members]) for name in ("rank", "data", "tensor", "stage")]
         devices = list(dict.fromkeys(fact.device for fact in members))
         device = devices[0] if len(devices) == 1 else f"{devices[0]} … {devices[-1]}"
-        sizes = (count_text(members[0].trained), count_text(members[0].frozen))
-        table.add_row(*spans, _runs(members[0].place.runs), device, *sizes)
+        counts = (count_text(members[0].trained), count_text(members[0].frozen))
+        table.add_row(*spans, _runs(members[0].place.runs), device, *counts)
     return table
 
 
 def step_text(positions: int | None, replicas: int, micro_batch_tokens: int) -> str:
-    """Size of a step and of its microbatches, in positions of the decoder; ``None``: no bound is set."""
+    """Return the size of a step and its microbatches as text, in decoder positions; ``None``: no bound is set."""
     where = "1 replica" if replicas == 1 else f"each of {replicas} replicas"
     size = "any number of" if positions is None else f"at most {positions}"
     return f"{size} positions on {where}, in microbatches of at most {micro_batch_tokens}"
 
 
 def show_start(model: SpeechLLM, console: Console, batch_tokens: int | None, micro_batch_tokens: int) -> None:
-    """Prints :func:`layout_table` and :func:`step_text` of the real run on the first process.
+    """Print :func:`layout_table` and :func:`step_text` of the real run on the first process.
 
     All processes must call it.
     """
@@ -97,7 +100,7 @@ def show_start(model: SpeechLLM, console: Console, batch_tokens: int | None, mic
 
 
 def count_text(number: int) -> str:
-    """A number of parameters, short."""
+    """Return a number of parameters as short text."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -22,8 +22,9 @@ from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
+from nemo_mtbi.config.loss import LossConfig
 from nemo_mtbi.encoders.base import SpeechEncoder
-from nemo_mtbi.encoders.paired import PairedEncoder
+from nemo_mtbi.encoders.paired import AnyEncoder, PairedEncoder
 from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.llm.architecture import DecoderConfig
@@ -183,7 +184,7 @@ def refusing_asr(
 
 def load_speech_encoder(
     name: str | Path, dtype: torch.dtype = torch.float32, config: EncoderConfig | None = None
-) -> SpeechEncoder | PairedEncoder:
+) -> AnyEncoder:
     """Load front end (float32) and encoder (``dtype``), or two of them.
 
     Args:
@@ -196,8 +197,12 @@ def load_speech_encoder(
     """
     encoder = open_encoder(name, config)
     encoder.set_trainable(dtype, config)
-    second = getattr(config, "beside", None)
-    return PairedEncoder(encoder, load_speech_encoder(second.path, dtype, second)) if second else encoder
+    second: SecondEncoder | None = getattr(config, "beside", None)
+    if second is None:
+        return encoder
+    beside = open_encoder(second.path, second)
+    beside.set_trainable(dtype, second)
+    return PairedEncoder(encoder, beside)
 
 
 def open_encoder(name: str | Path, config: EncoderConfig | None, weights: bool = True) -> SpeechEncoder:
@@ -226,6 +231,7 @@ def load_speech_llm(
     lora: LoraConfig | None = None,
     llm: LlmConfig | None = None,
     encoder_config: EncoderConfig | None = None,
+    loss: LossConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
     """Joins frozen parts and a new connector: this process's share of them under the layout in force.
@@ -238,9 +244,10 @@ def load_speech_llm(
         lora: adapters in the LLM; ``None``: none.
         llm: what trains of the LLM itself; ``None``: nothing.
         encoder_config: how the encoder is used, and what of it trains.
+        loss: what is minimized; ``None``: the default.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
     encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
-    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm), text
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm, loss=loss), text

@@ -22,7 +22,7 @@ import yaml
 
 from nemo_mtbi.evaluation import charts
 from nemo_mtbi.evaluation.curves import read_curves
-from nemo_mtbi.evaluation.style import STYLE
+from nemo_mtbi.evaluation.report import stylesheet
 
 # Columns of the table: title, set, group, figure, and whether it is a share.
 FIGURES = (
@@ -170,13 +170,13 @@ def standalone(chart: str, names: Sequence[str]) -> str:
         keys.append(f'<rect x="{left}" y="-20" width="11" height="11" rx="3" fill="{charts.color(index)}"/>')
         keys.append(f'<text class="tick" x="{left + 16}" y="-10">{name}</text>')
         left += 34 + 7 * len(name)
-    start, _, rest = chart.partition(">")
+    start, _, rest = str(chart).partition(">")
     box = start.split('viewBox="')[1].split('"')[0]
     _, _, width, height = (float(part) for part in box.split())
     start = start.replace(f'viewBox="{box}"', f'viewBox="0 {-_LEGEND} {width:g} {height + _LEGEND:g}"')
     start = start.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ')
     ground = f'<rect y="{-_LEGEND}" width="{width:g}" height="{height + _LEGEND:g}" fill="var(--card)"/>'
-    return f"{start}><style>{STYLE}</style>{ground}{''.join(keys)}{rest}\n"
+    return f"{start}><style>{stylesheet()}</style>{ground}{''.join(keys)}{rest}\n"
 
 
 def hours_chart(results: Mapping, group: str, lines: Sequence[str]) -> str:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import shutil
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lhotse import CutSet
 from omegaconf import OmegaConf
 from safetensors.torch import load
@@ -22,11 +22,8 @@ from nemo_mtbi.config.model import FORMAT_VERSION, parse_model_config
 from nemo_mtbi.data.behaviors import BEHAVIORS, CHAT_FORMAT, PROVENANCE
 from nemo_mtbi.demo import recipe
 from nemo_mtbi.demo.corpora import corpus
-from nemo_mtbi.encoders.ctc import transcribe_ctc
-from nemo_mtbi.evaluation.inspection import inspect_nemo
-from nemo_mtbi.evaluation.load import Backends, Loader
+from nemo_mtbi.evaluation.load import Loader
 from nemo_mtbi.evaluation.settings import parse_eval_config
-from nemo_mtbi.llm.directory import file_digest
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.targets.generate import _ShardMaker
@@ -190,7 +187,7 @@ def missing(old, new, place=""):
 def test_answers_of_an_evaluation_are_not_given_again(monkeypatch):
     monkeypatch.setattr(Loader, "load", refuse)
     config = parse_eval_config(OmegaConf.create(SETTINGS["evaluation"]))
-    evaluate.run(config, Backends(MTBIModel.restore_from, transcribe_ctc, file_digest, inspect_nemo))
+    evaluate.run(config)
     old = json.loads(gzip.decompress(Path("results.json.gz").read_bytes()))
     assert missing(old, json.loads(Path("evaluation/results.json").read_text())) == []
     old, new = gzip.decompress(Path("predictions.jsonl.gz").read_bytes()), Path("evaluation/predictions.jsonl")
@@ -203,9 +200,7 @@ def test_the_cache_of_a_recipe_is_found(folder, monkeypatch):
     before = manifests("cache")
     made = {path.name for path in Path("cache").iterdir()}
     groups.initialize()
-    prepared = recipe.prepare(
-        recipe.parse_data_config(SETTINGS["recipe"]), asdict(parse_model_config(SETTINGS["model"]))
-    )
+    prepared = recipe.prepare(recipe.parse_data_config(SETTINGS["recipe"]), parse_model_config(SETTINGS["model"]))
     paths = {name: Path(getattr(prepared, name)).absolute().relative_to(folder) for name in THEN["recipe"]}
     assert {name: str(path) for name, path in paths.items()} == THEN["recipe"]
     assert {path.name for path in Path("cache").iterdir() if path.suffix != ".lock"} == made
@@ -213,13 +208,14 @@ def test_the_cache_of_a_recipe_is_found(folder, monkeypatch):
 
 
 def test_the_cache_of_the_embedded_default_has_its_names(monkeypatch):
-    cfg = OmegaConf.load(Path(__file__).parents[2] / "conf" / "mtbi_demo.yaml")
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base=None):
+        cfg = compose("mtbi_demo")
     monkeypatch.setattr(corpus, "_finished_root", lambda folder: folder)
     monkeypatch.setattr(recipe, "load_corpus", lambda folder: [])
     monkeypatch.setattr(recipe, "generate_targets", lambda cuts, out_dir, **more: [Path(out_dir) / "cuts"])
     monkeypatch.setattr(recipe, "reference_targets", lambda cuts, out_dir, **more: Path(out_dir) / "cuts")
     groups.initialize()
-    found, model = {}, asdict(parse_model_config(cfg.model))
+    found, model = {}, parse_model_config(cfg.model)
     for name, changes in SETTINGS["recipes"].items():
         made = recipe.prepare(recipe.parse_data_config({**cfg.data, "cache_dir": "names", **changes}), model)
         found[name] = [path.parent.name for path in (made.train, made.validation, made.test)]

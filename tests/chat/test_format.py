@@ -43,7 +43,7 @@ def test_each_slot_stands_exactly_once(chat, turn):
 
 
 def test_the_end_must_be_one_token(chat):
-    with pytest.raises(ValueError, match="no token of the LLM's vocabulary"):
+    with pytest.raises(ValueError, match="not a token of the LLM's vocabulary"):
         ChatFormat(turn=("{audio}", "{prompt}"), end="the end", tokenizer=chat.tokenizer)
 
 

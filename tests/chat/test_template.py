@@ -308,7 +308,7 @@ def test_prompts_do_not_change_over_night(tmp_path):
         ("brackets", {"system": "x"}, "template refuses the conversation: only user and assistant roles"),
         ("chatml", {"format": "qwen", "system": "x"}, "qwen has no plain system turn"),
         ("chatml", {"format": "none"}, "model.chat.format: Unknown prompt formatter: 'none' .*llama3"),
-        ("chatml", {"format": "llama3"}, "ends with .*, which is no token of the LLM's vocabulary"),
+        ("chatml", {"format": "llama3"}, "ends with .*, which is not a token of the LLM's vocabulary"),
         ("chatml", {"audio": "first"}, "model.chat.audio is 'first'; it must be after or before"),
         ("chatml", {"format": "qwen", "options": {"a": 1}}, "model.chat.options are of the tokenizer's own"),
     ],

@@ -98,6 +98,8 @@ def test_results_hold_what_others_read(run):
     assert path.name == "results.json"
     results = json.loads(path.read_text())
     assert {"seed", "train", "transcription", "behavior", "tasks", "nemo"} <= results.keys()
+    assert {"title", "systems", "sets", "not_measured"} <= results.keys()
+    assert results["sets"]["test"]["systems"].keys() == results["systems"].keys() == {"mtbi", "text"}
     assert results["seed"] == 3
     assert results["train"]["steps"] == 3
     assert 0 < results["train"]["seconds"] < 600 and 0.1 < results["train"]["peak_rss_gib"] < 100
@@ -138,11 +140,11 @@ def test_an_llm_that_trains_is_compared_with_what_it_was(config, monkeypatch):
     """The text column of the table is the LLM's before training; the speech column is that of the trained model."""
     asked = {}
 
-    def fake(responder, cuts, pool, seed, reader):
-        weights = [dict(one.model.decoder.named_parameters()) for one in (responder, reader)]
+    def fake(speech, text, chosen):
+        weights = [dict(one.responder.model.decoder.named_parameters()) for one in (speech, text)]
         asked["changed"] = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
-        asked["text"] = reader.text([("say it", "red cat")])
-        return real(responder, cuts, pool, seed, reader=reader)
+        asked["text"] = text.responder.text([("say it", "red cat")])
+        return real(speech, text, chosen)
 
     real = training.run_benchmark
     monkeypatch.setattr(training, "run_benchmark", fake)
@@ -154,7 +156,7 @@ def test_an_llm_that_trains_is_compared_with_what_it_was(config, monkeypatch):
     text = load_text_llm(cfg.model.pretrained_llm)
     limits = parse_model_config(cfg.model).generation
     assert asked["text"] == Responder(LayoutDecoder(text.chunks), text.chat, limits).text([("say it", "red cat")])
-    assert MTBIModel.restore_from(results["nemo"], map_location="cpu").speech_llm.decoder.trains
+    assert MTBIModel.restore_from(results["nemo"], map_location="cpu").speech_llm.llm_state.weights_train
 
 
 def test_tensorboard_gets_figures_and_examples(run):
@@ -264,18 +266,18 @@ def test_devices_must_be_what_torchrun_has_started(config, monkeypatch):
 
 def test_a_config_that_hydra_has_closed_works_too(config, monkeypatch):
     """Hydra's configurations refuse keys that they do not have, also to those who only ask."""
-    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{data.kind}, {model['generation']}"))
+    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{data.kind}, {model.generation}"))
     cfg = config()
     OmegaConf.set_struct(cfg, True)
-    with pytest.raises(pytest.fail.Exception, match="synthetic, .*'max_new_tokens': 8"):
+    with pytest.raises(pytest.fail.Exception, match="synthetic, .*max_new_tokens=8,"):
         train(cfg)
 
 
 def test_what_the_model_section_leaves_out_has_its_default_in_the_data_too(config, monkeypatch):
-    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{model['generation']}"))
+    monkeypatch.setattr(training, "prepare", lambda data, model: pytest.fail(f"{model.generation}"))
     cfg = config()
     del cfg.model.generation
-    with pytest.raises(pytest.fail.Exception, match="'max_new_tokens': 64"):
+    with pytest.raises(pytest.fail.Exception, match="max_new_tokens=64,"):
         train(cfg)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import time
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
@@ -207,6 +208,22 @@ def test_every_prompt_about_every_audio(responder, recordings, tmp_path):
         samples = load_audio(line["audio_filepath"], responder.model.frame_counter)
         assert [line["pred_text"]] == responder.speech([samples], [(line["prompt"], 0)])
     assert len({line["pred_text"] for line in lines}) > 5, "the tiny LLM must not say the same to everything"
+
+
+def test_a_log_gets_lines_while_the_answers_are_made(responder, recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nemo_mtbi.io.heartbeat.EVERY", 0.05)
+
+    def speech(self, audio, requests, progress):
+        time.sleep(0.5)
+        return ["x"] * len(requests)
+
+    monkeypatch.setattr(Responder, "speech", speech)
+    items = [Utterance(str(path), path, ("say it",)) for path in sorted(recordings.iterdir())]
+    run(responder, items, tmp_path / "out.jsonl", batch_size=3, progress=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers: 0/5 in 0:00:0")]
+    assert len(lines) > 2
+    run(responder, items, tmp_path / "silent.jsonl")
+    assert capsys.readouterr().out == ""
 
 
 def test_manifest_keys_are_kept_and_offsets_are_heard(responder, recordings, tmp_path):

@@ -152,7 +152,7 @@ def shipped_configs():
     found = []
     for path in sorted(CONF.glob("*.yaml")):
         content = OmegaConf.load(path)
-        if "model" in content or "defaults" in content:
+        if path.stem != "mtbi_base" and ("model" in content or "defaults" in content):
             found.append(path.stem)
     return found
 

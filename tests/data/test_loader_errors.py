@@ -31,7 +31,7 @@ def dataset(chat, frames):
         ({"seed": "trng"}, "seed must be an integer"),
         ({"shard_seed": "trng"}, "shard_seed='trng' is not supported"),
         ({"concurrent_bucketing": True}, "concurrent_bucketing"),
-        ({"sample_rate": 8000}, "the speech encoder hears 16000"),
+        ({"sample_rate": 8000}, "the speech encoder takes 16000 Hz"),
         ({"multi_config": True}, "input_cfg and weights"),
         ({"token_equivalent_duration": 0.08}, "follows from the model"),
         ({"bucket_duration_bins": [[1, 2], [3, 4]]}, "two-dimensional"),

@@ -13,8 +13,9 @@ import torch
 from lhotse import Recording
 
 from nemo_mtbi.data.audio import BadAudioError
-from nemo_mtbi.data.dataset import MTBIDataset, StreamDataset
-from nemo_mtbi.data.loader import StreamLoader, build_dataloader, passes
+from nemo_mtbi.data.dataset import MTBIDataset
+from nemo_mtbi.data.loader import build_dataloader
+from nemo_mtbi.data.passes import StreamDataset, StreamLoader, passes
 
 PLAIN, content, shar = sources.PLAIN, sources.content, sources.shar
 READ = 9  # batches of an endless pass

@@ -1,67 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked, of whom, and how the answers are put together. The model is a fake."""
+"""The benchmark of a training: its questions, its answers, and results of one schema. The systems are fakes."""
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from benchmark_pool import POOL
 from lhotse import CutSet
 
 from nemo_mtbi.demo.corpora.corpus import write_flac
-from nemo_mtbi.evaluation.benchmark import NEW_TASKS, NEW_WORDINGS, SEEN, crossed_questions, questions, run_benchmark
-from nemo_mtbi.evaluation.report import summarize
+from nemo_mtbi.evaluation.benchmark import (
+    TrainingRecord,
+    benchmark_config,
+    benchmark_results,
+    benchmark_set,
+    run_benchmark,
+)
+from nemo_mtbi.evaluation.files import write_json
+from nemo_mtbi.evaluation.items import Reply, load_clip
+from nemo_mtbi.evaluation.questions import NEW_TASKS, NEW_WORDINGS, SEEN, questions
+from nemo_mtbi.evaluation.results import is_evaluation
+from nemo_mtbi.evaluation.systems import Slots
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
-from nemo_mtbi.targets.tasks import TaskPool
 from nemo_mtbi.testing import tiny_cuts
 
-SEEN_WORDS = {"say": ["say it", "repeat it", "once more"], "first": ["first word", "the first"], "bare": [""]}
-NEW_WORDS = {"say": ["what was that", "pardon"], "first": ["begin"], "bare": []}
-POOL = TaskPool.from_dict(
-    {
-        "tasks": [
-            {
-                "name": name,
-                "scoring": "wer" if name == "say" else "exact",
-                "split": "train",
-                "prompts": {"train": SEEN_WORDS[name], "heldout": NEW_WORDS[name]},
-            }
-            for name in SEEN_WORDS
-        ]
-        + [
-            {
-                "name": "last",
-                "scoring": "exact",
-                "split": "heldout",
-                "prompts": {"train": ["last word", "the end"], "heldout": ["never asked"]},
-            }
-        ]
-    }
-)
+FRAMES = FrameCounter((LengthStage(400, 160),), 16000)
+RECORD = TrainingRecord(12.5, 300, 1.25)
+KEYS = {"seed", "train", "nemo", "transcription", "behavior", "tasks", "title", "systems", "sets", "not_measured"}
 
 
-class FakeResponder:
-    """Knows what is said in an utterance by its length; answers the task's first or last word, or all of it."""
+class FakeSystem:
+    """Answers with the first or last word of the transcript, or all of it; ``loud`` marks one utterance in speech."""
 
-    model = SimpleNamespace(frame_counter=FrameCounter((LengthStage(400, 160),), 16000))
+    def __init__(self, loud=None):
+        self.loud, self.batches, self.audio = loud, [], []
 
-    def __init__(self, cuts):
-        self.texts = {cut.num_samples: cut.supervisions[0].text for cut in cuts}
-        self.heard, self.progress = [], {"text": 0, "speech": 0}
+    def slots(self, clips):
+        if self.loud is None:
+            return Slots([clip.transcript for clip in clips])
+        self.audio = [load_clip(clip, FRAMES) for clip in clips]
+        bad = [x if isinstance(x, Exception) else None for x in self.audio]
+        return Slots([problem or clip.transcript for problem, clip in zip(bad, clips, strict=True)])
 
-    def without_adapters(self):
-        return self
-
-    def text(self, requests, progress):
+    def ask(self, slots, requests, on_bad_audio, progress):
+        assert on_bad_audio == "raise"
         progress(len(requests))
-        self.progress["text"] += len(requests)
-        return [self.answer(*request) for request in requests]
-
-    def speech(self, audio, requests, progress):
-        progress(len(requests))
-        self.progress["speech"] += len(requests)
-        self.heard += audio
-        return [self.answer(prompt, self.texts[len(audio[index])]) + "!" * (index == 1) for prompt, index in requests]
+        self.batches.append(list(requests))
+        texts = [self.answer(prompt, slots.values[clip]) + "!" * (clip == self.loud) for prompt, clip in requests]
+        return [Reply(text, 3, text.endswith("!")) for text in texts]
 
     @staticmethod
     def answer(prompt, text):
@@ -78,99 +65,70 @@ def cuts(tmp_path):
     return found
 
 
-def test_every_task_is_asked_about_every_utterance(cuts):
-    rows = questions(cuts, POOL, seed=0)
-    asked = [(row.utterance, row.task.name, row.group) for row in rows]
-    expected = [
-        (index, name, group)
-        for index in range(4)
-        for name, group in [
-            ("say", SEEN),
-            ("say", NEW_WORDINGS),
-            ("first", SEEN),
-            ("first", NEW_WORDINGS),
-            ("bare", SEEN),  # it has no held-out wording
-            ("last", NEW_TASKS),
-        ]
-    ]
-    assert asked == expected
-
-
-def test_wordings_are_those_of_the_group(cuts):
-    for seed in range(20):
-        for row in questions(cuts, POOL, seed):
-            allowed = {SEEN: row.task.prompts, NEW_WORDINGS: row.task.heldout_prompts, NEW_TASKS: row.task.prompts}
-            assert row.prompt in allowed[row.group]
-            assert row.task.heldout == (row.group == NEW_TASKS)
-
-
-def test_questions_depend_on_seed_utterance_and_task_alone(cuts):
-    def by_cut(cuts, seed=0):
-        return {(cuts[row.utterance].id, row.task.name, row.group): row.prompt for row in questions(cuts, POOL, seed)}
-
-    whole = by_cut(cuts)
-    assert by_cut(cuts) == whole == by_cut(cuts[::-1])
-    assert by_cut(cuts[2:]).items() < whole.items()
-    assert by_cut(cuts, seed=1) != whole
-    assert len({prompt for (_, task, group), prompt in whole.items() if (task, group) == ("say", SEEN)}) > 1
-
-
 @pytest.mark.parametrize("progress", [False, True])
-def test_answers_to_text_and_speech_stand_side_by_side(cuts, progress):
-    responder = FakeResponder(cuts)
-    answers = run_benchmark(responder, iter(cuts), POOL, seed=5, progress=progress)
+def test_text_and_speech_answer_the_same_questions_at_once(cuts, progress):
+    text, speech, chosen = FakeSystem(), FakeSystem(loud=1), benchmark_set(iter(cuts), POOL, 5)
+    answered = run_benchmark(speech, text, chosen, progress=progress)
     rows = questions(cuts, POOL, 5)
-    assert responder.progress == {"text": len(rows), "speech": len(rows)}
-    assert [len(samples) for samples in responder.heard] == [cut.num_samples for cut in cuts]
-    for answer, row in zip(answers, rows, strict=True):
-        cut = cuts[row.utterance]
-        assert (answer.cut_id, answer.task, answer.prompt, answer.group) == (
-            cut.id,
-            row.task.name,
-            row.prompt,
-            row.group,
-        )
-        assert answer.transcript == cut.supervisions[0].text and answer.scoring == row.task.scoring
-        assert answer.text == responder.answer(row.prompt, answer.transcript)
-        assert answer.speech == answer.text + "!" * (row.utterance == 1)
-        assert answer.reference == ((cut.custom or {}).get("references") or {}).get(row.task.name)
+    assert text.batches == speech.batches == [[(row.prompt, row.utterance) for row in rows]]
+    assert [len(samples) for samples in speech.audio] == [cut.num_samples for cut in cuts]
+    for item, row in zip(chosen.items, rows, strict=True):
+        assert (item.clip, item.task, item.group) == (row.utterance, row.task.name, row.group)
+        references = (cuts[row.utterance].custom or {}).get("references") or {}
+        assert item.reference == references.get(row.task.name)
+    assert [clip.transcript for clip in chosen.clips] == [cut.supervisions[0].text for cut in cuts]
+    assert list(answered.systems) == ["mtbi", "text"] and answered.systems["mtbi"].items is chosen.items
+    assert answered.systems["mtbi"].answers(0)[-1] == answered.systems["text"].answers(0)[-1]
 
 
-def test_the_figures_follow_from_the_answers(cuts):
-    """Speech of one utterance in four gets another answer."""
-    summary = summarize(run_benchmark(FakeResponder(cuts), cuts, POOL, progress=False))
-    assert {group: figures["n"] for group, figures in summary["behavior"].items()} == {
-        SEEN: 12,
-        NEW_WORDINGS: 8,
-        NEW_TASKS: 4,
-    }
-    assert [figures["agreement"] for figures in summary["behavior"].values()] == [0.75] * 3
-    assert summary["tasks"]["last"]["heldout"] and summary["tasks"]["last"]["n_scored"] == 3
-    assert summary["transcription"] == {"wer": 0.0, "n": 4}  # a mark at the end is no error
+def results_of(cuts, folder):
+    answered = run_benchmark(FakeSystem(loud=1), FakeSystem(), benchmark_set(cuts, POOL, 0), progress=False)
+    return benchmark_results(benchmark_config("tiny", folder / "tiny.nemo"), answered, 3, RECORD)
+
+
+def test_results_have_the_schema_of_an_evaluation_and_the_summary(cuts, tmp_path):
+    path = write_json(tmp_path / "results.json", results_of(cuts, tmp_path))
+    results = json.loads(path.read_text())
+    assert set(results) == KEYS
+    assert (results["seed"], results["nemo"]) == (3, str(tmp_path / "tiny.nemo"))
+    assert results["train"] == {"seconds": 12.5, "steps": 300, "peak_rss_gib": 1.25}
+    speech = results["sets"]["test"]["systems"]["mtbi"]
+    assert set(speech) == {SEEN, NEW_WORDINGS, NEW_TASKS} and results["systems"]["text"]["kind"] == "text"
+    assert speech[SEEN]["truncated"] == 3 and speech[SEEN]["agreement"]["low"] < 0.75
+    for group, figures in results["behavior"].items():
+        assert figures["agreement"] == speech[group]["agreement"]["value"]
+        assert figures["text"] == results["sets"]["test"]["systems"]["text"][group]["right"]["value"]
+    assert not is_evaluation(tmp_path)  # an evaluation must not replace the results of a training
+
+
+def test_figures_follow_from_the_answers(cuts, tmp_path):
+    """The answers to the speech of one utterance in four differ."""
+    results = results_of(cuts, tmp_path)
+    counts = {group: figures["n"] for group, figures in results["behavior"].items()}
+    assert counts == {SEEN: 12, NEW_WORDINGS: 8, NEW_TASKS: 4}
+    assert [figures["agreement"] for figures in results["behavior"].values()] == [0.75] * 3
+    assert results["tasks"]["last"]["heldout"] and results["tasks"]["last"]["n_scored"] == 3
+    assert results["transcription"] == {"wer": 0.0, "n": 4}  # a mark at the end is not an error
 
 
 def test_a_benchmark_leaves_nothing_out(cuts):
     write_flac(Path(cuts[2].recording.sources[0].source), np.zeros(cuts[2].num_samples))
+    text = FakeSystem()
     with pytest.raises(ValueError, match="tiny-0-0002 is silent"):
-        run_benchmark(FakeResponder(cuts), cuts, POOL, progress=False)
+        run_benchmark(FakeSystem(loud=1), text, benchmark_set(cuts, POOL, 0), progress=False)
+    assert not text.batches  # before any answer
 
 
-def test_wordings_that_are_compared_are_asked_about_the_same_utterances(cuts):
-    asked = {}
-    for row in crossed_questions(cuts, POOL, 2, seed=3):
-        asked.setdefault((row.task.name, row.group), {}).setdefault(row.prompt, []).append(row.utterance)
-    counts = {key: len(wordings) for key, wordings in asked.items()}
-    assert counts == {
-        ("say", SEEN): 2,
-        ("say", NEW_WORDINGS): 2,
-        ("first", SEEN): 2,
-        ("first", NEW_WORDINGS): 1,
-        ("bare", SEEN): 1,
-        ("last", NEW_TASKS): 2,
-    }
-    assert all(utterances == [0, 1, 2, 3] for wordings in asked.values() for utterances in wordings.values())
-    chosen = {tuple(row.prompt for row in crossed_questions(cuts[:1], POOL, 2, seed)) for seed in range(10)}
-    assert len(chosen) == 3  # two of three wordings of one task
-    assert len(crossed_questions(cuts, POOL, None, 0)) == 4 * 11
-    with pytest.raises(ValueError, match="wordings is 0"):
-        crossed_questions(cuts, POOL, 0, 0)
+def test_wrong_sets_are_errors_before_the_training(cuts):
+    with pytest.raises(ValueError, match="set 'test' is empty"):
+        benchmark_set([], POOL, 0)
+    with pytest.raises(ValueError, match="several utterances with the id"):
+        benchmark_set([cuts[0], cuts[0]], POOL, 0)
+    cuts[1].custom = {"references": {"first": 5}}
+    with pytest.raises(ValueError, match=f"utterance '{cuts[1].id}', task 'first': the reference must be one text"):
+        benchmark_set(cuts, POOL, 0)
+
+
+def test_a_text_llm_of_its_own_is_named(tmp_path):
+    config = benchmark_config("tiny", tmp_path / "tiny.nemo", "llm")
+    assert config.systems["text"].llm == "llm" and config.text_of("mtbi") == "text"

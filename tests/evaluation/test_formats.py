@@ -155,10 +155,10 @@ def test_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         voicebench("v", tmp_path / "bbh.jsonl")
     (tmp_path / "bbh.jsonl").write_text('{"prompt"')
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         voicebench("v", tmp_path / "bbh.jsonl")
     (tmp_path / "bbh.jsonl").write_text("[1]")
-    with pytest.raises(ValueError, match="item 0 of .* is no object"):
+    with pytest.raises(ValueError, match="item 0 of .* is not an object"):
         voicebench("v", tmp_path / "bbh.jsonl")
 
 

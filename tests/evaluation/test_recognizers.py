@@ -6,7 +6,7 @@ import torch
 from nemo.collections.asr.models import EncDecHybridRNNTCTCBPEModel, EncDecRNNTBPEModel
 from nemo_models import canary, transducer
 
-from nemo_mtbi.encoders.ctc import save_asr, transcribe_ctc
+from nemo_mtbi.encoders.ctc import save_asr
 from nemo_mtbi.evaluation.recognizers import find_recognizer, load_recognizer
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def test_hybrids_transcribe_by_their_ctc_part(tmp_path):
     model = transducer(EncDecHybridRNNTCTCBPEModel, tmp_path).eval()
     save_asr(model, tmp_path / "t.nemo")
     path = find_recognizer("systems.c", str(tmp_path / "t.nemo"), None)
-    found = load_recognizer("systems.c", path, CPU, transcribe_ctc)
+    found = load_recognizer("systems.c", path, CPU)
     together = found.transcribe(AUDIO)
     assert together == [found.transcribe([samples])[0] for samples in AUDIO] and found.transcribe([]) == []
     assert found.frames.sample_rate == 16000 and any(together)
@@ -32,7 +32,7 @@ def test_hybrids_transcribe_by_their_ctc_part(tmp_path):
 
 def test_ctc_of_the_demo():
     path = find_recognizer("systems.c", "demo", None)
-    found = load_recognizer("systems.c", path, CPU, transcribe_ctc)
+    found = load_recognizer("systems.c", path, CPU)
     assert found.transcribe(AUDIO) == [found.transcribe([samples])[0] for samples in AUDIO]
 
 

@@ -165,8 +165,8 @@ def test_divergences_are_those_of_validation(whole, models, corpus):
         slots = speech(0, frames), chat.encode(text["transcript"])
         heard, twin = (make_row(chat.prompt(row["prompt"], slot), response) for slot in slots)
         batch = collate([samples], [frames], [replace(heard, utterance=0, twin=twin)], 1000)
-        speech_llm.evaluate_step(batch)
-        assert row["kl"] == pytest.approx(speech_llm.parts["kl"].item() / len(response), rel=1e-3, abs=1e-5)
+        _, parts = speech_llm.evaluate_step(batch)
+        assert row["kl"] == pytest.approx(parts["kl"].item() / len(response), rel=1e-3, abs=1e-5)
 
 
 class Page(HTMLParser):
@@ -272,7 +272,7 @@ def test_bad_audio_is_an_error_or_a_counted_abstention(keys, corpus, tmp_path):
     "change, message",
     [
         ({"systems": {"a": {"nemo": "missing.nemo"}}}, "systems.a.nemo=missing.nemo does not exist"),
-        ({"systems": {"a": {"kind": "text", "of": "b"}}}, "systems.a.of=b is no system of kind speech"),
+        ({"systems": {"a": {"kind": "text", "of": "b"}}}, "systems.a.of=b is not a system of kind speech"),
         (
             {"systems": {"a": {"kind": "cascade", "llm": "demo"}}},
             "systems.a: set of to a speech system, or llm",
@@ -291,7 +291,7 @@ def test_bad_audio_is_an_error_or_a_counted_abstention(keys, corpus, tmp_path):
         ({"sets": {"s": {"cuts": "nowhere.jsonl"}}}, "sets.s.cuts=nowhere.jsonl does not exist"),
         ({"on_bad_audio": "skip"}, "raise or abstain"),
         ({"kl_utterances": -1}, "kl_utterances is -1"),
-        ({"compare_with": "x"}, "compare_with=x is no system"),
+        ({"compare_with": "x"}, "compare_with=x is not a system"),
         ({"compare": [["mtbi", "x"]]}, r"compare holds \['mtbi', 'x'\]; each pair must name two of mtbi"),
         ({"compare": [["mtbi", "mtbi"]]}, "each pair must name two of"),
     ],

@@ -234,13 +234,13 @@ def test_the_number_of_files_is_bounded(monkeypatch):
     [
         (b"a: &x [1, 2]\nb: *x", "text refers to parts of itself"),
         (b"a: ${oc.env:HOME}", "text refers to values outside of it"),
-        (b"a: [1,", "text is no YAML"),
-        (b"a: !!python/object/apply:os.getcwd []", "text is no YAML"),
-        (b"\xff\xfe", "text is no YAML"),
+        (b"a: [1,", "text is not YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "text is not YAML"),
+        (b"\xff\xfe", "text is not YAML"),
         (b"[" * 250_000, "text is nested too deep"),
         (b"a: " + b"{b: " * 250_000, "text is nested too deep"),
         (b"\n".join(b" " * depth + b"a:" for depth in range(500)), "text is nested too deep"),
-        (b"a: 1\na: 2", "text is no YAML"),
+        (b"a: 1\na: 2", "text is not YAML"),
         (b"[1, 2]", "text holds no keys and values"),
     ],
 )
@@ -297,7 +297,7 @@ def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(ArchiveError, match="it does not exist"):
         NemoFile(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ArchiveError, match="it is no file"):
+    with pytest.raises(ArchiveError, match="it is not a file"):
         NemoFile(tmp_path / "pipe")
 
 

@@ -40,17 +40,17 @@ def test_references_are_refused_however_they_are_written(text):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (f"a: !!binary {HIDDEN}", "text holds a bytes at 'a', which is no plain value"),
+        (f"a: !!binary {HIDDEN}", "text holds a bytes at 'a', which is not a plain value"),
         ("a: !!timestamp 2020-01-01", "text holds a date at 'a'"),
         ("a: !!set {x}", "text holds a set at 'a'"),
-        ("a: !!python/name:os.system ''", "text is no YAML"),
-        ("a: !!python/object/apply:os.system ['true']", "text is no YAML"),
-        ("a: !!python/object/new:os.system ['true']", "text is no YAML"),
-        ("? [a, b]\n: 1", "text is no YAML"),
+        ("a: !!python/name:os.system ''", "text is not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "text is not YAML"),
+        ("a: !!python/object/new:os.system ['true']", "text is not YAML"),
+        ("? [a, b]\n: 1", "text is not YAML"),
         ("a: 0x" + "f" * 100_000, "text has a number of 400000 bits at 'a'"),
         ("? 0x" + "f" * 100_000 + "\n: 1", "text has a number of 400000 bits"),
-        ("a: 1\n---\nb: 2", "text is no YAML"),
-        ("a: 1\n'a': 2", "text is no YAML .a key stands twice"),
+        ("a: 1\n---\nb: 2", "text is not YAML"),
+        ("a: 1\n'a': 2", "text is not YAML .a key stands twice"),
     ],
 )
 def test_values_that_are_not_plain_are_refused(text, message):

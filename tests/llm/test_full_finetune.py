@@ -169,7 +169,7 @@ def test_what_can_not_be_is_refused(values, message):
 
 def test_experts_learn_by_adapters_only():
     architecture = DecoderConfig(**{**ARCHITECTURE, "num_experts": 4, "experts_per_token": 2})
-    with pytest.raises(ValueError, match="must be true for an LLM with experts: it learns by model.lora only"):
+    with pytest.raises(ValueError, match="must be true for an LLM with experts: it trains by model.lora only"):
         trained_names(architecture, LlmConfig(freeze=False))
 
 

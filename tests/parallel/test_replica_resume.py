@@ -10,7 +10,7 @@ import torch
 from lhotse import CutSet
 from matrix import with_core
 
-from nemo_mtbi.data.loader import passes
+from nemo_mtbi.data.passes import passes
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.replica import ReplicaLoader
 

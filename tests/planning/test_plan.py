@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_mtbi.demo.recipe import load_pool
@@ -86,8 +87,13 @@ def test_parameters_are_those_of_the_models_that_are_built(
     processes(build_and_compare, tmp_path / "plan.pkl", asr, llm, count=count, timeout=120)
 
 
+def demo(*overrides):
+    with initialize_config_dir(str(DEMO.parents[2] / "conf"), version_base=None):
+        return compose("mtbi_demo", overrides=list(overrides))
+
+
 def test_the_demo_configuration_is_not_refused():
-    cfg = OmegaConf.load(DEMO.parents[2] / "conf" / "mtbi_demo.yaml")
+    cfg = demo()
     plan = make_plan(cfg, environ={})
     assert plan.problems == [] and plan.steps_per_epoch == "unknown until the corpus of 3000 utterances is built"
     assert plan.step.positions == cfg.model.train_ds.batch_tokens
@@ -96,8 +102,7 @@ def test_the_demo_configuration_is_not_refused():
 
 
 def test_what_is_prepared_before_training_is_said():
-    cfg = OmegaConf.load(DEMO.parents[2] / "conf" / "mtbi_demo.yaml")
-    cfg.data.prompts_per_task, cfg.model.train_ds.cuts_path = 2, "mine.jsonl.gz"
+    cfg = demo("+data.prompts_per_task=2", "model.train_ds.cuts_path=mine.jsonl.gz")
     plan = make_plan(cfg, environ={})
     trained = load_pool("demo").train
     count = f"{3000 * 8 * 2:,} train, {40 * len(trained)} validation"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from lhotse import CutSet, MonoCut
 from omegaconf import OmegaConf
 
@@ -124,7 +125,9 @@ def test_ways_of_interleaving_are_compared_on_a_tenth_of_the_speech(tmp_path):
     interleaving = sibling("interleaving.py")
     found = interleaving["runs"]()
     assert len(found) == 21 and {run.percent for run in found} == {10}
-    demo = OmegaConf.load(PATH.parents[2] / "conf" / "mtbi_demo.yaml")
+    with initialize_config_dir(str(PATH.parents[2] / "conf"), version_base=None):
+        demo = compose("mtbi_demo")
+    OmegaConf.set_struct(demo, False)
     ways = {}
     for name, keys in interleaving["KEYS"].items():
         changed = OmegaConf.merge(demo, OmegaConf.from_dotlist(list(keys)))

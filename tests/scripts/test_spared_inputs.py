@@ -287,7 +287,7 @@ def test_an_evaluation_replaces_results_of_evaluations_only(tmp_path, monkeypatc
     evaluation()
     Path("out").mkdir()
     for name in ("results.json", "report.html", "predictions.jsonl"):
-        (Path("out") / name).write_text('{"seed": 0, "train": {}, "behavior": {}}')
+        (Path("out") / name).write_text('{"seed": 0, "train": {}, "behavior": {}, "systems": {}, "sets": {}}')
         with pytest.raises(ValueError, match=f"out/{name} is there and is not of an evaluation: give a folder"):
             evaluation()
         (Path("out") / name).unlink()
@@ -359,7 +359,7 @@ def test_a_training_replaces_results_of_trainings_only(tmp_path, monkeypatch):
     Path("run/results.json").write_text('{"systems": {}, "sets": {}}')
     with pytest.raises(ValueError, match="run/results.json is there and is not of a training"):
         training()
-    Path("run/results.json").write_text('{"seed": 0, "train": {}, "behavior": {}}')
+    Path("run/results.json").write_text('{"seed": 0, "train": {}, "behavior": {}, "systems": {}, "sets": {}}')
     training()
 
 

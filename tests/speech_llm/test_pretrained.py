@@ -110,7 +110,7 @@ def test_nothing_is_copied_if_one_weight_does_not_fit(llm_dir):
         (lambda s: s["architecture"].update(rope_scaling={"factor": 8}), "one too many: .*low_freq_factor"),
         (lambda s: s["architecture"].update(vocab_size=100), "has 128 tokens, but the LLM embeds 100"),
         (lambda s: s["architecture"].update(ffn_hidden_size=50), "do not fit its llm.yaml"),
-        (lambda s: s["chat"].update(end="<|im_end|>"), "ends with '<|im_end|>', which is no token"),
+        (lambda s: s["chat"].update(end="<|im_end|>"), "ends with '<|im_end|>', which is not a token"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(copy, change, message):

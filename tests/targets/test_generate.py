@@ -111,7 +111,7 @@ def test_targets_of_before_are_read_and_gone_on_with(tmp_path, undisturbed):
 
 def test_another_chat_format_is_refused_by_what_differs(tmp_path):
     generate(tmp_path)
-    with pytest.raises(RuntimeError, match="made with other chat .They were asked with '<user>{audio}.{prompt}', and"):
+    with pytest.raises(RuntimeError, match="made with other chat .They were made with '<user>{audio}.{prompt}', and"):
         generate(tmp_path, chat=ChatFormat(("<user>", "{prompt}", "|", "{audio}"), "<end>", CHAT.tokenizer))
 
 

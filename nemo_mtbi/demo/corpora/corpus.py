@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,12 +22,13 @@ from lhotse.audio.mixer import AudioMixer
 from lhotse.augmentation import ReverbWithImpulseResponse
 from lhotse.supervision import AlignmentItem
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from scipy.signal import firwin, resample_poly
 
 from nemo_mtbi.config.checks import Section, Share
 from nemo_mtbi.data.cut_files import CUTS_FILE, write_cuts
 from nemo_mtbi.io.digests import digest_of
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text, is_live
 
 SAMPLE_RATE = 16000
 _MARKER = "corpus.json"  # written last: a folder without it is half built
@@ -239,18 +240,32 @@ def parallel_map(
     progress: bool = True,
     description: str = "",
 ) -> Iterator[Result]:
-    """Map over processes, in order, with a progress bar. One worker (or a small job) stays in this process."""
+    """Map over processes, in order, with a bar, or a line every 30 seconds in a log.
+
+    One worker (or a small job) stays in this process.
+    """
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_workers = min(cores, len(items) // _MIN_JOBS_PER_WORKER)
-    bar = partial(track, description=description, total=len(items), console=Console(stderr=True), disable=not progress)
+    shown = partial(_shown, total=len(items), description=description, progress=progress)
     if num_workers <= 1:
-        yield from bar(map(function, items))
+        yield from shown(map(function, items))
         return
     # Not fork: this process may hold threads of PyTorch, whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker) as pool:
-        yield from bar(pool.map(function, items, chunksize=min(64, -(-len(items) // num_workers))))
+        yield from shown(pool.map(function, items, chunksize=min(64, -(-len(items) // num_workers))))
+
+
+def _shown(results: Iterable[Result], total: int, description: str, progress: bool) -> Iterator[Result]:
+    """Yield results, with their progress on standard error."""
+    console = Console(stderr=True)
+    bar = Progress(console=console, disable=not (progress and is_live(console)))
+    task = bar.add_task(description, total=total)
+    with bar, Heartbeat(lambda: bar_text(bar), console, progress, last=True):
+        for result in results:
+            yield result
+            bar.advance(task)
 
 
 def _start_worker() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's causal LLMs: their ``config.json`` as our architecture, their safetensors under canonical names.
 
-One table says which tensors of theirs make up one of ours; a part of one of ours is read as parts of theirs, so that
+One table maps each canonical tensor to those of Hugging Face; a part of it is read as parts of theirs, so that
 each process reads its own share straight from the files.
 """
 
@@ -75,7 +75,7 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of a directory.
+    """Return the ``config.json`` of a directory.
 
     Args:
         path: of the directory, or of the file itself.
@@ -95,12 +95,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
-    """The ids at which the LLM of a directory ends an answer, by its configuration and that of its generation.
+    """Return the ids at which the LLM of a directory ends an answer, by its configuration and that of its generation.
 
     Raises:
         ValueError: if a file of these is malformed; names it.
     """
-    found: set[int] = set()
+    end_tokens: set[int] = set()
     for name in (CONFIG, GENERATION):
         file = Path(folder) / name
         if not file.is_file():
@@ -113,12 +113,12 @@ def read_end_tokens(folder: str | Path) -> tuple[int, ...]:
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
         if not all(type(value) is int for value in ids):
             raise ValueError(f"{file}: eos_token_id is {ids!r}; it must be the id of a token, or a list of ids")
-        found |= {value for value in ids if value >= 0}
-    return tuple(sorted(found))
+        end_tokens |= {value for value in ids if value >= 0}
+    return tuple(sorted(end_tokens))
 
 
 def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
-    """Our architecture of a ``config.json``.
+    """Return the architecture that a ``config.json`` describes.
 
     A sliding window shortens the longest sequence to the window: up to there it changes nothing.
 
@@ -177,12 +177,18 @@ def architecture_of(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+_SIZES: tuple[str, ...] = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 _SIZES += ("max_position_embeddings",)
 
 
 def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a mixture of experts; transformers 5 writes ``num_local_experts``, those before it ``num_experts``."""
+    """Return sizes of a mixture of experts: ``num_local_experts`` (transformers 5) or ``num_experts`` (older)."""
     return {
         "num_experts": config.get("num_experts", config.get("num_local_experts")),
         "num_experts_per_tok": config.get("num_experts_per_tok"),
@@ -191,20 +197,20 @@ def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary positions: transformers 5 writes ``rope_parameters``, those before it ``rope_scaling``, or nothing."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{CONFIG} has {found!r} in rope_parameters or rope_scaling: it must hold keys and values")
-    return found
+    """Return the settings of rotary positions: ``rope_parameters`` (transformers 5) or ``rope_scaling`` (older)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{CONFIG} has {rope!r} in rope_parameters or rope_scaling: it must hold keys and values")
+    return rope
 
 
 def _llama3(rope: Mapping[str, Any]) -> Llama3Scaling:
     try:
-        found = {name: rope[name] for name in Llama3Scaling.__dataclass_fields__}
-        wrong = [name for name, value in found.items() if not isinstance(value, (int, float)) or not value > 0]
+        scaling = {name: rope[name] for name in Llama3Scaling.__dataclass_fields__}
+        wrong = [name for name, value in scaling.items() if not isinstance(value, (int, float)) or not value > 0]
         if wrong:
-            raise ValueError(f"the llama3 rope scaling has {found[wrong[0]]!r} in {wrong[0]}")
-        return Llama3Scaling(**found)
+            raise ValueError(f"the llama3 rope scaling has {scaling[wrong[0]]!r} in {wrong[0]}")
+        return Llama3Scaling(**scaling)
     except KeyError as error:
         raise ValueError(
             f"the llama3 rope scaling lacks {error}: it needs {', '.join(Llama3Scaling.__dataclass_fields__)}"
@@ -222,7 +228,7 @@ def _window(config: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one of their tensors that stand together in one of ours."""
+    """Rows of a tensor of Hugging Face that are contiguous in a canonical one."""
 
     name: str
     start: int
@@ -230,7 +236,7 @@ class Segment:
 
 
 def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segment] | None:
-    """What one of our tensors is made of, in the order of its rows; ``None`` if it is one of theirs as it is.
+    """Return the parts of a canonical tensor in the order of its rows; ``None`` if it is one of theirs unchanged.
 
     Args:
         name: canonical name.
@@ -245,15 +251,15 @@ def segments(name: str, architecture: DecoderConfig, family: str) -> list[Segmen
     query, key, value = theirs
     width, groups = architecture.head_channels, architecture.num_query_groups
     rows = architecture.num_attention_heads // groups * width  # queries of a group
-    found = []
+    parts = []
     for group in range(groups):
-        found.append(Segment(query, group * rows, (group + 1) * rows))
-        found += [Segment(part, group * width, (group + 1) * width) for part in (key, value)]
-    return found
+        parts.append(Segment(query, group * rows, (group + 1) * rows))
+        parts += [Segment(part, group * width, (group + 1) * width) for part in (key, value)]
+    return parts
 
 
 def theirs_of(name: str, family: str) -> tuple[str, ...]:
-    """Names of the tensors that make up one of ours."""
+    """Return the names of the tensors that make up a canonical one."""
     if name in _GLOBAL:
         return _GLOBAL[name]
     layers, number, rest = name.removeprefix("decoder.").split(".", 2)
@@ -266,7 +272,7 @@ def theirs_of(name: str, family: str) -> tuple[str, ...]:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors of a directory: one, or the shards that its index names.
+    """Return the safetensors of a directory: one, or the shards that its index names.
 
     Raises:
         ValueError: if the index can't be read.
@@ -310,7 +316,7 @@ class HFWeights:
         self._check()
 
     def _open(self) -> Iterator[tuple[str, StoredTensors]]:
-        """Every tensor's name with the open file that holds it."""
+        """Yield every tensor's name with the open file that holds it."""
         for path in weight_files(self.path):
             try:
                 stream = open(path, "rb")  # noqa: SIM115
@@ -322,10 +328,10 @@ class HFWeights:
 
     def _check(self) -> None:
         wanted = {theirs: shape for name in self._shapes for theirs, shape in self._wanted(name).items()}
-        found = {name: file.shape(name) for name, file in self._files.items()}
+        stored = {name: file.shape(name) for name, file in self._files.items()}
         if self.architecture.tie_embeddings:
-            found = {name: shape for name, shape in found.items() if name not in _GLOBAL["output_layer.weight"]}
-        wrong = mismatches(wanted, found)
+            stored = {name: shape for name, shape in stored.items() if name not in _GLOBAL["output_layer.weight"]}
+        wrong = mismatches(wanted, stored)
         if wrong:
             shown = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
             raise ValueError(f"the weights in {self.path} do not fit its {CONFIG}: {shown}")
@@ -333,7 +339,7 @@ class HFWeights:
             self._check_tied()
 
     def _check_tied(self) -> None:
-        """Refuses an output layer of its own beside a configuration that ties it to the embedding."""
+        """Refuse an output layer of its own beside a configuration that ties it to the embedding."""
         (head,), (embedding,) = (_GLOBAL[f"{name}.weight"] for name in ("output_layer", "embedding.word_embeddings"))
         if head not in self._files:
             return
@@ -350,7 +356,7 @@ class HFWeights:
             )
 
     def _wanted(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of theirs that make up one of ours."""
+        """Return names and shapes of the tensors that make up a canonical one."""
         parts = segments(name, self.architecture, self.family)
         if parts is None:
             return {theirs_of(name, self.family)[0]: self._shapes[name]}
@@ -360,24 +366,26 @@ class HFWeights:
         return {theirs: (count, *self._shapes[name][1:]) for theirs, count in rows.items()}
 
     def names(self) -> Iterable[str]:
+        """Return the canonical names of all tensors."""
         return self._shapes
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
         return self._shapes[name]
 
     def rows(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """The tensor between two positions of one of its first two axes."""
+        """Return the part of a tensor between two positions of one of its first two axes."""
         parts = segments(name, self.architecture, self.family)
         if parts is None:
             theirs = theirs_of(name, self.family)[0]
             return self._files[theirs].rows(theirs, axis, start, stop)
         if axis != 0:
             raise ValueError(f"{name} is made of several tensors, and is shared by its rows")
-        found, first = [], 0
+        pieces, first = [], 0
         for part in parts:
             size = part.stop - part.start
             low, high = max(start - first, 0), min(stop - first, size)
             if low < high:
-                found.append(self._files[part.name].rows(part.name, 0, part.start + low, part.start + high))
+                pieces.append(self._files[part.name].rows(part.name, 0, part.start + low, part.start + high))
             first += size
-        return torch.cat(found)
+        return torch.cat(pieces)

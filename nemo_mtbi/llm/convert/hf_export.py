@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way back: weights under canonical names as a Hugging Face directory."""
+"""Export: weights under canonical names as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one of our tensors that stand together in one of theirs."""
+    """Rows of a canonical tensor that are contiguous in a tensor of Hugging Face."""
 
     name: str
     start: int
@@ -33,23 +33,23 @@ class Rows:
 
 
 def rows_of_theirs(source: WeightSource, architecture: DecoderConfig, family: str) -> dict[str, list[Rows]]:
-    """What each of their tensors is made of: the inverse of :func:`nemo_mtbi.llm.convert.hf.segments`."""
-    found: dict[str, list[tuple[int, Rows]]] = {}
+    """Return the parts of each of Hugging Face's tensors: the inverse of :func:`nemo_mtbi.llm.convert.hf.segments`."""
+    pieces: dict[str, list[tuple[int, Rows]]] = {}
     for name in weight_shapes(architecture):
         parts = segments(name, architecture, family)
         if parts is None:
-            found[theirs_of(name, family)[0]] = [(0, Rows(name, 0, source.shape(name)[0]))]
+            pieces[theirs_of(name, family)[0]] = [(0, Rows(name, 0, source.shape(name)[0]))]
             continue
         position = 0
         for part in parts:
             size = part.stop - part.start
-            found.setdefault(part.name, []).append((part.start, Rows(name, position, position + size)))
+            pieces.setdefault(part.name, []).append((part.start, Rows(name, position, position + size)))
             position += size
-    return {theirs: [rows for _, rows in sorted(parts, key=lambda p: p[0])] for theirs, parts in found.items()}
+    return {theirs: [rows for _, rows in sorted(parts, key=lambda p: p[0])] for theirs, parts in pieces.items()}
 
 
 def config_of(architecture: DecoderConfig, tokenizer: Any) -> dict[str, Any]:
-    """A ``config.json`` for an LLM that has none: the inverse of :func:`nemo_mtbi.llm.convert.hf.architecture_of`.
+    """Return a ``config.json`` for an LLM, the inverse of :func:`nemo_mtbi.llm.convert.hf.architecture_of`.
 
     Args:
         architecture: of the LLM.
@@ -103,7 +103,7 @@ def write_hf(
     progress: Callable[[int], None] = lambda n: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a Hugging Face directory; one shard is in memory at a time.
+    """Write a Hugging Face directory; one shard is in memory at a time.
 
     Args:
         path: a new folder; it stands there when it is whole.
@@ -148,7 +148,7 @@ def _shards(
 
 
 def _name(folder: Path, shards: list[list[str]], total: int) -> None:
-    """Gives the files the names that Hugging Face knows, and writes the index."""
+    """Rename the files as Hugging Face names them, and write the index."""
     if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / SINGLE)
         return

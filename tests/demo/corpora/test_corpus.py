@@ -279,3 +279,12 @@ def wait_for(condition, seconds=60):
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
     return condition()
+
+
+def test_a_build_in_a_log_shows_a_line(capsys):
+    from nemo_mtbi.demo.corpora.corpus import parallel_map
+
+    assert list(parallel_map(len, ["a", "bb"], num_workers=1, description="corpus")) == [1, 2]
+    assert "corpus: 2/2 in 0:00:00" in capsys.readouterr().err
+    assert list(parallel_map(len, ["a"], num_workers=1, progress=False)) == [1]
+    assert capsys.readouterr().err == ""
