@@ -21,6 +21,7 @@ from nemo_mtbi.demo import build  # noqa: E402
 
 
 def main() -> None:
+    """Build the chosen models of the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("llm", "encoder", "card"))
     parser.add_argument(

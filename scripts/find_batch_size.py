@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Finds by trying how many positions a step may have before a GPU's memory is full.
+r"""Finds by trying how many positions a step may have before a GPU's memory is full.
 
-    python scripts/find_batch_size.py --config-name mtbi_qwen2.5-7b_fastconformer +seconds=[5,15,30] +answer=64 \\
+    python scripts/find_batch_size.py --config-name mtbi_qwen2.5-7b_fastconformer +seconds=[5,15,30] +answer=64 \
         model.train_ds.input_cfg=null model.validation_ds.cuts_path=null
 
 It trains on noise, with the model, precision and microbatches of the configuration, in one process: seconds are the
@@ -17,6 +17,7 @@ from nemo_mtbi.commands.cli import hydra_main
 
 @hydra_main(config_name="mtbi_demo", config_path=Path(__file__).resolve().parent.parent / "conf")
 def main(cfg):
+    """Print the largest batch that fits into memory."""
     import torch
     from omegaconf import open_dict
     from rich.console import Console

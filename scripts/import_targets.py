@@ -27,6 +27,7 @@ FIELDS = ("cut_id", "task", "prompt", "response", "finish_reason")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", required=True, type=Path, metavar="FILE", help="Lhotse cuts, such as in.jsonl.gz")
     parser.add_argument(
@@ -223,6 +224,7 @@ def import_targets(arguments: argparse.Namespace) -> Counter:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Make targets of the responses; return the exit status."""
     arguments = parse_arguments(argv)
     try:
         counts = import_targets(arguments)

@@ -63,6 +63,7 @@ def read_results(path: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print a summary of several runs; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--label", nargs="+", help="column heads (default: seed N)")

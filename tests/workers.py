@@ -86,20 +86,22 @@ def run_script(arguments: Sequence[str], folder: Path, log: Path, timeout: float
 
 def _script(arguments: list[str], folder: str, log: str) -> None:
     """Main function of a process of :func:`run_script`."""
-    _redirect(log)
+    _begin(log)
     os.chdir(folder)
     sys.argv = arguments
     sys.path.insert(0, str(Path(arguments[0]).parent))
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _redirect(log: str) -> None:
-    """Let all that this process prints go to a file."""
+def _begin(log: str) -> None:
+    """Make a forked process like one that a shell has started, except that all that it prints goes to a file."""
     with open(log, "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.update(_ENVIRONMENT)
     random.seed()  # or all would draw as the process that they are forked from
+    # multiprocessing would start the processes of data loaders as it has started this one
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
 class WorkerPool:
@@ -187,7 +189,7 @@ class WorkerPool:
 
 def _work(jobs: Connection, log: str) -> None:
     """Main function of a process of the pool: says that it is ready, takes a job, and answers with what went wrong."""
-    _redirect(log)
+    _begin(log)
     modules = {}
     while True:
         try:

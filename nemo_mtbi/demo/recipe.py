@@ -102,8 +102,15 @@ class Prepared:
     pool: TaskPool
 
 
+def _digits_dir(config: DataConfig) -> str:
+    """Return the clone that ``kind: digits`` needs."""
+    if not config.digits_dir:
+        raise ValueError("data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset")
+    return config.digits_dir
+
+
 def parse_data_config(cfg: Mapping) -> DataConfig:
-    """Checks a ``data:`` section.
+    """Check a ``data:`` section.
 
     Raises:
         ValueError: unknown key, wrong type or contradiction.
@@ -115,9 +122,7 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
             if getattr(config, name):
                 raise ValueError(f"data.{name} belongs to kind: digits; set it, or remove data.{name}")
     if config.kind == "digits":
-        if not config.digits_dir:
-            raise ValueError("data.digits_dir is missing: give a clone of the Free Spoken Digit Dataset")
-        speakers = list_speakers(config.digits_dir)
+        speakers = list_speakers(_digits_dir(config))
         unknown = sorted(set(config.heldout_speakers) - set(speakers))
         if unknown or not config.heldout_speakers or set(config.heldout_speakers) == set(speakers):
             raise ValueError(
@@ -316,13 +321,13 @@ def _build(config: DataConfig, split: str) -> list[Path]:
     common = dict(num_utterances=size, seed=config.seed, split=split, with_references=right)
     if config.kind == "synthetic":
         return [build_synthetic(config.cache_dir, **common)]
-    speakers = list_speakers(config.digits_dir)
+    speakers = list_speakers(_digits_dir(config))
     if split == "test":
         chosen = list(config.heldout_speakers)
     else:
         chosen = [speaker for speaker in speakers if speaker not in config.heldout_speakers]
     train = split == "train"
-    folders = [build_digits(config.cache_dir, config.digits_dir, speakers=chosen, augment=train, **common)]
+    folders = [build_digits(config.cache_dir, _digits_dir(config), speakers=chosen, augment=train, **common)]
     if train and config.synthetic_utterances:
         size = config.synthetic_utterances
         folders.append(build_synthetic_digits(config.cache_dir, num_utterances=size, seed=config.seed))

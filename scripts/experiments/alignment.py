@@ -17,6 +17,7 @@ from pathlib import Path
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--digits", type=Path, metavar="DIR", help="a clone of the Free Spoken Digit Dataset")
@@ -77,6 +78,7 @@ def rows(args: argparse.Namespace):
 
 
 def main() -> None:
+    """Align made speech and print the distances from its true word times."""
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     print("| corpus | encoder | utterances aligned | words | start, ms | end, ms | both, ms |")

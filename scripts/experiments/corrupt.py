@@ -202,6 +202,7 @@ def table(outcomes: Mapping[tuple[str, str], int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Damage stores and print what came of it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="corruptions")
     parser.add_argument("--seed", type=int, default=0, help="of what is damaged, where and how")

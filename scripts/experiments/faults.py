@@ -131,51 +131,62 @@ class Outcome:
 
 
 def signalled(rank: int, number: int) -> Callable[[Bench, TorchRun], None]:
+    """Return a fault: one process gets a signal."""
     return lambda bench, run: os.kill(run.pids()[rank], number)
 
 
 def limit_files(bench: Bench, run: TorchRun) -> None:
+    """Limit the size of files that the first process may write."""
     for pid in run.pids().values():
         _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (LARGEST_FILE, hard))
 
 
 def an_audio_file(bench: Bench) -> Path:
+    """Return one audio file of the training corpus."""
     return sorted(bench.cache.glob("synthetic-train-*/audio/**/*.flac"))[0]
 
 
 def break_audio(bench: Bench) -> None:
+    """Make an audio file of the corpus unreadable."""
     path = an_audio_file(bench)
     path.rename(path.with_suffix(".whole"))
     path.write_text("no audio")
 
 
 def mend_audio(bench: Bench) -> None:
+    """Put the audio file back that :func:`break_audio` broke."""
     path = an_audio_file(bench)
     path.with_suffix(".whole").rename(path)
 
 
 def truncate(folder: Path) -> None:
+    """Cut a file of a checkpoint short."""
     os.truncate(max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size), 10)
 
 
 def unmark(folder: Path) -> None:
+    """Remove the marker that says that a checkpoint is whole."""
     (folder / files.MARKER).unlink()
 
 
 def newest(breaks: Callable[[Path], None]) -> Callable[[Bench], None]:
+    """Return a fault that breaks the newest checkpoint."""
     return lambda bench: breaks(bench.checkpoints()[-1])
 
 
 def each(breaks: Callable[[Path], None]) -> Callable[[Bench], None]:
+    """Return a fault that breaks every checkpoint."""
     return lambda bench: [breaks(path) for path in bench.checkpoints()] and None
 
 
 def fill(bench: Bench, run: TorchRun) -> None:
+    """Fill the disk of the run."""
     bench.disk.fill()
 
 
 def lock(bench: Bench, run: TorchRun) -> None:
+    """Make the disk of the run read-only."""
     bench.disk.lock()
 
 
@@ -300,6 +311,7 @@ def examine(fault: Fault, bench: Bench, bar: float) -> Outcome:
 
 
 def judge_end(fault: Fault, run: TorchRun, tail: Tail, seconds: float, bar: float) -> Outcome:
+    """Compare the end of a broken run with what the fault must lead to."""
     left, status = run.left(), run.status
     line = run.last_line(fault.rank)
     wrong = []
@@ -327,6 +339,7 @@ def judge_going_on(fault: Fault, run: TorchRun, tail: Tail) -> Outcome:
 
 
 def show(results: dict[Fault, Outcome], console: Console) -> None:
+    """Print the outcome of each fault."""
     table = Table("fault", "layout", "seconds", "status", "last line", "verdict", show_lines=True)
     for fault, outcome in results.items():
         seconds = f"{outcome.seconds:.1f}" if fault.fails else "goes on"
@@ -337,6 +350,7 @@ def show(results: dict[Fault, Outcome], console: Console) -> None:
 
 
 def main() -> int:
+    """Break runs one after the other; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", nargs="*", metavar="NAME", help="; ".join(fault.name for fault in FAULTS))
     parser.add_argument("--seconds", type=float, default=60, help="that a run may take to end")

@@ -278,6 +278,7 @@ def _temporary(folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
+    """Attack with hostile archives and print the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=500, help="archives")
     parser.add_argument("--seed", type=int, default=0)

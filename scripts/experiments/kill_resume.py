@@ -97,6 +97,7 @@ class Attempts:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Kill and resume a run; return 0 if its weights are those of the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="dp2")
     parser.add_argument("--kills", type=int, default=10)

@@ -64,6 +64,7 @@ def table(worst: Mapping[tuple[str, str, str], float], cases: Mapping[str, set[s
 
 
 def main() -> int:
+    """Run the suite and print its table; return pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--full", SUITE, f"--junitxml={report}"]

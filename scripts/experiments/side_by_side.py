@@ -45,24 +45,28 @@ class Run:
 
     @property
     def system(self) -> str:
-        """The name of its row: runs that differ in nothing but the seed share it."""
+        """Name of its row: runs that differ in nothing but the seed share it."""
         return f"{self.line}-{self.percent}"
 
     @property
     def name(self) -> str:
+        """Name of the run's folder."""
         return f"seed{self.seed}"
 
     def folder(self, out: Path) -> Path:
+        """Return the folder of the experiment."""
         return out / "runs" / self.system / self.name
 
     def nemo(self, out: Path) -> Path:
+        """Return the ``.nemo`` that the training writes."""
         return self.folder(out) / f"{self.name}.nemo"
 
     def finished(self, out: Path) -> bool:
-        """The model is the last that a training writes, and it is there only when it is whole."""
+        """Return whether its ``.nemo`` is there: it is written last, and whole or not at all."""
         return self.nemo(out).exists()
 
     def command(self, out: Path, extra: Sequence[str]) -> list[str]:
+        """Return the command that trains it."""
         return [
             sys.executable,
             str(ROOT / "examples" / "mtbi_train.py"),
@@ -80,12 +84,13 @@ class Run:
         ]
 
 
-def select(found: Sequence[Run], only: str) -> list[Run]:
-    """The runs of the system of that name, or else of those whose name holds it: the first seed of each before the
-    second of any, so that what is interrupted can be looked at.
+def select(runs: Sequence[Run], only: str) -> list[Run]:
+    """Return the runs of the system of that name, or else of those whose name holds it.
+
+    The first seed of each comes before the second of any, so that the results of an interrupted experiment are of use.
     """
-    exact = any(run.system == only for run in found)
-    wanted = [run for run in found if (run.system == only if exact else only in run.system)]
+    exact = any(run.system == only for run in runs)
+    wanted = [run for run in runs if (run.system == only if exact else only in run.system)]
     return sorted(wanted, key=lambda run: run.seed)
 
 

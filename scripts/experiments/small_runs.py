@@ -220,6 +220,7 @@ class Tail:
         self._start = log.stat().st_size if log.exists() else 0
 
     def text(self) -> str:
+        """Return what was added so far."""
         with open(self._log, "rb") as file:
             file.seek(self._start)
             return file.read().decode(errors="replace")

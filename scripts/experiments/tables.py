@@ -211,6 +211,7 @@ def write_figures(folder: Path, results: Mapping, curves: Mapping[str, Sequence[
 
 
 def main() -> None:
+    """Print the tables of an experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder that generalization.sh made")
     parser.add_argument("--figures", type=Path, help="write the curves here, as SVG")

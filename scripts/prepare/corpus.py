@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Cuts of a corpus as it is published, with transcripts for a text LLM and word times.
+r"""Cuts of a corpus as it is published, with transcripts for a text LLM and word times.
 
   python scripts/prepare/corpus.py librispeech LibriSpeech --out corpora/librispeech
-  python scripts/prepare/corpus.py librispeech LibriSpeech --out corpora/librispeech --times LibriSpeech-Alignments \\
+  python scripts/prepare/corpus.py librispeech LibriSpeech --out corpora/librispeech --times LibriSpeech-Alignments \
       --texts librispeech-pc/train-clean-100.json
   python scripts/prepare/corpus.py manifest train.json more.json --out corpora/own --times words.ctm
 
@@ -25,6 +25,7 @@ from nemo_mtbi.io.display import printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="of Lhotse, or `manifest`")
     parser.add_argument("source", nargs="+", type=Path, help="folder of the corpus, or NeMo manifests")
@@ -87,6 +88,7 @@ def spare_sources(arguments: argparse.Namespace, parts: Iterable[str]) -> None:
 
 
 def is_in(path: Path, folder: Path) -> bool:
+    """Return whether a path lies in a folder."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
@@ -148,6 +150,7 @@ def prepare(arguments: argparse.Namespace) -> Counter:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Prepare a corpus; return the exit status."""
     arguments = parse_arguments(argv)
     try:
         counts = prepare(arguments)

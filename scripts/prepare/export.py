@@ -20,6 +20,7 @@ from nemo_mtbi.io.display import printable
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", required=True, type=Path, metavar="FILE", help="Lhotse cuts, such as in.jsonl.gz")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="an empty folder, or one to be made")
@@ -34,6 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Export a manifest; return the exit status."""
     arguments = parse_arguments(argv)
     import yaml
     from rich.console import Console

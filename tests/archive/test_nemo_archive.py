@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from tar_tricks import repacked
 
 from nemo_mtbi.archive import save_restore as archives
@@ -386,7 +387,7 @@ def test_weights_that_are_not_there_are_left_as_they_are_if_that_is_wanted(saved
         stored = load_tensors(files["model_weights.safetensors"])
         stored.pop(CONNECTOR.prefix + "norm.bias")
         stored["other"] = torch.zeros(2)
-        files["model_weights.safetensors"] = archives_save(stored)
+        files["model_weights.safetensors"] = save_tensors(stored)
 
     warnings = []
     monkeypatch.setattr(archives.logging, "warning", warnings.append)
@@ -398,9 +399,3 @@ def test_weights_that_are_not_there_are_left_as_they_are_if_that_is_wanted(saved
     restored = MTBIModel.restore_from(path, strict=False)
     assert same(weights(restored), weights(model))  # a new norm is that of the model, which was not trained
     assert [f"not used: other, {CONNECTOR.prefix}norm.bias" in text for text in warnings] == [True]
-
-
-def archives_save(tensors):
-    from safetensors.torch import save
-
-    return save(tensors)

@@ -136,8 +136,10 @@ class Espeak:
 
 
 def _unload(library: ctypes.CDLL) -> None:
-    close = _ctypes.FreeLibrary if sys.platform == "win32" else _ctypes.dlclose
-    close(library._handle)
+    if sys.platform == "win32":
+        _ctypes.FreeLibrary(library._handle)
+    else:
+        _ctypes.dlclose(library._handle)
 
 
 def _synthesize(
