@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``.nemo`` that a model in the making comes from, and messages about one that can't be restored."""
+"""A ``.nemo`` that is open while a model is restored from it, and messages about one that can't be restored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,11 +18,11 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A ``.nemo`` that is being restored.
+class OpenArchive:
+    """A ``.nemo`` that a model is restored from.
 
     Attributes:
-        file: open.
+        file: open for reading.
         stored: its configuration, before it was overridden.
         strict: whether all of its weights must be those of the model.
     """
@@ -33,22 +31,19 @@ class Restored:
     stored: DictConfig
     strict: bool = True
 
-
-_current: ContextVar[Restored | None] = ContextVar("restored", default=None)
-
-
-@contextmanager
-def restoring(restored: Restored) -> Iterator[None]:
-    """Models that are built in the body come from an archive."""
-    token = _current.set(restored)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    @property
+    def path(self) -> Path:
+        """The file, or the directory it was unpacked to."""
+        return self.file.path
 
 
-def refusal(path: Path, error: Exception) -> str:
-    """Return the message about an archive that is not as it must be."""
+def restore_error(path: Path, error: Exception) -> str:
+    """Return the message about an archive that can't be restored.
+
+    Args:
+        path: of the archive.
+        error: a :class:`DamageError`, or why the file is not an MTBI ``.nemo``.
+    """
     if isinstance(error, DamageError):
         return f"{path} is damaged and was not loaded: {error}. Copy it again from where it was saved, or save it anew"
     return f"{path} can't be restored: it is no .nemo of an MTBI model ({error})"
@@ -62,18 +57,13 @@ def read_checked(work: Callable[[], Value], path: Path) -> Value:
         path: of the archive.
 
     Raises:
-        ValueError: in all of them, if one has found damage; names the archive.
+        ValueError: in all of them, if one has read damaged data; names the archive.
     """
 
     def named() -> Value:
         try:
             return work()
         except DamageError as error:
-            raise ValueError(refusal(path, error)) from error
+            raise ValueError(restore_error(path, error)) from error
 
     return agreed(named)
-
-
-def current() -> Restored | None:
-    """Return the archive that the model in the making comes from; ``None``: it is a new one."""
-    return _current.get()

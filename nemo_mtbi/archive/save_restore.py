@@ -10,7 +10,8 @@ Format 1 had configuration and connector only, format 2 no digests.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ from nemo_mtbi.archive.embedded import (
     TOKENIZERS,
     encoder_settings,
 )
-from nemo_mtbi.archive.frozen import ADAPTERS, INSIDE, LLM, check_trained, llm_shapes
-from nemo_mtbi.archive.restored import Restored, read_checked, restoring
+from nemo_mtbi.archive.frozen import INSIDE
+from nemo_mtbi.archive.restored import OpenArchive, read_checked
 from nemo_mtbi.archive.speech_model import SpeechModel
 from nemo_mtbi.archive.stored_config import DATA_KEYS, check_stored
 from nemo_mtbi.chat.hf_tokenizer import has_vocabulary
@@ -50,12 +51,17 @@ from nemo_mtbi.io.paths import refuse_overwriting
 from nemo_mtbi.io.tensor_file import ArchiveError, Spec, StoredTensors, exact_dtypes, ordered, shortest
 from nemo_mtbi.llm.architecture import weight_shapes
 from nemo_mtbi.llm.decoder import GPTDecoder
-from nemo_mtbi.llm.full_finetune import trained_weights
-from nemo_mtbi.llm.lora import adapters, is_merged
-from nemo_mtbi.llm.weights import gather_shares, gather_weights, load_shares, named_weights
+from nemo_mtbi.llm.weights import gather_weights, named_weights
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.agreement import led
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.speech_llm.trainable import (
+    check_shapes,
+    gather_parts,
+    part_shapes,
+    part_specs,
+    stored_parts,
+)
 
 _PART_FILES = {"asr": (ENCODER_SETTINGS, ENCODER_WEIGHTS), "llm": (LLM_SETTINGS, LLM_WEIGHTS)}
 _KNOWN = {CONFIG, WEIGHTS, *_PART_FILES["asr"], *_PART_FILES["llm"], *TOKENIZERS, DIGESTS}
@@ -101,18 +107,26 @@ class MTBIArchive(SaveRestoreConnector):
         """What went wrong, on the first process. The first replica's processes give their shares of the LLM."""
         if groups.data_parallel_rank() > 0:
             return None
-        chunks, adapted = model.speech_llm.chunks, gather_adapters(model)
-        specs, weights = (llm_specs(chunks), gather_weights(chunks)) if full else ({}, learned_of(chunks))
-        with led(weights) as weights:
+        chunks = model.speech_llm.chunks
+        parts = stored_parts(INSIDE if full else ())
+        for part in parts:
+            part.check_separate(model.speech_llm, "saving")
+        specs = part_specs(parts, model.speech_llm, model.shape)
+        weights = gather_parts(parts, model.speech_llm, list(specs))
+        llm = llm_specs(chunks) if full else {}
+        with led(chain(weights, gather_weights(chunks)) if full else weights) as weights:
             if not groups.is_global_first():
                 return None
             try:
                 with replacing(path) as file:
                     archive = NemoWriter(file)
-                    write_model(archive, model, adapted, iter(()) if full else weights, full)
+                    archive.add(CONFIG, stored_config(model, full))
+                    for name, content in model.llm_files.items():
+                        archive.add(name, content)
+                    archive.add_tensors(WEIGHTS, specs, islice(weights, len(specs)))
                     if full:
                         write_encoder(archive, model)
-                        archive.add_tensors(LLM_WEIGHTS, specs, weights)
+                        archive.add_tensors(LLM_WEIGHTS, llm, weights)
                     archive.end()
             except OSError as error:
                 return explain_writing(path, error)
@@ -137,9 +151,8 @@ class MTBIArchive(SaveRestoreConnector):
                 return conf
             _start_layout(conf, trainer)
             calling_cls._set_model_restore_state(is_being_restored=True)
-            with restoring(Restored(file, stored, strict)):
-                # not by NeMo's from_config_dict, which builds a model that fails a second time
-                model = calling_cls(cfg=conf, trainer=trainer)
+            # not by NeMo's from_config_dict, which builds a model that fails a second time
+            model = calling_cls(cfg=conf, trainer=trainer, archive=OpenArchive(file, stored, strict))
             model = model.to(map_location or ("cuda" if torch.cuda.is_available() else "cpu"))
             load_trained(model, file.tensors(WEIGHTS), strict, file.path)
         calling_cls._set_model_restore_state(is_being_restored=False)
@@ -165,59 +178,14 @@ def connector_of(given: SaveRestoreConnector | None) -> MTBIArchive:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def gather_adapters(model: SpeechModel) -> dict[str, Tensor]:
-    """Whole adapters by the names of stored weights, on the first process of the first replica.
-
-    Raises:
-        ValueError: if they are merged into the LLM's weights.
-    """
-    chunks = model.speech_llm.chunks
-    if is_merged(chunks):
-        raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before saving")
-    found = gather_shares({name: value.detach() for name, value in adapters(chunks).items()}, 0)
-    return {ADAPTERS + name: value for name, value in found if value is not None}
-
-
-def learned_of(chunks: Sequence[GPTDecoder]) -> Iterator[tuple[str, Tensor | None]]:
-    """Whole weights of the LLM that train, by the names of stored weights: see :func:`gather_shares`."""
-    for name, value in gather_shares(trained_weights(chunks), chunks[0].architecture.vocab_size):
-        yield LLM + name, value
-
-
-def write_model(
-    archive: NemoWriter,
-    model: SpeechModel,
-    adapted: Mapping[str, Tensor],
-    learned: Iterator[tuple[str, Tensor]],
-    full: bool,
-) -> None:
-    """Writes all but the frozen parts; on the first process.
-
-    Args:
-        archive: gets them.
-        model: this process's share of it.
-        adapted: whole adapters.
-        learned: whole weights of the LLM that train, one at a time, unless the whole LLM is stored.
-        full: whether it is, and the encoder too.
-    """
-    archive.add(CONFIG, stored_config(model, full))
-    for name, content in model.frozen.texts.items():
-        archive.add(name, content)
-    held = {**{name: x for name, x in model.state_dict().items() if not name.startswith((ADAPTERS, LLM))}, **adapted}
-    decoder = model.speech_llm.decoder
-    shapes = llm_shapes(decoder.architecture, model.config, inside=full)
-    specs = {key: Spec(value.dtype, tuple(value.shape)) for key, value in held.items()}
-    specs |= {key: Spec(decoder.config.params_dtype, shape) for key, shape in shapes.items() if key.startswith(LLM)}
-    _add_state(archive, WEIGHTS, specs, held, learned)
-
-
 def write_encoder(archive: NemoWriter, model: SpeechModel) -> None:
     """Writes the encoder, in fewer bits where that loses nothing; on the first process."""
     encoder = model.speech_llm.encoder
     archive.add(ENCODER_SETTINGS, encoder_settings(encoder))
     state = encoder.state_dict()
     specs = {k: Spec(shortest(x.dtype, exact_dtypes([x])), tuple(x.shape)) for k, x in state.items()}
-    _add_state(archive, ENCODER_WEIGHTS, specs, state)
+    specs = ordered(specs)
+    archive.add_tensors(ENCODER_WEIGHTS, specs, ((name, state[name]) for name in specs))
 
 
 def stored_config(model: SpeechModel, full: bool) -> bytes:
@@ -229,21 +197,9 @@ def stored_config(model: SpeechModel, full: bool) -> bytes:
     if full:
         conf.update({f"pretrained_{part}": inside for part, inside in INSIDE.items()})
         conf.pop("file_digests", None)
-    if full and not model.speech_llm.decoder.is_original:
+    if full and not model.speech_llm.llm_state.has_original_weights:
         conf["llm_was_trained"] = True
     return yaml.safe_dump(conf, sort_keys=False, allow_unicode=True).encode()
-
-
-def _add_state(
-    archive: NemoWriter,
-    name: str,
-    specs: Mapping[str, Spec],
-    held: Mapping[str, Tensor],
-    coming: Iterator[tuple[str, Tensor]] | None = None,
-) -> None:
-    """Appends tensors: those that are here, and where they lack, those that come one by one in the order of names."""
-    specs = ordered(specs)
-    archive.add_tensors(name, specs, ((key, held[key]) if key in held else next(coming) for key in specs))
 
 
 def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
@@ -363,29 +319,25 @@ def load_trained(
     Raises:
         ValueError: the same in all processes of a replica, if they do not fit or are damaged.
     """
-    what = f"what is trained in {path}"
-    held, shares = model.state_dict(), (ADAPTERS, LLM)
-    inside = "llm" in model.frozen.embedded  # what the LLM has learned was read with it
-    held = {name: value for name, value in held.items() if not (inside and name.startswith(LLM))}
-    own = {name: tuple(value.shape) for name, value in held.items() if not name.startswith(shares)}
-    own = groups.broadcast_object(own)  # the first stage has connector and encoder
-    own |= llm_shapes(model.speech_llm.decoder.architecture, model.config, inside)
-    own, found = (
+    source = f"what is trained in {path}"
+    parts = stored_parts(model.frozen.embedded)
+    own, stored = (
         {name: shape for name, shape in shapes.items() if only is None or name in only}
-        for shapes in (own, tensors.shapes)
+        for shapes in (part_shapes(parts, model.shape), tensors.shapes)
     )
-    check_trained(own, found, strict, what)
-    used = own.keys() & found.keys()
-    state = {name: torch.empty_like(value, device="cpu") for name, value in held.items() if name in used}
+    check_shapes(own, stored, strict, source)
+    used = own.keys() & stored.keys()
+    state: dict[str, Tensor] = {}
 
     def read() -> None:
-        for prefix in shares:
-            parts = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            load_shares(parts.items(), tensors, prefix)
-        state.update({name: tensors.tensor(name) for name in state if not name.startswith(shares)})
+        for part in parts:
+            held = part.tensors(model.speech_llm).items()
+            read = {n: torch.empty_like(value, device="cpu") for n, value in held if part.prefix + n in used}
+            part.read(read, tensors)
+            state.update({part.prefix + n: value for n, value in read.items()})
 
     read_checked(read, path)
     model.load_state_dict(state, strict=False)
-    left = sorted((own.keys() | found.keys()) - used)
+    left = sorted((own.keys() | stored.keys()) - used)
     if left and groups.is_global_first():
-        logging.warning(f"{what}: these were missing or not used: {', '.join(left)}")
+        logging.warning(f"{source}: these were missing or not used: {', '.join(left)}")

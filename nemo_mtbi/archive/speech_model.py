@@ -16,6 +16,7 @@ from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 from nemo_mtbi.speech_llm.model import SpeechLLM
+from nemo_mtbi.speech_llm.trainable import ModelShape
 
 
 class SpeechModel(Protocol):
@@ -25,6 +26,8 @@ class SpeechModel(Protocol):
         cfg: the ``model:`` section as it is stored.
         config: the same, checked.
         frozen: the frozen parts and their fingerprints.
+        shape: of the model; names and shapes of its trained weights follow from it.
+        llm_files: settings and tokenizer of the LLM, by their names in an archive.
         speech_llm: encoder, connector and LLM, or this process's share of them.
         chat: the chat format.
         llm_optimizer: the optimizer of the LLM's own weights, within a fit that trains them.
@@ -36,6 +39,8 @@ class SpeechModel(Protocol):
     cfg: DictConfig
     config: ModelConfig
     frozen: FrozenParts
+    shape: ModelShape
+    llm_files: dict[str, bytes]
     speech_llm: SpeechLLM
     chat: ChatFormat
     llm_optimizer: LlmOptimizer | None

@@ -9,14 +9,15 @@ from typing import Any
 
 from nemo.utils import logging
 
-from nemo_mtbi.archive.frozen import ADAPTERS, ENCODER, INSIDE, LLM
-from nemo_mtbi.archive.restored import refusal
+from nemo_mtbi.archive.frozen import INSIDE
+from nemo_mtbi.archive.restored import restore_error
 from nemo_mtbi.archive.save_restore import load_trained, read_config
 from nemo_mtbi.archive.speech_model import SpeechModel
 from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.io.nemo_tar import WEIGHTS, NemoFile
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.parallel import groups
+from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS
 
 
 def warm_start(model: SpeechModel, cfg: Mapping[str, Any]) -> None:
@@ -63,24 +64,25 @@ def _init_from(model: SpeechModel, path: Path, source: Mapping[str, Any], strict
             stored, tensors = read_config(file, type(model)), file.tensors(WEIGHTS)
             names = set(tensors.names()) | set(model.state_dict())
             _check_whole(stored, path)
-            for part in (ADAPTERS, ENCODER, LLM):
-                if not any(name.startswith(part) for name in tensors.names()):  # it was frozen there
-                    names = {name for name in names if not name.startswith(part)}
+            for part in TRAINABLE_PARTS:
+                absent = not any(name.startswith(part.prefix) for name in tensors.names())
+                if part.is_optional and absent:  # it was frozen there
+                    names = {name for name in names if not name.startswith(part.prefix)}
             only = {n for n in names if any(part in n for part in include) and not any(p in n for p in exclude)}
             other = [part for part in INSIDE if stored.fingerprints[part] != model.frozen.fingerprints[part]]
-            for part, prefix, what in (("asr", ENCODER, "encoder"), ("llm", LLM, "LLM")):
-                if part in other and any(name.startswith(prefix) for name in only):
+            for part in TRAINABLE_PARTS:
+                if part.replaces in other and any(name.startswith(part.prefix) for name in only):
                     raise ValueError(
-                        f"init_from_nemo_model: {path} has trained weights of another {what} than "
-                        f"model.pretrained_{part}: give that one, or exclude: [{prefix}]"
+                        f"init_from_nemo_model: {path} has trained weights of another {part.name} than "
+                        f"model.pretrained_{part.replaces}: give that one, or exclude: [{part.prefix}]"
                     )
             load_trained(model, tensors, strict, path, groups.broadcast_object(only))
     except (ArchiveError, DamageError) as error:
-        raise ValueError(f"init_from_nemo_model: {refusal(path, error)}") from error
+        raise ValueError(f"init_from_nemo_model: {restore_error(path, error)}") from error
     if groups.is_global_first():
         logging.info(f"the connector starts from {path}")
-        for part in other:
-            logging.warning(f"the connector in {path} was trained with another {part} than this model has")
+        for frozen in other:
+            logging.warning(f"the connector in {path} was trained with another {frozen} than this model has")
 
 
 def _check_whole(stored: Mapping[str, Any], path: Path) -> None:

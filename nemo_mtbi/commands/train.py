@@ -223,7 +223,7 @@ def asked_of(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepared) -> 
 
 def _reader(model: MTBIModel) -> Responder | None:
     """The LLM as it was, where training has changed it itself; it takes the memory of a second one."""
-    if not model.speech_llm.decoder.trains:
+    if not model.speech_llm.llm_state.weights_train:
         return None
     config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
     found = load_text_llm(config.pretrained_llm, dtype, chat=config.chat)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_mtbi.archive.frozen import FrozenParts
-from nemo_mtbi.archive.restored import Restored, refusal, restoring
+from nemo_mtbi.archive.restored import OpenArchive, restore_error
 from nemo_mtbi.archive.save_restore import read_config
 from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.evaluation.load import NemoFacts
@@ -29,10 +29,9 @@ def inspect_nemo(path: str | Path) -> NemoFacts:
             raise ArchiveError("it does not exist")
         with NemoFile(path) as file:
             stored = read_config(file, MTBIModel)
-            with restoring(Restored(file, stored)):
-                config = parse_model_config(stored)
-                frozen = FrozenParts(config)
+            config = parse_model_config(stored)
+            frozen = FrozenParts(config, OpenArchive(file, stored))
     except ArchiveError as error:
-        raise ValueError(refusal(path, error)) from error
+        raise ValueError(restore_error(path, error)) from error
     trained = config.llm_was_trained or bool(config.llm and config.llm.trains)
     return NemoFacts(frozen.path("asr"), trained)

@@ -127,7 +127,7 @@ class Loader:
         responder = model.responder() if system.llm is None else self._text_llm(name, system.llm)
         responder = with_limits(responder, self._config.max_new_tokens, self._config.batch_tokens)
         responder = replace(responder, adapted=system.adapted or system.kind == "speech")
-        if not responder.adapted and not responder.model.decoder.is_original:
+        if not responder.adapted and not responder.model.llm_state.has_original_weights:
             self._refuse_trained(name, nemo)
         if system.kind == "text":
             return TextSystem(responder)

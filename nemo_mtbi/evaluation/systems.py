@@ -106,7 +106,7 @@ class TextSystem:
         """
         chat, rows, compared = self.responder.chat, [], []
         found = [Divergence(None, 0)] * len(requests)
-        if not self.responder.model.decoder.is_original:
+        if not self.responder.model.llm_state.has_original_weights:
             return found
         longest = self.responder.model.decoder.max_sequence_length
         for index, ((prompt, clip), transcript, answer) in enumerate(zip(requests, transcripts, answers, strict=True)):

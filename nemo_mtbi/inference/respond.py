@@ -62,7 +62,7 @@ class Responder:
         Raises:
             ValueError: if the LLM itself was trained, and is to be what it was.
         """
-        if not self.adapted and not self.model.decoder.is_original:
+        if not self.adapted and not self.model.llm_state.has_original_weights:
             raise ValueError(
                 "this model's LLM itself was trained, so that it can't answer as it did before: ask the LLM that it "
                 "was, by its path"

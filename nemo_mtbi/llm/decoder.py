@@ -85,24 +85,13 @@ class GPTDecoder(GPTModel):
             )
         self.architecture = config
         self.lora: Any = None  # see nemo_mtbi.llm.lora
-        self.learned: frozenset[str] = frozenset()  # canonical names of the weights that train, of the whole LLM
-        self.was_trained = False  # whether it came out of an archive that holds what the LLM has learned
+        self.trained_names: frozenset[str] = frozenset()  # canonical, of the weights of the whole LLM that train
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
             rotary = self.rotary_pos_emb
             rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
         if self.post_process:
             # ``hidden`` gathers the positions already, since the head reads a few of them only
             self.output_layer.sequence_parallel = False
-
-    @property
-    def trains(self) -> bool:
-        """Whether weights of the LLM do, here or in other runs of its layers."""
-        return bool(self.learned)
-
-    @property
-    def is_original(self) -> bool:
-        """Whether its weights, without adapters, are those of the LLM that targets come from."""
-        return not (self.trains or self.was_trained)
 
     def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
         return hidden_states
@@ -135,13 +124,12 @@ class GPTDecoder(GPTModel):
             multiple of the tensor-parallel size, and only the last stage holds all of it.
         """
         split = self.config.sequence_parallel
-        if self.lora is not None:
-            self.lora.speech = self._padded(speech[..., None]) if speech is not None else None
         if split and embeddings is not None:
             embeddings = self._padded(embeddings)
             # [T / tp, R, H]; a copy, since what Megatron returns is a view that keeps all positions alive
             embeddings = scatter_to_sequence_parallel_region(embeddings).clone()
-        with megatron_device(self.device):
+        marked = self._padded(speech[..., None]) if speech is not None else None  # [T, R, 1]
+        with megatron_device(self.device), self.lora.positions(marked) if self.lora else contextlib.nullcontext():
             hidden = self(
                 input_ids=None,
                 position_ids=None,

@@ -44,7 +44,7 @@ def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
     architecture = chunks[0].architecture
     names, shapes = trained_names(architecture, config, warn=groups.is_global_first()), weight_shapes(architecture)
     for chunk in chunks:
-        chunk.learned = frozenset(names)
+        chunk.trained_names = frozenset(names)
     for name, value in trained_weights(chunks).items():
         value.requires_grad_()
         value.whole_shape = shapes[name]
@@ -56,7 +56,7 @@ def unfreeze(chunks: Sequence[GPTDecoder], config: LlmConfig | None) -> None:
 
 def trained_weights(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
     """This process's share of the LLM's weights that train, by canonical names, and if NeMo's freeze() holds them."""
-    return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.learned}
+    return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.trained_names}
 
 
 def build_llm_optimizer(chunks: Sequence[GPTDecoder], config: LlmConfig, defaults: Mapping[str, Any]) -> LlmOptimizer:
@@ -69,7 +69,7 @@ def build_llm_optimizer(chunks: Sequence[GPTDecoder], config: LlmConfig, default
     """
     for chunk in chunks:
         for name, value in named_weights(chunk):
-            value.requires_grad_(name in chunk.learned)
+            value.requires_grad_(name in chunk.trained_names)
     options = AdamOptions(
         lr=defaults["lr"] if config.lr is None else config.lr,
         betas=tuple(defaults["betas"]),

@@ -38,19 +38,28 @@ LINEAR = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear
 
 @dataclass
 class LoraState:
-    """What all adapters of a run of layers go by.
+    """Runtime state shared by all adapters of a model chunk.
 
     Attributes:
-        config: theirs.
+        config: of the adapters.
         active: ``False`` while the LLM is to be what it was.
         merged: whether the weights of the LLM hold them.
-        speech: ``[T, R, 1]``, true where positions are speech; ``None``: nowhere.
+        speech: during a forward, ``[T, R, 1]``, true where positions are speech; ``None``: nowhere, or no forward.
     """
 
     config: LoraConfig
     active: bool = True
     merged: bool = False
     speech: Tensor | None = None
+
+    @contextmanager
+    def positions(self, speech: Tensor | None) -> Iterator[None]:
+        """Mark the positions of speech for one forward; Megatron's layers have no argument that would carry them."""
+        self.speech = speech
+        try:
+            yield
+        finally:
+            self.speech = None
 
 
 def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:

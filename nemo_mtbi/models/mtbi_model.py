@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,20 +12,19 @@ from nemo.core.classes.common import PretrainedModelInfo
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from nemo_mtbi.archive.frozen import ADAPTERS, ENCODER, LLM, TRAINED, FrozenParts, check_trained
-from nemo_mtbi.archive.restored import refusal
+from nemo_mtbi.archive.frozen import FrozenParts
+from nemo_mtbi.archive.loading import load_model
+from nemo_mtbi.archive.restored import OpenArchive, restore_error
 from nemo_mtbi.archive.save_restore import MTBIArchive, connector_of
 from nemo_mtbi.archive.warm_start import warm_start
 from nemo_mtbi.config.model import RUN_KEYS, parse_model_config
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
-from nemo_mtbi.encoders.base import trained_shapes
-from nemo_mtbi.encoders.cache import EncoderCache
-from nemo_mtbi.io.digests import DamageError, digest_of
+from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.io.tensor_file import ArchiveError
 from nemo_mtbi.layouts.layout import StepBatch
 from nemo_mtbi.llm.decoder import check_training
-from nemo_mtbi.llm.full_finetune import build_llm_optimizer, trained_weights
-from nemo_mtbi.llm.lora import adapters, is_merged, set_merged
+from nemo_mtbi.llm.full_finetune import build_llm_optimizer
+from nemo_mtbi.llm.lora import set_merged
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.generation import Asking
 from nemo_mtbi.models.loaders import build_loader
@@ -41,6 +39,7 @@ from nemo_mtbi.parallel.gradients import share_parameters
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 from nemo_mtbi.parallel.strategy import MTBIStrategy, seed_processes
 from nemo_mtbi.register import register
+from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS, check_shapes, part_tensors
 
 
 class MTBIModel(Asking, TrainingSteps):
@@ -49,19 +48,23 @@ class MTBIModel(Asking, TrainingSteps):
     Args:
         cfg: the ``model:`` section (:class:`nemo_mtbi.config.model.ModelConfig`).
         trainer: Lightning trainer; not needed for inference.
+        archive: the open ``.nemo`` that the model is restored from, given by :meth:`restore_from`; ``None``: it is new.
 
     Raises:
         ValueError: for an unknown, missing or contradictory key, or a frozen part that is not the one trained with.
     """
 
-    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None):
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, archive: OpenArchive | None = None):
         register()
-        restoring = self._is_model_being_restored()  # asked now: restoring the encoder's own archive ends that state
+        # read now: restoring the encoder's own archive ends NeMo's state
+        restoring = archive is not None or self._is_model_being_restored()
         config = parse_model_config(cfg)
         if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
             trainer.strategy.start(trainer)
-        groups.initialize(None if restoring else config.layout, config.dist_timeout)  # it takes that of its run
-        frozen = FrozenParts(config)
+        groups.initialize(
+            None if restoring else config.layout, config.dist_timeout
+        )  # when restoring, keep the layout in force
+        frozen = FrozenParts(config, archive)
         cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         with open_dict(cfg):
             # set up below: the loaders need the frame counter of the modules
@@ -77,14 +80,9 @@ class MTBIModel(Asking, TrainingSteps):
         super().__init__(cfg, trainer)
         self._save_restore_connector = MTBIArchive()
         self.config, self.frozen = config, frozen
-        self.speech_llm, llm = frozen.load()
-        self.speech_llm.loss = config.loss
-        if config.encoder_cache and self.speech_llm.encoder is not None:
-            encoder = frozen.fingerprints["asr"]
-            if config.encoder is not None:
-                encoder = f"sha256:{digest_of([encoder, asdict(config.encoder)])}"
-            dtype = getattr(torch, config.frozen_dtype)
-            self.speech_llm.encoder_cache = EncoderCache(config.encoder_cache, encoder, dtype)
+        loaded = load_model(config, frozen, archive)
+        self.speech_llm, self.shape, self.llm_files = loaded.speech_llm, loaded.shape, loaded.llm_files
+        llm = loaded.text_llm
         self.chat = llm.chat
         self.expected_targets = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
         self.expected_targets[CHAT_FORMAT] = llm.chat.description()
@@ -122,13 +120,13 @@ class MTBIModel(Asking, TrainingSteps):
                 "model.train_ds.batch_tokens for a larger step"
             )
         check_training(self.speech_llm.decoder.architecture, groups.layout())
-        if is_merged(self.speech_llm.chunks):
-            raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before training")
+        for part in TRAINABLE_PARTS:
+            part.check_separate(self.speech_llm, "training")
         share_parameters(self.trained)
         seed_processes()
         self.close_llm_optimizer()  # of a fit that has failed
         self._random_states = self._llm_moments = None  # of a checkpoint that was only validated; now comes another
-        if self.speech_llm.decoder.trains:
+        if self.speech_llm.llm_state.weights_train:
             (optimizer,) = self.trainer.optimizers
             self.llm_optimizer = build_llm_optimizer(self.speech_llm.chunks, self.config.llm, optimizer.defaults)
 
@@ -192,8 +190,9 @@ class MTBIModel(Asking, TrainingSteps):
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> dict:
         """Loss on the targets, and free-running answers to the speech against the LLM's answers to the text."""
-        result = {"loss": self.speech_llm.evaluate_step(batch).item(), "tokens": batch.num_targets}
-        result["parts"] = {name: value.item() for name, value in self.speech_llm.parts.items()}
+        loss, parts = self.speech_llm.evaluate_step(batch)
+        result = {"loss": loss.item(), "tokens": batch.num_targets}
+        result["parts"] = {name: value.item() for name, value in parts.items()}
         result["rows"] = batch.rows
         with torch.no_grad():
             frames = self.speech_llm.encode(batch)
@@ -215,23 +214,33 @@ class MTBIModel(Asking, TrainingSteps):
 
     # ----- checkpoints: the frozen parts are referred to by path and hash, unless a .nemo is to be full
 
-    def state_dict(self, *args, keep_vars: bool = False, **kwargs) -> dict[str, Tensor]:
-        """This process's share of what is trained, by names that no layout changes."""
-        full = super().state_dict(*args, keep_vars=keep_vars, **kwargs)
-        heard = {ENCODER + name for name in trained_shapes(self.speech_llm.encoder)}
-        found = {name: value for name, value in full.items() if name.startswith(TRAINED) or name in heard}
-        for prefix, held in ((ADAPTERS, adapters), (LLM, trained_weights)):
-            for name, value in held(self.speech_llm.chunks).items():
-                found[prefix + name] = value if keep_vars else value.detach()
-        return found
+    def state_dict(
+        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
+        """Return this process's share of the weights that train, by names that no layout changes.
+
+        Args:
+            destination: as in torch: gets them and is returned; ``None``: a new one.
+            prefix: as in torch: of all names.
+            keep_vars: whether they are the parameters themselves.
+        """
+        state = {} if destination is None else destination
+        for name, value in part_tensors(TRAINABLE_PARTS, self.speech_llm).items():
+            state[prefix + name] = value if keep_vars else value.detach()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **kwargs):
-        if is_merged(self.speech_llm.chunks):
-            raise ValueError("the adapters are merged into the LLM's weights: call unmerge_lora() before loading")
+        """Copy weights that train into this process's share of the model; see :meth:`state_dict`.
+
+        Raises:
+            ValueError: if shapes differ, or names with ``strict``.
+        """
+        for part in TRAINABLE_PARTS:
+            part.check_separate(self.speech_llm, "loading")
         own = self.state_dict(keep_vars=True)
         if own:  # nothing is trained on a later stage of a frozen LLM
             shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (own, state_dict))
-            check_trained(*shapes, strict, "the checkpoint")
+            check_shapes(*shapes, strict, "the checkpoint")
         with torch.no_grad():
             for name in own.keys() & state_dict.keys():
                 own[name].copy_(state_dict[name])
@@ -285,7 +294,7 @@ class MTBIModel(Asking, TrainingSteps):
                 str(path), override_config_path, *args, save_restore_connector=connector, **kwargs
             )
         except (ArchiveError, DamageError) as error:
-            raise ValueError(refusal(path, error)) from error
+            raise ValueError(restore_error(path, error)) from error
         finally:  # NeMo leaves this on after an error, and the next model would be built without its data
             cls._set_model_restore_state(is_being_restored=False)
 

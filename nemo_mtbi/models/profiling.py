@@ -35,10 +35,9 @@ class StepMaker:
     twins: bool
 
     def __call__(self, audio: Tensor, responses: Tensor) -> StepBatch:
-        """
-        Args:
-            audio: ``[U, N]`` samples.
-            responses: ``[U, T]`` token ids.
+        """Args:
+        audio: ``[U, N]`` samples.
+        responses: ``[U, T]`` token ids.
         """
         count = self.frames(audio.shape[1])
         if not count:
@@ -104,7 +103,7 @@ def profile_step(model: SpeechModel, batch: ProfilingBatch, rows: int = 1) -> Te
     step = step_maker(model, rows)(batch.audio.float(), batch.responses).to(model.device)
     if model.llm_optimizer is not None:
         model.llm_optimizer.zero_grad()
-    loss = model.speech_llm.train_step(step, step.num_targets)
+    loss, _ = model.speech_llm.train_step(step, step.num_targets)
     if model.llm_optimizer is not None:
         model.llm_optimizer.reduce()
     return loss.detach().requires_grad_()
@@ -144,7 +143,7 @@ def fits_in_memory(model: SpeechModel, rows: int, samples: int, answer: int) -> 
         answer: tokens of each answer.
     """
     optimizer = torch.optim.AdamW(model.trained, lr=0.0)
-    if model.speech_llm.decoder.trains and model.llm_optimizer is None:
+    if model.speech_llm.llm_state.weights_train and model.llm_optimizer is None:
         model.llm_optimizer = build_llm_optimizer(model.speech_llm.chunks, model.config.llm, optimizer.defaults)
 
     def attempt(utterances: int) -> bool:

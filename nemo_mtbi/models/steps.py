@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from nemo.core.classes import ModelPT
 from nemo.utils import logging
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.layouts.layout import StepBatch
-from nemo_mtbi.llm.full_finetune import trained_weights
 from nemo_mtbi.models import profiling
 from nemo_mtbi.models.nonfinite import REMEDY, nonfinite_message
 from nemo_mtbi.models.profiling import ProfilingBatch
@@ -19,6 +20,7 @@ from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.gradients import clip_factor, clip_gradients, gradient_norm, sum_gradients
 from nemo_mtbi.parallel.llm_optimizer import LlmOptimizer
 from nemo_mtbi.speech_llm.model import SpeechLLM
+from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS
 
 
 class TrainingSteps(ModelPT):
@@ -47,8 +49,9 @@ class TrainingSteps(ModelPT):
     @property
     def trained(self) -> list[nn.Parameter]:
         """Parameters that this process trains beside weights of the LLM itself: none, if it holds a later stage."""
-        llm = {id(value) for value in trained_weights(self.speech_llm.chunks).values()}
-        return [value for value in self.parameters() if value.requires_grad and id(value) not in llm]
+        others = [part.tensors(self.speech_llm) for part in TRAINABLE_PARTS if part.has_own_optimizer]
+        excluded = {id(value) for tensors in others for value in tensors.values()}
+        return [value for value in self.parameters() if value.requires_grad and id(value) not in excluded]
 
     def setup_optimizer_param_groups(self) -> None:
         """Hands only what is trained to the optimizer; an empty group is fine."""
@@ -111,7 +114,7 @@ class TrainingSteps(ModelPT):
         if not count:
             return None
         before = random_states.capture() if self.config.on_nonfinite == "skip" else None
-        loss = self.speech_llm.train_step(batch, int(count))
+        loss, parts = self.speech_llm.train_step(batch, int(count))
         own = loss.detach().clone()
         loss = groups.data_parallel_sum(loss.detach())
         sum_gradients(trained)
@@ -124,14 +127,16 @@ class TrainingSteps(ModelPT):
             random_states.restore(before)
             return None
         self._gradient_norm = norm
-        self._figures = self._figures_of(loss, norm, count)
+        self._figures = self._figures_of(loss, parts, norm, count)
         return loss
 
-    def _figures_of(self, loss: Tensor, norm: Tensor, count: Tensor) -> dict[str, Tensor | float]:
+    def _figures_of(
+        self, loss: Tensor, parts: Mapping[str, Tensor], norm: Tensor, count: Tensor
+    ) -> dict[str, Tensor | float]:
         """Return the logged figures of a step."""
         optimizer = self.trainer.optimizers[0]
         figures = {"train_loss": loss}
-        figures |= {f"train_{name}": groups.data_parallel_sum(value) for name, value in self.speech_llm.parts.items()}
+        figures |= {f"train_{name}": groups.data_parallel_sum(value) for name, value in parts.items()}
         figures |= {"gradient_norm": norm.float(), "learning_rate": optimizer.param_groups[0]["lr"]}
         if self.llm_optimizer is not None:
             figures["llm_learning_rate"] = self.llm_optimizer.base_lr * _decay(optimizer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import tee
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from nemo_mtbi.layouts.layout import IGNORE, MicroBatch, StepBatch
 from nemo_mtbi.llm.decoder import GPTDecoder
 from nemo_mtbi.llm.full_finetune import unfreeze
 from nemo_mtbi.llm.lora import add_lora, without_lora
+from nemo_mtbi.llm.state import LlmState
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
 from nemo_mtbi.parallel.encoding import encode_shared
@@ -42,6 +44,10 @@ class LayoutDecoder(nn.Module):
         decoder: the LLM, or this process's runs of its layers.
         lora: adapters in it, which are trained; ``None``: none.
         llm: what trains of itself; ``None``: nothing.
+        llm_was_trained: whether an earlier run has trained its weights.
+
+    Attributes:
+        llm_state: what of the LLM trains, and whether its weights are the original ones.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class LayoutDecoder(nn.Module):
         decoder: GPTDecoder | Sequence[GPTDecoder],
         lora: LoraConfig | None = None,
         llm: LlmConfig | None = None,
+        llm_was_trained: bool = False,
     ):
         super().__init__()
         chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
@@ -56,11 +63,11 @@ class LayoutDecoder(nn.Module):
         unfreeze(self.chunks, llm)
         if lora is not None:
             add_lora(self.chunks, lora)
-
-    @property
-    def learns(self) -> bool:
-        """Whether the LLM learns, by adapters or itself: then text alone teaches it too."""
-        return self.decoder.lora is not None or self.decoder.trains
+        self.llm_state = LlmState.of(
+            adapters=self.decoder.lora is not None,
+            weights_train=bool(self.decoder.trained_names),
+            was_trained=llm_was_trained,
+        )
 
     @property
     def decoder(self) -> GPTDecoder:
@@ -108,7 +115,7 @@ class LayoutDecoder(nn.Module):
         def forward_step(iterator, decoder: GPTDecoder):
             microbatch = next(iterator)
             embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
-            if self.learns and embeddings is not None and not forward_only:
+            if self.llm_state.needs_gradients and embeddings is not None and not forward_only:
                 embeddings.requires_grad_()  # text alone does, if nothing in these layers learns
             hidden = decoder.hidden(embeddings, speech=speech_positions(decoder, microbatch.layout))  # [T, R, H]
             if not decoder.post_process:
@@ -155,6 +162,19 @@ class LayoutDecoder(nn.Module):
         return self.run_schedule(microbatches, frames, keep, forward_only=True)[: len(microbatches)]
 
 
+class StepLoss(NamedTuple):
+    """Loss of a step, equal on every stage.
+
+    Attributes:
+        loss: what is minimized.
+        parts: by the names of :attr:`LossConfig.parts <nemo_mtbi.config.loss.LossConfig.parts>`: not weighted, but
+            divided like the loss, and like it of this replica alone.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
 class SpeechLLM(LayoutDecoder):
     """The model of one process. The connector trains; weights of the encoder and adapters or weights of the LLM may.
 
@@ -168,12 +188,9 @@ class SpeechLLM(LayoutDecoder):
         shape: of the encoder, where there is none.
         lora: adapters in the LLM, which are trained too; ``None``: none.
         llm: what trains of the LLM itself; ``None``: nothing.
-
-    Attributes:
-        encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
+        llm_was_trained: whether an earlier run has trained the LLM's weights.
         loss: what is minimized.
-        parts: of the loss of the last step, by the names of ``loss.parts``: neither weighted nor, in training, summed
-            over replicas, but divided like the loss. Equal on every stage.
+        encoder_cache: keeps the encoder's frames; ``None``: nothing is kept.
     """
 
     def __init__(
@@ -184,15 +201,17 @@ class SpeechLLM(LayoutDecoder):
         shape: EncoderShape | None = None,
         lora: LoraConfig | None = None,
         llm: LlmConfig | None = None,
+        llm_was_trained: bool = False,
+        loss: LossConfig | None = None,
+        encoder_cache: EncoderCache | None = None,
     ):
-        super().__init__(decoder, lora, llm)
+        super().__init__(decoder, lora, llm, llm_was_trained)
         shape = encoder.shape if encoder is not None else shape
         self.frame_counter = FrameCounter(
             shape.stages + connector_stages(connector, shape.frame_rate), shape.sample_rate
         )
-        self.encoder_cache: EncoderCache | None = None
-        self.loss = LossConfig()
-        self.parts: dict[str, Tensor] = {}
+        self.encoder_cache = encoder_cache
+        self.loss = loss or LossConfig()
         self.encoder = encoder
         self.connector: Connector | None = None
         if encoder is not None:
@@ -293,8 +312,8 @@ class SpeechLLM(LayoutDecoder):
             )
         return total
 
-    def train_step(self, batch: StepBatch, num_targets: int) -> Tensor:
-        """Forward and backward of one optimizer step through Megatron's schedule; sets ``parts``.
+    def train_step(self, batch: StepBatch, num_targets: int) -> StepLoss:
+        """Run forward and backward of one optimizer step through Megatron's schedule.
 
         The connector runs once for all rows: ``frames`` enters the schedule as a detached leaf, every microbatch
         gathers from it, and one backward runs through the connector at the end.
@@ -304,22 +323,21 @@ class SpeechLLM(LayoutDecoder):
             num_targets: response tokens of the step over all data-parallel ranks.
 
         Returns:
-            This replica's share of the mean loss per response token (the sum over replicas is the mean), on every
-            stage.
+            This replica's share of the mean loss per response token: the sum over replicas is the mean.
         """
         teacher = self.teach(batch) if self.loss.uses_teacher else None
         frames = self.encode(batch)
         leaf = frames.detach().requires_grad_(True)
         # without a single frame nothing trains beside a frozen LLM, and autograd refuses to run backward for nothing
-        forward_only = not batch.num_frames and not self.learns
-        loss = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
+        forward_only = not batch.num_frames and not self.llm_state.needs_gradients
+        result = self._run_loss(batch.microbatches, leaf, teacher, 1.0 / max(num_targets, 1), forward_only)
         if leaf.grad is not None and frames.requires_grad:
             frames.backward(leaf.grad)
-        return loss
+        return result
 
     @torch.no_grad()
-    def evaluate_step(self, batch: StepBatch) -> Tensor:
-        """Summed loss over this batch's response tokens, without gradients, on every stage; sets ``parts``."""
+    def evaluate_step(self, batch: StepBatch) -> StepLoss:
+        """Return the summed loss over this batch's response tokens, without gradients."""
         teacher = self.teach(batch) if self.loss.uses_teacher else None
         return self._run_loss(batch.microbatches, self.encode(batch), teacher, 1.0, forward_only=True)
 
@@ -330,8 +348,8 @@ class SpeechLLM(LayoutDecoder):
         teacher: Tensor | None,
         scale: float,
         forward_only: bool,
-    ) -> Tensor:
-        """The loss of all microbatches times ``scale``; backward too, unless ``forward_only``."""
+    ) -> StepLoss:
+        """Return the loss of all microbatches times ``scale``; backward too, unless ``forward_only``."""
 
         def finish(decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
             sums = self.loss_sums(decoder, microbatch, hidden, teacher)
@@ -339,8 +357,7 @@ class SpeechLLM(LayoutDecoder):
             return loss, torch.stack([loss.detach(), *(value * scale for value in sums.values())])
 
         total, *parts = self._on_every_stage(self.run_schedule(microbatches, frames, finish, forward_only))
-        self.parts = dict(zip(self.loss.parts, parts, strict=True))
-        return total
+        return StepLoss(total, dict(zip(self.loss.parts, parts, strict=True)))
 
     def _on_every_stage(self, kept: list[Tensor]) -> Tensor:
         """``[1 + parts]``: the sum of what the last stage has kept of its microbatches: the loss and its parts."""

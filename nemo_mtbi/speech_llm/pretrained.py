@@ -22,6 +22,7 @@ from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
 from nemo_mtbi.config.llm import LlmConfig, LoraConfig
+from nemo_mtbi.config.loss import LossConfig
 from nemo_mtbi.encoders.hf import HFSpeechEncoder, is_hf_encoder, load_hf_encoder
 from nemo_mtbi.encoders.nemo import SpeechEncoder
 from nemo_mtbi.encoders.paired import PairedEncoder
@@ -218,6 +219,7 @@ def load_speech_llm(
     lora: LoraConfig | None = None,
     llm: LlmConfig | None = None,
     encoder_config: EncoderConfig | None = None,
+    loss: LossConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
     """Joins frozen parts and a new connector: this process's share of them under the layout in force.
@@ -230,9 +232,10 @@ def load_speech_llm(
         lora: adapters in the LLM; ``None``: none.
         llm: what trains of the LLM itself; ``None``: nothing.
         encoder_config: how the encoder is used, and what of it trains.
+        loss: what is minimized; ``None``: the default.
         **overrides: keys of Megatron's ``TransformerConfig``.
     """
     text = load_text_llm(pretrained_llm, dtype, transformer_engine=HAVE_TE and lora is None, **overrides)
     encoder = load_speech_encoder(pretrained_asr, dtype, encoder_config) if groups.is_first_stage() else None
     shape = groups.broadcast_object(encoder.shape if encoder else None)
-    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm), text
+    return SpeechLLM(encoder, connector, text.chunks, shape, lora, llm, loss=loss), text

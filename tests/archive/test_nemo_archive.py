@@ -16,11 +16,11 @@ from safetensors.torch import load as load_tensors
 from tar_tricks import repacked
 
 from nemo_mtbi.archive import save_restore as archives
-from nemo_mtbi.archive.frozen import TRAINED
 from nemo_mtbi.archive.save_restore import MTBIArchive
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.directory import open_text_llm
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.speech_llm.trainable import CONNECTOR
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
 PROMPTS = ["say it", "count it"]
@@ -384,7 +384,7 @@ def test_what_came_out_of_a_full_archive_does_not_become_small(saved, tmp_path):
 def test_weights_that_are_not_there_are_left_as_they_are_if_that_is_wanted(saved, model, tmp_path, monkeypatch):
     def drop(files):
         stored = load_tensors(files["model_weights.safetensors"])
-        stored.pop(TRAINED + "norm.bias")
+        stored.pop(CONNECTOR.prefix + "norm.bias")
         stored["other"] = torch.zeros(2)
         files["model_weights.safetensors"] = archives_save(stored)
 
@@ -397,7 +397,7 @@ def test_weights_that_are_not_there_are_left_as_they_are_if_that_is_wanted(saved
         MTBIModel.restore_from(path)
     restored = MTBIModel.restore_from(path, strict=False)
     assert same(weights(restored), weights(model))  # a new norm is that of the model, which was not trained
-    assert [f"not used: other, {TRAINED}norm.bias" in text for text in warnings] == [True]
+    assert [f"not used: other, {CONNECTOR.prefix}norm.bias" in text for text in warnings] == [True]
 
 
 def archives_save(tensors):

@@ -7,12 +7,12 @@ import torch
 from hf_models import hf_encoder
 from lightning.pytorch import Trainer, seed_everything
 
-from nemo_mtbi.archive.frozen import ENCODER, TRAINED
 from nemo_mtbi.archive.save_restore import NemoFile
 from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.io.nemo_tar import WEIGHTS
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.speech_llm.trainable import CONNECTOR, ENCODER
 from nemo_mtbi.testing import tiny_asr_nemo
 
 ENCODER_SECTION = {"freeze": ["pre_encode"]}
@@ -43,9 +43,9 @@ def test_what_is_not_frozen_is_trained_and_nothing_else(trained):
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     chosen = {name for name, value in model.named_parameters() if value.requires_grad}
     assert moved <= chosen == set(model.state_dict())
-    encoder = {name for name in chosen if name.startswith(ENCODER)}
+    encoder = {name for name in chosen if name.startswith(ENCODER.prefix)}
     assert encoder and not any("pre_encode" in name for name in encoder) and len(moved & encoder) > len(encoder) / 2
-    assert all(name.startswith((ENCODER, TRAINED)) for name in chosen)
+    assert all(name.startswith((ENCODER.prefix, CONNECTOR.prefix)) for name in chosen)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -81,11 +81,11 @@ def test_first_the_connector_then_the_encoder(model_section, trained, tmp_path):
     alone = MTBIModel(model_section(train_ds=None, validation_ds=None))
     alone.save_to(tmp_path / "connector.nemo")
     model = MTBIModel(model_section(encoder=ENCODER_SECTION, train_ds=None, validation_ds=None))
-    before = {name: value.clone() for name, value in model.named_parameters() if name.startswith(ENCODER)}
+    before = {name: value.clone() for name, value in model.named_parameters() if name.startswith(ENCODER.prefix)}
     model.maybe_init_from_pretrained_checkpoint({"init_from_nemo_model": str(tmp_path / "connector.nemo")})
     here = dict(model.named_parameters())
     assert all(torch.equal(value, here[name]) for name, value in before.items())
-    connector = {name: value for name, value in alone.named_parameters() if name.startswith(TRAINED)}
+    connector = {name: value for name, value in alone.named_parameters() if name.startswith(CONNECTOR.prefix)}
     assert all(torch.equal(value, here[name]) for name, value in connector.items())
 
     trained[0].save_to(tmp_path / "trained.nemo")

@@ -8,13 +8,15 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lora_values import draw_learned
 from omegaconf import OmegaConf
 
-from nemo_mtbi.archive.frozen import LLM
 from nemo_mtbi.archive.save_restore import NemoFile
 from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.io.nemo_tar import WEIGHTS
+from nemo_mtbi.llm.state import LlmState
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.speech_llm.model import StepLoss
+from nemo_mtbi.speech_llm.trainable import LLM
 from nemo_mtbi.testing import tiny_text_llm
 
 SECTION = {"freeze": ["embedding", r"layers\.0\."], "lr": 1e-3}
@@ -54,7 +56,7 @@ def test_a_nemo_holds_what_the_llm_has_learned(model, tmp_path, full):
     assert answers(restored) == answers(model)
     with NemoFile(tmp_path / "llm.nemo") as file:
         held = set(file.tensors(WEIGHTS).names())
-    learned = {name for name in model.state_dict() if name.startswith(LLM)}
+    learned = {name for name in model.state_dict() if name.startswith(LLM.prefix)}
     assert len(learned) == 8 and held == set(model.state_dict()) - (learned if full else set())
     restored.save_to(tmp_path / "again.nemo")
     assert (tmp_path / "again.nemo").read_bytes() == (tmp_path / "llm.nemo").read_bytes()
@@ -64,7 +66,7 @@ def test_a_full_nemo_knows_that_its_llm_was_trained(model, model_section, tmp_pa
     """Also where it trains no more, and with the LLM that it was in its place nothing is lost in silence."""
     model.save_to(tmp_path / "full.nemo", full=True)
     restored = MTBIModel.restore_from(tmp_path / "full.nemo", override_config_path={"llm": None}, map_location="cpu")
-    assert not restored.speech_llm.decoder.trains and not restored.speech_llm.decoder.is_original
+    assert restored.speech_llm.llm_state is LlmState.TRAINED
     assert answers(restored) == answers(model)
     restored.save_to(tmp_path / "again.nemo")
     again = MTBIModel.restore_from(tmp_path / "again.nemo", map_location="cpu")
@@ -218,7 +220,8 @@ def test_steps_that_are_left_out_change_nothing(section, tmp_path, monkeypatch, 
     model, save = build(section, on_nonfinite="skip"), SaveOnce(tmp_path / "2.ckpt")
     before, place = weights(model), model.speech_llm if why == "not finite" else groups
     name = "train_step" if why == "not finite" else "data_parallel_sum"
-    real, bad = getattr(place, name), {"train_step": lambda *_: torch.tensor(float("nan"))}.get(name, torch.zeros_like)
+    failing = {"train_step": lambda *_: StepLoss(torch.tensor(float("nan")), {})}
+    real, bad = getattr(place, name), failing.get(name, torch.zeros_like)
     monkeypatch.setattr(place, name, lambda *args: (bad if save.weights is None else real)(*args))
     after = fit(model, callback=save)
     assert all(torch.equal(value, before[name]) for name, value in save.weights.items())

@@ -7,13 +7,13 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lora_values import ALL, draw_adapters
 
-from nemo_mtbi.archive.frozen import ADAPTERS, TRAINED
 from nemo_mtbi.archive.save_restore import NemoFile
 from nemo_mtbi.config.llm import LoraConfig
 from nemo_mtbi.io.nemo_tar import WEIGHTS
 from nemo_mtbi.llm.lora import adapter_shapes
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel.strategy import MTBIStrategy
+from nemo_mtbi.speech_llm.trainable import ADAPTERS, CONNECTOR
 
 LORA = {"rank": 3, "target_modules": ALL}
 
@@ -39,8 +39,8 @@ def answers(model):
 def test_the_state_is_what_is_trained(model):
     shapes = adapter_shapes(model.speech_llm.decoder.architecture, LoraConfig(**LORA))
     state = model.state_dict()
-    assert {name for name in state if name.startswith(ADAPTERS)} == {ADAPTERS + name for name in shapes}
-    assert {name.startswith((TRAINED, ADAPTERS)) for name in state} == {True}
+    assert {name for name in state if name.startswith(ADAPTERS.prefix)} == {ADAPTERS.prefix + name for name in shapes}
+    assert {name.startswith((CONNECTOR.prefix, ADAPTERS.prefix)) for name in state} == {True}
     own = {id(value) for value in model.state_dict(keep_vars=True).values()}
     assert {id(value) for value in model.trained} <= own
 

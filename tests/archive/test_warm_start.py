@@ -7,8 +7,8 @@ from lightning.pytorch import seed_everything
 from nemo.utils import logging
 from omegaconf import OmegaConf
 
-from nemo_mtbi.archive.frozen import TRAINED
 from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.speech_llm.trainable import CONNECTOR
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
 
@@ -50,7 +50,7 @@ def taken(model, before, trained):
     found = {name for name, value in model.state_dict().items() if torch.equal(value, trained.state_dict()[name])}
     for name in model.state_dict().keys() - found:
         assert torch.equal(model.state_dict()[name], before[name])
-    return {name.removeprefix(TRAINED) for name in found}
+    return {name.removeprefix(CONNECTOR.prefix) for name in found}
 
 
 def state(model):
@@ -117,9 +117,11 @@ def test_other_names_are_left_if_that_is_wanted(section, trained, warnings):
     model = build(section, 2, connector={"kind": "stack", "frame_rate": 12.5})
     cfg = {"init_from_nemo_model": {"a": {"path": str(trained[1] / "small.nemo"), "include": ["mlp.3", "convs"]}}}
     model.maybe_init_from_pretrained_checkpoint({**cfg, "init_strict": False})
-    name = TRAINED + "mlp.3.weight"
+    name = CONNECTOR.prefix + "mlp.3.weight"
     assert torch.equal(model.state_dict()[name], trained[0].state_dict()[name])
-    assert len(warnings) == 1 and warnings[0].endswith(f"not used: {TRAINED}convs.0.bias, {TRAINED}convs.0.weight")
+    assert len(warnings) == 1 and warnings[0].endswith(
+        f"not used: {CONNECTOR.prefix}convs.0.bias, {CONNECTOR.prefix}convs.0.weight"
+    )
 
 
 @pytest.mark.parametrize(

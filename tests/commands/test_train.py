@@ -154,7 +154,7 @@ def test_an_llm_that_trains_is_compared_with_what_it_was(config, monkeypatch):
     text = load_text_llm(cfg.model.pretrained_llm)
     limits = parse_model_config(cfg.model).generation
     assert asked["text"] == Responder(LayoutDecoder(text.chunks), text.chat, limits).text([("say it", "red cat")])
-    assert MTBIModel.restore_from(results["nemo"], map_location="cpu").speech_llm.decoder.trains
+    assert MTBIModel.restore_from(results["nemo"], map_location="cpu").speech_llm.llm_state.weights_train
 
 
 def test_tensorboard_gets_figures_and_examples(run):

@@ -211,7 +211,7 @@ def learn(model, batch):
     parameters = [value for value in model.parameters() if value.requires_grad]
     for value in parameters:
         value.grad = None
-    loss = model.train_step(batch, batch.num_targets)
+    loss = model.train_step(batch, batch.num_targets).loss
     return [loss.detach(), *(value.grad.clone() for value in parameters)]
 
 

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 from nemo_mtbi.config.model import FORMAT_VERSION
 from nemo_mtbi.demo.corpora.corpus import write_flac
 from nemo_mtbi.models import steps
-from nemo_mtbi.models.mtbi_model import TRAINED, MTBIModel
+from nemo_mtbi.models.mtbi_model import MTBIModel
+from nemo_mtbi.speech_llm.trainable import CONNECTOR
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_cuts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def saved(model, tmp_path_factory):
 
 def test_only_the_connector_is_trained_and_saved(model):
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
-    assert trained == {TRAINED + name for name, _ in model.speech_llm.connector.named_parameters()}
+    assert trained == {CONNECTOR.prefix + name for name, _ in model.speech_llm.connector.named_parameters()}
     assert set(model.state_dict()) == trained
     (group,) = model.trainer.optimizers[0].param_groups
     assert {id(value) for value in group["params"]} == {id(value) for value in model.speech_llm.connector.parameters()}
@@ -98,7 +99,7 @@ def test_the_frozen_parts_stay_bit_for_bit_as_they_are(model_section):
     runner.fit(model)
     after = weights(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if name.startswith(TRAINED)}
+    assert moved == {name for name in before if name.startswith(CONNECTOR.prefix)}
 
 
 def test_the_loss_of_a_batch_falls_when_it_is_learned_by_heart(model_section, tmp_path):
@@ -156,8 +157,8 @@ def test_a_loss_that_compares_with_the_text_reports_its_parts(model_section):
         assert found[f"{stage}_ce"] > 0 and found[f"{stage}_kl"] > 0
         assert found[f"{stage}_loss"] == pytest.approx(0.5 * found[f"{stage}_ce"] + 2 * found[f"{stage}_kl"])
     (batch,) = model._validation_dl
-    model.speech_llm.evaluate_step(batch)
-    assert found["val_kl"] == pytest.approx(model.speech_llm.parts["kl"].item() / batch.num_targets)
+    _, parts = model.speech_llm.evaluate_step(batch)
+    assert found["val_kl"] == pytest.approx(parts["kl"].item() / batch.num_targets)
 
 
 def test_cross_entropy_alone_makes_no_twins_and_reports_no_parts(model):
@@ -177,7 +178,7 @@ def test_the_figures_of_validation_are_those_of_generate_and_of_the_loss(model, 
     assert heard[0]["answers"] == answers and len(answers) == 8 * 8
     right = [answer == row.reference for answer, row in zip(answers, batch.rows, strict=True)]
     assert metrics["val_agreement"] == pytest.approx(np.mean(right))
-    assert metrics["val_loss"] == pytest.approx(model.speech_llm.evaluate_step(batch).item() / batch.num_targets)
+    assert metrics["val_loss"] == pytest.approx(model.speech_llm.evaluate_step(batch).loss.item() / batch.num_targets)
 
 
 def test_gradient_accumulation_is_refused_with_the_remedy(model_section):
@@ -377,7 +378,7 @@ def test_conversations_train_beside_utterances(model_section, tmp_path):
     model = MTBIModel(section)
     seen = Counter()
     for batch in islice(model._train_dl, 5):
-        loss = model.speech_llm.train_step(batch, batch.num_targets)
+        loss = model.speech_llm.train_step(batch, batch.num_targets).loss
         assert torch.isfinite(loss)
         seen.update(name[:4] for name in batch.cut_ids)
         seen.update(batch.stats)

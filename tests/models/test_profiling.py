@@ -54,7 +54,7 @@ def test_a_step_that_does_not_fit_is_smaller_the_next_time(model, monkeypatch):
 def test_twins_where_the_loss_compares(model_section):
     other = MTBIModel(model_section(train_ds=None, validation_ds=None, loss={"kl_weight": 1.0})).train()
     batch = step_maker(other)(torch.randn(2, 16000), torch.ones(2, 4, dtype=torch.int64))
-    assert batch.twins and torch.isfinite(other.speech_llm.train_step(batch, batch.num_targets))
+    assert batch.twins and torch.isfinite(other.speech_llm.train_step(batch, batch.num_targets).loss)
 
 
 def by_schema(schema, lengths, size):

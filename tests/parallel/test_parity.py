@@ -162,7 +162,7 @@ class Parallel:
     def evaluate(speech_llm, batch):
         from nemo_mtbi.parallel import groups
 
-        return groups.data_parallel_sum(speech_llm.evaluate_step(batch))
+        return groups.data_parallel_sum(speech_llm.evaluate_step(batch).loss)
 
     @staticmethod
     def step(speech_llm, batch):
@@ -170,7 +170,7 @@ class Parallel:
         from nemo_mtbi.parallel.gradients import sum_gradients
 
         count = groups.data_parallel_sum(torch.tensor(float(batch.num_targets)))
-        loss = groups.data_parallel_sum(speech_llm.train_step(batch, int(count)))
+        loss = groups.data_parallel_sum(speech_llm.train_step(batch, int(count)).loss)
         sum_gradients(trained(speech_llm))
         return loss
 

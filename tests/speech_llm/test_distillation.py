@@ -51,15 +51,17 @@ def test_a_step_equals_its_definition(speech_llm, name):
     expected = gradients(speech_llm)
     assert expected.abs().max() > 1e-3  # a comparison with something
     speech_llm.zero_grad(set_to_none=True)
-    assert relative(speech_llm.train_step(batch, batch.num_targets), loss.detach()) < 1e-12
+    found, parts = speech_llm.train_step(batch, batch.num_targets)
+    assert relative(found, loss.detach()) < 1e-12
     assert relative(gradients(speech_llm), expected) < 1e-10
-    assert tuple(speech_llm.parts) == speech_llm.loss.parts
-    for part, value in speech_llm.parts.items():
+    assert tuple(parts) == speech_llm.loss.parts
+    for part, value in parts.items():
         assert relative(value * batch.num_targets, sums[part].detach()) < 1e-12
     # the sum without gradients, in validation
     speech_llm.zero_grad(set_to_none=True)
-    assert relative(speech_llm.evaluate_step(batch), loss.detach() * batch.num_targets) < 1e-12
-    assert relative(speech_llm.parts["ce"], sums["ce"].detach()) < 1e-12
+    found, parts = speech_llm.evaluate_step(batch)
+    assert relative(found, loss.detach() * batch.num_targets) < 1e-12
+    assert relative(parts["ce"], sums["ce"].detach()) < 1e-12
     assert all(value.grad is None for value in speech_llm.parameters())
 
 
@@ -98,11 +100,11 @@ def test_student_and_teacher_that_read_the_same_do_not_differ(speech_llm):
     speech_llm.loss = LossConfig(kl_weight=1.0, hidden_weight=1.0)
     batch = collate([], [], text_rows(), 20)
     assert len(batch.microbatches) > 1 and len(batch.twins) > 1
-    speech_llm.evaluate_step(batch)
-    assert abs(speech_llm.parts["kl"]) < 1e-12 and speech_llm.parts["hidden"] < 1e-20
+    _, parts = speech_llm.evaluate_step(batch)
+    assert abs(parts["kl"]) < 1e-12 and parts["hidden"] < 1e-20
     for by in (-1, 1):
-        speech_llm.evaluate_step(shifted(batch, by))
-        assert speech_llm.parts["kl"] > 0.1 and speech_llm.parts["hidden"] > 0.1
+        _, parts = speech_llm.evaluate_step(shifted(batch, by))
+        assert parts["kl"] > 0.1 and parts["hidden"] > 0.1
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -111,13 +113,12 @@ def test_a_mask_that_is_off_by_one_is_caught(speech_llm, by):
     speech_llm.loss = LossConfig(kl_weight=1.0)
     batch = make_batch(speech_llm)
     sums = data.plain_sums(speech_llm, batch)
-    speech_llm.evaluate_step(batch)
-    assert relative(speech_llm.parts["kl"], sums["kl"].detach()) < 1e-12
-    speech_llm.evaluate_step(shifted(batch, by))
-    assert relative(speech_llm.parts["kl"], sums["kl"].detach()) > 1e-3
+    assert relative(speech_llm.evaluate_step(batch).parts["kl"], sums["kl"].detach()) < 1e-12
+    found = speech_llm.evaluate_step(shifted(batch, by)).parts["kl"]
+    assert relative(found, sums["kl"].detach()) > 1e-3
     if by < 0:  # to the right, the last row would read behind its end
         wrong = data.plain_sums(speech_llm, batch, shift=by)
-        assert relative(speech_llm.parts["kl"], wrong["kl"].detach()) < 1e-12
+        assert relative(found, wrong["kl"].detach()) < 1e-12
 
 
 def test_the_end_of_a_truncated_response_is_not_compared(speech_llm):
@@ -130,8 +131,7 @@ def test_the_end_of_a_truncated_response_is_not_compared(speech_llm):
         row = make_row(heard, response, 0)
         batch = collate([audio], [frames], [replace(row, twin=make_row([1, 7, 8, 5], response))], 100)
         batch.plain_rows = [replace(row, twin=make_row([1, 7, 8, 5], response))]
-        speech_llm.evaluate_step(batch)
-        found.append(float(speech_llm.parts["kl"]))
+        found.append(float(speech_llm.evaluate_step(batch).parts["kl"]))
         assert found[-1] == pytest.approx(data.plain_sums(speech_llm, batch)["kl"].item(), rel=1e-10)
     assert found[1] > found[0] + 1e-3
 
@@ -143,11 +143,11 @@ def test_the_end_of_a_truncated_response_is_not_compared(speech_llm):
 def test_comparing_piece_by_piece_changes_nothing(speech_llm, monkeypatch, piece):
     speech_llm.loss = LOSSES["js_temperature"]
     batch = make_batch(speech_llm)
-    loss = speech_llm.train_step(batch, 10)
+    loss = speech_llm.train_step(batch, 10).loss
     expected = gradients(speech_llm)
     speech_llm.zero_grad(set_to_none=True)
     monkeypatch.setattr(module, "COMPARED_AT_ONCE", piece)  # a position of 128 logits, or two of them
-    assert relative(speech_llm.train_step(batch, 10), loss) < 1e-12
+    assert relative(speech_llm.train_step(batch, 10).loss, loss) < 1e-12
     assert relative(gradients(speech_llm), expected) < 1e-12
 
 
@@ -169,8 +169,9 @@ def test_cross_entropy_alone_asks_no_teacher(speech_llm, monkeypatch):
     batch = make_batch(speech_llm)
     expected = data.plain_sums(speech_llm, batch)["ce"].item()
     monkeypatch.setattr(speech_llm, "teach", None)
-    assert speech_llm.evaluate_step(batch).item() == pytest.approx(expected, rel=1e-12)
-    assert speech_llm.parts == {}
+    loss, parts = speech_llm.evaluate_step(batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert parts == {}
 
 
 @pytest.mark.parametrize("loss", [LossConfig(kl_weight=1.0), LossConfig(0.0, 1.0), LossConfig(0.0, hidden_weight=1.0)])
@@ -178,11 +179,12 @@ def test_steps_without_speech_or_without_anything(speech_llm, loss):
     speech_llm.loss = loss
     text = make_batch(speech_llm, utterances=0)
     assert text.twins == []
-    found = speech_llm.train_step(text, text.num_targets)
-    assert found.item() == pytest.approx(loss.ce_weight * float(speech_llm.parts["ce"]))
-    assert speech_llm.parts["ce"] > 0 and all(speech_llm.parts[name] == 0 for name in loss.parts[1:])
-    assert speech_llm.train_step(StepBatch.empty({}), 17).item() == 0
-    assert set(map(float, speech_llm.parts.values())) == {0.0}
+    found, parts = speech_llm.train_step(text, text.num_targets)
+    assert found.item() == pytest.approx(loss.ce_weight * float(parts["ce"]))
+    assert parts["ce"] > 0 and all(parts[name] == 0 for name in loss.parts[1:])
+    found, parts = speech_llm.train_step(StepBatch.empty({}), 17)
+    assert found.item() == 0
+    assert set(map(float, parts.values())) == {0.0}
 
 
 def test_rows_without_twins_are_refused_with_the_remedy(speech_llm):
@@ -200,7 +202,7 @@ def test_recomputation_changes_nothing(speech_llm, granularity):
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     batch = make_batch(speech_llm)
     speech_llm.loss = LOSSES["js_temperature"]
-    expected = speech_llm.train_step(batch, 10), gradients(speech_llm)
+    expected = speech_llm.train_step(batch, 10).loss, gradients(speech_llm)
     config, before = speech_llm.decoder.config, {}
     for key, value in recompute.items():
         before[key] = getattr(config, key)
@@ -213,7 +215,7 @@ def test_recomputation_changes_nothing(speech_llm, granularity):
     hook = attentions[0].core_attention.register_forward_hook(lambda *unused: calls.append(1))
     try:
         speech_llm.zero_grad(set_to_none=True)
-        found = speech_llm.train_step(batch, 10), gradients(speech_llm)
+        found = speech_llm.train_step(batch, 10).loss, gradients(speech_llm)
     finally:
         hook.remove()
         for key, value in before.items():
@@ -233,10 +235,10 @@ def test_a_bfloat16_decoder_trains_a_float32_connector_in_the_right_direction():
         for model in (exact, mixed):
             model.loss = LossConfig(0.0, 1.0, divergence, temperature=2.0, hidden_weight=0.1)
             model.zero_grad(set_to_none=True)
-            found.append((model.train_step(batch, batch.num_targets), gradients(model)))
+            found.append((model.train_step(batch, batch.num_targets).loss, gradients(model)))
         (loss, expected), (other, gradient) = found[-2:]
         assert other.dtype == gradient.dtype == torch.float32
         assert abs(other - loss) < 0.02 * loss
         assert F.cosine_similarity(gradient.double(), expected, dim=0) > 0.98
     text = make_batch(exact, utterances=0)  # a teacher without states has the dtype of one with
-    assert mixed.train_step(text, 1).item() == 0
+    assert mixed.train_step(text, 1).loss.item() == 0

@@ -67,7 +67,7 @@ def gradients(model):
 
 def step(model, batch, num_targets=None):
     model.zero_grad(set_to_none=True)
-    loss = model.train_step(batch, num_targets or batch.num_targets)
+    loss = model.train_step(batch, num_targets or batch.num_targets).loss
     return loss, gradients(model)
 
 
@@ -207,7 +207,7 @@ def test_evaluation_is_the_sum_without_gradients(speech_llm):
     expected = plain_loss(speech_llm, batch, rows).detach() * batch.num_targets
     for mode in (True, False):
         speech_llm.train(mode)
-        found = speech_llm.evaluate_step(batch)
+        found = speech_llm.evaluate_step(batch).loss
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
         assert not found.requires_grad
     assert all(value.grad is None for value in speech_llm.parameters())
@@ -216,15 +216,15 @@ def test_evaluation_is_the_sum_without_gradients(speech_llm):
 def test_a_step_of_skipped_cuts_adds_nothing(speech_llm):
     empty = StepBatch.empty({"silent": 4})
     for num_targets in (0, 17):  # of all ranks: this one may be alone with nothing
-        assert speech_llm.train_step(empty, num_targets).item() == 0
-    assert speech_llm.evaluate_step(empty).item() == 0
+        assert speech_llm.train_step(empty, num_targets).loss.item() == 0
+    assert speech_llm.evaluate_step(empty).loss.item() == 0
     assert all(value.grad is None for value in speech_llm.parameters())
 
 
 def test_rows_without_speech_count_in_the_loss_and_train_nothing(speech_llm):
     rows = [Row((3, 4, 5), (-100, 7, 8)), Row((9,), (1,))]
     text, _ = make_batch(speech_llm, samples=(), rows=rows)
-    loss = speech_llm.train_step(text, text.num_targets)
+    loss = speech_llm.train_step(text, text.num_targets).loss
     torch.testing.assert_close(loss, plain_loss_of_text(speech_llm, rows) / 3, rtol=1e-12, atol=0)
     assert all(value.grad is None for value in speech_llm.parameters())
     mixed, _ = make_batch(speech_llm)
