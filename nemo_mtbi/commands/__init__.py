@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each command does: training, targets, transcription, evaluation; command line and progress."""
+"""The commands: training, targets, transcription, evaluation, alignment, conversion; command line and progress."""

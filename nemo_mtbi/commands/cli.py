@@ -25,7 +25,7 @@ from nemo_mtbi.io.display import printable
 VERBOSE_ENV = "NEMO_MTBI_VERBOSE"
 
 # (category, message pattern, module pattern) of warnings that tell a user nothing to act on; matched from the start.
-# Megatron falls back to torch where Transformer Engine and Apex are missing, and says so once per file.
+# Megatron falls back to torch where Transformer Engine and Apex are missing, and warns once per file.
 _NOISY_WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     (SyntaxWarning, "invalid escape sequence", ""),
     (UserWarning, "pkg_resources is deprecated", ""),

@@ -54,12 +54,12 @@ class PlanConfig(Section):
 
 @dataclass
 class GenerateTargetsConfig(Section):
-    """Everything that ``conf/mtbi_generate_targets.yaml`` may hold.
+    """The keys of ``conf/mtbi_generate_targets.yaml``.
 
     Attributes:
         output_dir: folder of the shards.
         pretrained_llm: text LLM directory, of ours or of Hugging Face, or ``demo``.
-        chat: how prompts are put, as training will put them (``model.chat``); ``null``: as the LLM says.
+        chat: format of the prompts, the same as ``model.chat`` in training; ``null``: the LLM's own.
         frozen_dtype: of the LLM's weights: ``float32`` or ``bfloat16``.
         tasks: task pool YAML, or ``demo``.
         cuts_path, manifest_filepath, shar_path, input_cfg: NeMo's names of a source; one must be set.

@@ -138,7 +138,7 @@ def train(cfg: DictConfig) -> Path | None:
 
     Returns:
         The path of ``results.json``, or of the ``.nemo`` if there is no benchmark. ``None`` if a signal has stopped
-        the run, or only its plan was asked for.
+        the run, or with ``plan=true``.
 
     Raises:
         ValueError: for a key that is unknown, missing or contradictory. All sections are checked before work begins.

@@ -24,7 +24,7 @@ LONGEST = 1e12  # seconds; no number of a manifest beyond it is a time
 
 @dataclass
 class TranscribeConfig(Section):
-    """Everything that ``conf/mtbi_transcribe.yaml`` may hold; the names are those of NeMo's ``transcribe_speech.py``.
+    """The keys of ``conf/mtbi_transcribe.yaml``; the names are those of NeMo's ``transcribe_speech.py``.
 
     Attributes:
         model_path: ``.nemo`` of an MTBI model.

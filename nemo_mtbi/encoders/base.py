@@ -167,13 +167,13 @@ class SpeechEncoder(nn.Module, ABC):
         return super().train(False)
 
     def set_trainable(self, dtype: torch.dtype, config: EncoderConfig | None) -> None:
-        """Set which weights train, and the dtypes of all.
+        """Enter ``eval()``, and set which weights train and the dtypes of all.
 
         Args:
             dtype: of frozen weights, and of the computation. An encoder of which any weight trains is float32.
             config: says what is frozen; ``None``: everything.
         """
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
         chosen = unfrozen([name for name, _ in self.encoder.named_parameters()], config)
         for name, value in self.encoder.named_parameters():
             value.requires_grad_(name in chosen)

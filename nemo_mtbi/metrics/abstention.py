@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers that are none: empty ones and refusals."""
+"""Abstentions: empty answers and refusals."""
 
 import re
 import unicodedata

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a speech LLM does with speech, measured against what the same LLM does with the text.
+"""Measures of behavior: the answers of a speech LLM to speech against those of the same LLM to the text.
 
 Every measure is a :class:`~nemo_mtbi.metrics.tally.Tally`: its value, and counts of each item to resample.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Sized
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def prompt_worst(scores: Tally, tasks: Sequence[Hashable], wordings: Sequence[Ha
         ValueError: the lengths differ.
     """
     extreme = np.fmin if scores.higher_is_better else np.fmax
-    return _over_wordings("prompt_worst", scores, tasks, wordings, lambda found: extreme.reduce(found, axis=-1))
+    return _over_wordings("prompt_worst", scores, tasks, wordings, lambda figures: extreme.reduce(figures, axis=-1))
 
 
 def prompt_spread(scores: Tally, tasks: Sequence[Hashable], wordings: Sequence[Hashable]) -> Tally:
@@ -106,7 +106,7 @@ def uncrossed_tasks(
     asked: dict[Hashable, dict[Hashable, set[Hashable]]] = {}
     for task, wording, utterance in zip(tasks, wordings, utterances, strict=True):
         asked.setdefault(task, {}).setdefault(wording, set()).add(utterance)
-    return [task for task, found in asked.items() if len({frozenset(heard) for heard in found.values()}) > 1]
+    return [task for task, of_task in asked.items() if len({frozenset(ids) for ids in of_task.values()}) > 1]
 
 
 def anchor_bias(
@@ -114,10 +114,10 @@ def anchor_bias(
 ) -> Tally:
     """Return the share of answers that obey the speech instead of the prompt.
 
-    The LLM that reads the transcript with no prompt shows what the speech alone asks for, the LLM that reads it under
-    the prompt what the prompt asks for. An answer to the speech obeys the speech if its token F1 with the unprompted
-    answer is at least ``threshold`` and above that with the prompted answer. Two kinds of items tell nothing and are
-    left out (``left_out``): those whose own two text answers reach ``threshold`` with each other, and empty answers.
+    The answer of the LLM to the transcript without a prompt is what the speech alone asks for, its answer under the
+    prompt is what the prompt asks for. An answer to the speech obeys the speech if its token F1 with the unprompted
+    answer is at least ``threshold`` and above that with the prompted answer. Two kinds of items are undecided and left
+    out (``left_out``): those whose two text answers reach ``threshold`` with each other, and empty answers.
 
     Args:
         prompted: The LLM's answers to transcript and prompt.
@@ -134,21 +134,21 @@ def anchor_bias(
     _same_length("anchor_bias", prompted, speech)
     silent = np.array([is_empty(answer) for answer in speech], dtype=bool)
     points, weights = [], []
-    for obedient, bare, heard, mute in zip(prompted, unprompted, speech, silent, strict=True):
-        nearness = token_f1(bare, heard)
-        points.append(float(nearness >= threshold and nearness > token_f1(obedient, heard)))
-        weights.append(float(not mute and token_f1(obedient, bare) < threshold))
+    for obedient, bare, spoken, empty in zip(prompted, unprompted, speech, silent, strict=True):
+        similarity = token_f1(bare, spoken)
+        points.append(float(similarity >= threshold and similarity > token_f1(obedient, spoken)))
+        weights.append(float(not empty and token_f1(obedient, bare) < threshold))
     return mean_tally(
         "anchor_bias", points, weights, higher_is_better=False, abstained=silent, left_out=weights.count(0.0)
     )
 
 
-def _same_length(name: str, first: Sequence[object], second: Sequence[object]) -> None:
+def _same_length(name: str, first: Sized, second: Sized) -> None:
     if len(first) != len(second):
         raise ValueError(f"{name}: {len(first)} and {len(second)} items: pass one of each for every item")
 
 
-def _compared(name: str, scorer, text: Sequence[str], speech: Sequence[str]) -> Tally:
+def _compared(name: str, scorer: Callable[[str, str], float], text: Sequence[str], speech: Sequence[str]) -> Tally:
     _same_length(name, text, speech)
     points = [scorer(a, b) for a, b in zip(text, speech, strict=True)]
     silent = np.array([is_empty(answer) for answer in speech], dtype=bool)
@@ -177,12 +177,18 @@ def _ratio(name: str, text: Tally, speech: Tally, offset: float) -> Tally:
     )
 
 
-def _over_wordings(name: str, scores: Tally, tasks, wordings, reduce) -> Tally:
-    """Give every wording of every task its own block of counts; reduce the scores of a task, then average tasks."""
+def _over_wordings(
+    name: str,
+    scores: Tally,
+    tasks: Sequence[Hashable],
+    wordings: Sequence[Hashable],
+    reduce: Callable[[np.ndarray], np.ndarray],
+) -> Tally:
+    """Return the mean over tasks of ``reduce`` of their scores ``[..., wordings]``; each wording is counted apart."""
     _same_length(name, scores.rows, tasks)
     _same_length(name, scores.rows, wordings)
     pairs = list(zip(tasks, wordings, strict=True))
-    # In an order of their own: the same bits whatever the order of the items.
+    # sorted: the same bits whatever the order of the items
     order = sorted(set(pairs), key=repr)
     place = {pair: index for index, pair in enumerate(order)}
     width = scores.rows.shape[1]
@@ -195,9 +201,9 @@ def _over_wordings(name: str, scores: Tally, tasks, wordings, reduce) -> Tally:
 
     def combine(sums: np.ndarray) -> np.ndarray:
         blocks = sums.reshape(*sums.shape[:-1], len(order), width)
-        asked = blocks.any(axis=-1)  # a wording that a resample has left out has no score, not a bad one
-        found = np.where(asked, scores.combine(blocks), np.nan)
-        return _present_mean(np.stack([reduce(found[..., where]) for where in members.values()], axis=-1))
+        drawn = blocks.any(axis=-1)  # a wording that is not in a resample has no score, not a bad one
+        figures = np.where(drawn, scores.combine(blocks), np.nan)
+        return _present_mean(np.stack([reduce(figures[..., where]) for where in members.values()], axis=-1))
 
     return Tally(
         name,
@@ -211,13 +217,13 @@ def _over_wordings(name: str, scores: Tally, tasks, wordings, reduce) -> Tally:
 
 
 def _present_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is no NaN; NaN where nothing is left."""
+    """Return the mean over the last axis without NaN; NaN where nothing is left."""
     present = ~np.isnan(values)
     return divide(np.where(present, values, 0.0).sum(axis=-1), present.sum(axis=-1))
 
 
 def _deviation(values: np.ndarray) -> np.ndarray:
-    """Standard deviation (n - 1) over the last axis of what is no NaN; NaN where fewer than two are left."""
+    """Return the standard deviation (n - 1) over the last axis without NaN; NaN where fewer than two are left."""
     present = ~np.isnan(values)
     squares = np.where(present, (values - _present_mean(values)[..., None]) ** 2, 0.0).sum(axis=-1)
     return np.sqrt(divide(squares, np.maximum(present.sum(axis=-1) - 1, 0)))

@@ -8,10 +8,10 @@ What makes a reference depends on the metric: a text; for BLEU, chrF and SQuAD a
 ``choice`` metrics ``{"label": ..., "choices": [...]}``; for the ``follow`` metrics a list of rules
 (``instructions.py``).
 
-Nobody gains by keeping quiet. An empty answer or a refusal is counted as an abstention. Where an item is right or
+An empty answer or a refusal is counted as an abstention, and improves no figure but one. Where an item is right or
 wrong it scores 0, also against an empty reference; in BLEU and chrF it is a text without words, so that its length
-makes up for no other answer; in WER and CER it loses every word, a refusal as it is written. A WER above 1 is the one
-figure that such an answer, at 1, pulls down: read it beside the abstentions, or take ``word_accuracy`` or
+compensates for no other answer; in WER and CER it loses every word, a refusal as it is written. A WER above 1 is the
+one figure that such an answer, at 1, lowers: read it beside the abstentions, or take ``word_accuracy`` or
 ``character_accuracy``, which stop at 0.
 """
 
@@ -29,7 +29,7 @@ from nemo_mtbi.metrics.edits import cer, edit_rows, error_rate, wer
 from nemo_mtbi.metrics.instructions import check_rules, follow_rows
 from nemo_mtbi.metrics.normalizers import fold, normalize
 from nemo_mtbi.metrics.scorers import ERROR_KINDS, SCORERS, exact, score, squad_exact, squad_f1, token_f1
-from nemo_mtbi.metrics.tally import Combine, Tally, mean, mean_tally
+from nemo_mtbi.metrics.tally import Combine, Tally, mean
 
 __all__ = [
     "ERROR_KINDS",
@@ -42,10 +42,8 @@ __all__ = [
     "fold",
     "metric",
     "normalize",
-    "right",
     "score",
     "task_metric",
-    "task_scores",
     "token_f1",
     "wer",
 ]
@@ -135,35 +133,6 @@ def task_metric(kind: str) -> Metric:
     return METRICS[ERROR_KINDS.get(kind, kind)]
 
 
-def task_scores(kinds: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> Tally:
-    """Return the mean score of answers to tasks, each scored from 0 to 1 by the kind of its task.
-
-    Args:
-        kinds: Each item's kind of scoring (``data.tasks.SCORING_KINDS``).
-        references: The right answers.
-        answers: What a system answered.
-
-    Raises:
-        ValueError: the lengths differ, or as :func:`task_metric` and :meth:`Metric.tally`.
-    """
-    if not len(kinds) == len(references) == len(answers):
-        raise ValueError(
-            f"{len(kinds)} kinds of scoring, {len(references)} references and {len(answers)} answers: pass one of each"
-            " for every item"
-        )
-    points, abstained = np.zeros(len(kinds)), np.zeros(len(kinds), dtype=bool)
-    for kind in sorted(set(kinds)):
-        where = [index for index, other in enumerate(kinds) if other == kind]
-        found = task_metric(kind).tally([references[i] for i in where], [answers[i] for i in where])
-        points[where], abstained[where] = found.rows[:, 0], found.abstained
-    return mean_tally("task_score", points, abstained=abstained)
-
-
-def right(scores: Tally) -> Tally:
-    """Return the share of items whose score (of :func:`task_scores`) is exactly 1."""
-    return mean_tally("right", scores.rows[:, 0] == 1.0, abstained=scores.abstained)
-
-
 def _text(reference: Any) -> None:
     if not isinstance(reference, str):
         raise ValueError(f"the reference must be one text, got {reference!r}")
@@ -184,10 +153,10 @@ def _pointwise(
     scorer: Callable[[Any, str], float],
     check: Callable[[Any], None] = _text,
 ) -> Metric:
-    """A mean of points from 0 to 1; who abstains has none."""
+    """Return a metric that is a mean of points from 0 to 1; an abstention has 0."""
 
     def count(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
-        # Scored even so: a reference that breaks its format is to be found whatever the answer.
+        # abstentions are scored too: a reference that breaks its format is an error whatever the answer
         points = [scorer(r, a) for r, a in zip(references, answers, strict=True)]
         return np.stack([np.where(abstained, 0.0, points), np.ones(len(points))], axis=-1)
 
@@ -212,9 +181,9 @@ def _overlap(
     name: str, rows: Callable[[list[list[str]], Sequence[str]], np.ndarray], combine: Combine, per_item: bool
 ) -> Metric:
     def count(references: Sequence[Any], answers: Sequence[str], abstained: np.ndarray) -> np.ndarray:
-        # A refusal has words enough to lift the brevity penalty of others.
-        shown = ["" if mute else answer for answer, mute in zip(answers, abstained, strict=True)]
-        return rows([_as_list(r) for r in references], shown)
+        # the words of a refusal would reduce the brevity penalty of others
+        texts = ["" if empty else answer for answer, empty in zip(answers, abstained, strict=True)]
+        return rows([_as_list(r) for r in references], texts)
 
     return Metric(
         name,
@@ -238,7 +207,7 @@ def _check_choice(reference: Any) -> None:
 
 
 def _label_key(label: str) -> str:
-    # "a" is an article and "A" an answer: labels of one letter are told apart by their case.
+    # "a" is an article and "A" an answer: labels of one letter differ by their case
     label = fold(label)
     return label if len(label) == 1 else label.casefold()
 
@@ -247,7 +216,7 @@ def _chosen(choices: Sequence[str], answer: str) -> set[str]:
     """Return the keys of the choices that stand in the answer as whole words; of two that overlap, the longer."""
     keys = sorted({_label_key(c) for c in choices}, key=len, reverse=True)
     pattern = "|".join(rf"(?<!\w){re.escape(k) if len(k) == 1 else '(?i:' + re.escape(k) + ')'}(?!\w)" for k in keys)
-    return {_label_key(found) for found in re.findall(pattern, fold(answer))}
+    return {_label_key(match) for match in re.findall(pattern, fold(answer))}
 
 
 def _one_choice(reference: Mapping[str, Any], answer: str) -> float:

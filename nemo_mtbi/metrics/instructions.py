@@ -302,11 +302,12 @@ def _check_parameter(rule: str, name: str, value: Any) -> None:
     elif name == "relation":
         good, wanted = isinstance(value, str) and value in _RELATIONS, f"one of {', '.join(_RELATIONS)}"
     elif name in ("keywords", "words", "options"):
-        several = isinstance(value, (list, tuple)) and value
+        several = isinstance(value, (list, tuple)) and len(value) > 0
         good, wanted = several and all(isinstance(v, str) and v for v in value), "a list of texts"
     elif name == "letter":
         good, wanted = isinstance(value, str) and len(value) == 1, "one character"
     else:
-        good, wanted = isinstance(value, str) and (value if name == "divider" else value.strip()), "a text"
+        good = isinstance(value, str) and bool(value if name == "divider" else value.strip())
+        wanted = "a text"
     if not good:
         raise ValueError(f"rule {rule!r}: {name} must be {wanted}, got {value!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is made equal before words are compared."""
+"""Normalization of text before words are compared."""
 
 import re
 import string
@@ -37,24 +37,24 @@ def words(text: str) -> list[str]:
     In scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese …) each character is one,
     with the marks on it: a whole sentence would be a single word otherwise, which one wrong character makes wrong.
     """
-    found: list[str] = []
+    split: list[str] = []
     for part in text.split():
         if part.isascii():
-            found.append(part)
+            split.append(part)
             continue
         started = open_word = False  # the last word may go on with a mark; with any letter of a spaced script
         for character in part:
             continues = open_word and not _is_unspaced(character)
             if continues or (started and unicodedata.category(character)[0] == "M"):
-                found[-1] += character
+                split[-1] += character
                 continue
-            found.append(character)
+            split.append(character)
             started, open_word = True, not _is_unspaced(character)
-    return found
+    return split
 
 
 def without_idle_spaces(text: str) -> str:
-    """Return the text without spaces beside characters of scripts that have none between words: they say nothing."""
+    """Return the text without spaces beside characters of scripts that have none between words."""
     parts = text.split()
     if text.isascii():
         return " ".join(parts)

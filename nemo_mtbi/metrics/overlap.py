@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLEU and chrF as counts of n-grams: what sacrebleu computes, in a form that can be resampled."""
+"""BLEU and chrF of sacrebleu as counts of n-grams, which can be resampled."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ def bleu_rows(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) ->
         references: One or more texts for each item.
         hypotheses: One text for each item.
     """
-    # effective_order: the score of the sentence, which is thrown away, or sacrebleu warns at every item.
+    # without effective_order sacrebleu warns at every item about the score of the sentence, which is not used
     counter = BLEU(effective_order=True)
     rows = []
     for texts, hypothesis in zip(references, hypotheses, strict=True):
-        found = counter.sentence_score(hypothesis, list(texts))
-        rows.append([found.sys_len, found.ref_len, *found.counts, *found.totals])
+        score = counter.sentence_score(hypothesis, list(texts))
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
     return np.array(rows, dtype=np.float64).reshape(len(rows), 2 + 2 * _BLEU_ORDER)
 
 
 def bleu(sums: np.ndarray) -> np.ndarray:
     """Combine sums of :func:`bleu_rows` to BLEU (0 to 100; 13a tokens, exponential smoothing), sacrebleu's default."""
     length, reference = sums[..., 0], sums[..., 1]
-    matched, found = sums[..., 2 : 2 + _BLEU_ORDER], sums[..., 2 + _BLEU_ORDER :]
-    # The k-th order in a row without a match counts as 1 / 2^k matches.
+    matched, total = sums[..., 2 : 2 + _BLEU_ORDER], sums[..., 2 + _BLEU_ORDER :]
+    # the k-th order in a row without a match counts as 1 / 2^k matches
     smoothed = np.where(matched > 0, matched, 0.5 ** np.cumsum(matched == 0, axis=-1))
-    precision = np.nan_to_num(divide(smoothed, found))
-    possible = matched.any(axis=-1) & (found > 0).all(axis=-1)
+    precision = np.nan_to_num(divide(smoothed, total))
+    possible: np.ndarray = np.asarray(matched.any(axis=-1) & (total > 0).all(axis=-1))
     logs = np.log(np.where(possible[..., None], precision, 1.0)).mean(axis=-1)
     brevity = np.exp(np.minimum(0.0, 1.0 - np.nan_to_num(divide(reference, length))))
     return np.where(possible, 100.0 * brevity * np.exp(logs), 0.0)
@@ -70,6 +70,6 @@ def _chrf_counts(reference: str, hypothesis: str) -> list[int]:
     counts = []
     for n in range(1, _CHRF_ORDER + 1):
         ours, theirs = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in sides)
-        # As in sacrebleu: an order that the reference is too short for says nothing about the hypothesis.
+        # as in sacrebleu: an order that the reference is too short for does not count
         counts += [ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()]
     return counts

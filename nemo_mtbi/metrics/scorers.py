@@ -3,8 +3,8 @@
 
 Every scorer takes ``(reference, hypothesis)`` and returns a float from 0 to 1, where 1 means right. A malformed
 hypothesis scores 0. A reference that breaks the format of its own scoring kind is a fault of the data and raises
-``ValueError``, since every hypothesis would score 0 against it in silence. Empty answers and refusals are dealt with
-where a corpus is scored (``metrics.py``).
+``ValueError``, since every hypothesis would score 0 against it in silence. Empty answers and refusals are handled
+where a corpus is scored (``corpus.py``).
 """
 
 import json
@@ -65,7 +65,7 @@ def label(reference: str, hypothesis: str) -> float:
 def json_equal(reference: str, hypothesis: str) -> float:
     """Return 1 if the answer parses as JSON and equals the reference value; key order and spacing do not matter.
 
-    ``NaN``, ``Infinity`` and a repeated key are no JSON here. ``true`` is not ``1``, but ``1.0`` is ``1``.
+    ``NaN``, ``Infinity`` and a repeated key are not JSON here. ``true`` is not ``1``, but ``1.0`` is ``1``.
 
     Raises:
         ValueError: the reference is not JSON.
@@ -152,7 +152,7 @@ def _bare_label(text: str) -> str:
 
 def _parse_json(text: str) -> Any:
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -168,7 +168,7 @@ def _same_json(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same_json(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(_same_json(x, y) for x, y in zip(a, b, strict=True))
-    # Python holds True == 1, JSON does not.
+    # True == 1 in Python, but not in JSON
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
@@ -181,7 +181,7 @@ def _unquote(text: str) -> str | None:
 
 
 def _bullet_items(text: str) -> list[str] | None:
-    """Return the folded items of a bullet list, or None if there is none or a line is no bullet."""
+    """Return the folded items of a bullet list, or None if it is empty or a line is not a bullet."""
     matches = [_BULLET.fullmatch(line) for line in text.splitlines() if line.strip()]
     if not matches or not all(matches):
         return None

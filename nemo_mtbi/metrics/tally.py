@@ -9,6 +9,7 @@ returns one, and intervals and tests (``statistics.py``) need nothing else.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Tally:
         higher_is_better: False for error rates and divergences.
         per_item: Whether the figure of a single item means anything (not so for BLEU without smoothing).
         abstained: ``[items]``, True where the answer is empty or a refusal.
-        left_out: Items that count for nothing, since they can't tell what the figure asks.
+        left_out: Number of items that the figure is not defined for.
 
     Raises:
         ValueError: there is no item, a count is not finite, or ``abstained`` has another length.
@@ -97,7 +98,9 @@ def mean(sums: np.ndarray) -> np.ndarray:
     return divide(sums[..., 0], sums[..., 1])
 
 
-def mean_tally(name: str, points: Sequence[float], weights: Sequence[float] | None = None, **options) -> Tally:
+def mean_tally(
+    name: str, points: Sequence[float] | np.ndarray, weights: Sequence[float] | None = None, **options: Any
+) -> Tally:
     """Return the weighted mean of values as a tally.
 
     Args:
@@ -129,7 +132,7 @@ def pooled(tallies: Sequence[Tally]) -> Tally:
     first = tallies[0]
     if any(t.name != first.name or t.rows.shape[1] != first.rows.shape[1] for t in tallies):
         names = ", ".join(sorted({t.name for t in tallies}))
-        raise ValueError(f"only tallies of one figure can be pooled, got {names}: average them with macro_average")
+        raise ValueError(f"only tallies of one figure can be pooled, got {names}: pool each figure apart")
     return Tally(
         first.name,
         np.concatenate([t.rows for t in tallies]),
@@ -138,39 +141,4 @@ def pooled(tallies: Sequence[Tally]) -> Tally:
         first.per_item,
         np.concatenate([t.abstained for t in tallies]),
         sum(t.left_out for t in tallies),
-    )
-
-
-def macro_average(name: str, tallies: Sequence[Tally]) -> Tally:
-    """Return the mean of several figures, each over its own items; the items follow one another in that order.
-
-    A task then counts once however often it was asked. The mean is undefined where one of the figures is.
-
-    Raises:
-        ValueError: there is none, or for some more is better and for others less.
-    """
-    if not tallies:
-        raise ValueError(f"{name}: no figures to average; pass at least one")
-    if len({t.higher_is_better for t in tallies}) > 1:
-        raise ValueError(f"{name}: a mean of scores and error rates means nothing; average them apart")
-    ends = np.cumsum([t.rows.shape[1] for t in tallies])
-    blocks = [slice(end - t.rows.shape[1], end) for t, end in zip(tallies, ends, strict=True)]
-    rows = np.zeros((sum(map(len, tallies)), ends[-1]))
-    start = 0
-    for tally, block in zip(tallies, blocks, strict=True):
-        rows[start : start + len(tally), block] = tally.rows
-        start += len(tally)
-    combines = [t.combine for t in tallies]
-
-    def combine(sums: np.ndarray) -> np.ndarray:
-        return np.mean([c(sums[..., block]) for c, block in zip(combines, blocks, strict=True)], axis=0)
-
-    return Tally(
-        name,
-        rows,
-        combine,
-        tallies[0].higher_is_better,
-        per_item=False,
-        abstained=np.concatenate([t.abstained for t in tallies]),
-        left_out=sum(t.left_out for t in tallies),
     )

@@ -81,7 +81,7 @@ def open_data(
     sections: Mapping[str, dict[str, Any]],
 ) -> dict[str, DataLoader | None]:
     """Return the loaders of the first replica by the names of their sections; ``None`` where one is refused."""
-    expected = {"chat": chat.fingerprint(), CHAT_FORMAT: chat.description()}
+    expected: dict[str, Any] = {"chat": chat.fingerprint(), CHAT_FORMAT: chat.description()}
     if llm.whole:
         expected["llm"] = llm.directory.fingerprint
     else:

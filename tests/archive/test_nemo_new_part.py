@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import nn
 
 from nemo_mtbi.models.mtbi_model import MTBIModel
-from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.speech_llm.model import SpeechLLM
 from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS, FirstStagePart, stored_parts
 
@@ -87,7 +86,6 @@ def test_a_model_starts_from_it(prompts, model_section, tmp_path):
 def test_it_is_trained_by_the_connectors_optimizer(prompts, model_section):
     model = build(model_section, 0.0)
     assert any(value is model.speech_llm.prompts.values for value in model.trained)
-    Trainer(strategy=MTBIStrategy(), accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
 
 
 def test_weights_of_the_llm_are_stored_with_it_where_it_is_inside():

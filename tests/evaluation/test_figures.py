@@ -4,9 +4,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemo_mtbi.evaluation.figures import Asked, Resampling, comparisons, describe, right, score
-from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply, check_references
+from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply, check_references, metrics_of
+from nemo_mtbi.metrics.scorers import score as score_of
+from nemo_mtbi.targets.tasks import Task
 
 FEW = Resampling(200, 0)
 CLIPS = [Clip(f"u{index}", Path(f"{index}.wav"), "a b") for index in range(4)]
@@ -106,6 +110,18 @@ def test_instructions_count_one_by_one_and_shares_mix():
     assert found.value == pytest.approx(2 / 3) and right(found).value == 0.5
     with pytest.raises(ValueError, match="wer can't be averaged with exact"):
         score([mixed[1], Item(0, "v", "g", "", ("wer",), "x")], ["x", "x"])
+
+
+TEXTS = st.sampled_from(["", "cat", "the cat", "Cat.", "I'm sorry, but I can't hear that."])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["wer", "cer", "exact", "label", "f1", "upper"]), TEXTS, TEXTS), min_size=1))
+def test_scores_of_mixed_tasks_are_those_of_each_kind(rows):
+    mixed = [Item(0, k, "g", "", metrics_of(Task(k, k, False, ("",))), reference) for k, reference, _ in rows]
+    tally = score(mixed, [answer for *_, answer in rows])
+    expected = [0.0 if empty else score_of(*row) for row, empty in zip(rows, tally.abstained, strict=True)]
+    assert tally.items == expected and right(tally).items == [float(points == 1.0) for points in expected]
 
 
 def test_references_are_checked_before_anything_is_asked():

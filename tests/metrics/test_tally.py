@@ -2,14 +2,13 @@
 """Figures as sums of counts."""
 
 import math
-import random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_mtbi.metrics.tally import Tally, divide, macro_average, mean, mean_tally, pooled
+from nemo_mtbi.metrics.tally import Tally, divide, mean, mean_tally, pooled
 
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20)
 
@@ -41,24 +40,6 @@ def test_pooled_takes_every_item():
         pooled([a, mean_tally("y", [1])])
     with pytest.raises(ValueError, match="no tallies"):
         pooled([])
-
-
-def test_macro_average_counts_each_figure_once():
-    rng = random.Random(0)
-    parts = [mean_tally(name, [float(rng.random() < 0.5) for _ in range(n)]) for name, n in (("a", 5), ("b", 50))]
-    average = macro_average("tasks", parts)
-    assert average.value == pytest.approx((parts[0].value + parts[1].value) / 2)
-    assert len(average) == 55 and not average.per_item
-    # Each item keeps its own row, so that it can be drawn with its utterance.
-    assert (average.rows[:5, :2] == parts[0].rows).all() and (average.rows[5:, 2:] == parts[1].rows).all()
-    assert not average.rows[:5, 2:].any() and not average.rows[5:, :2].any()
-    doubled = average.combine(np.stack([average.rows.sum(0)] * 2))
-    assert doubled == pytest.approx([average.value] * 2)
-    assert macro_average("tasks", [parts[0], mean_tally("c", [1.0], [0])]).value is None
-    with pytest.raises(ValueError, match="scores and error rates"):
-        macro_average("tasks", [parts[0], mean_tally("c", [1.0], higher_is_better=False)])
-    with pytest.raises(ValueError, match="no figures to average"):
-        macro_average("tasks", [])
 
 
 def test_bad_counts_are_errors():
