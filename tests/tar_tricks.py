@@ -7,6 +7,8 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 BLOCK, GIANT = tarfile.BLOCKSIZE, 10 * 2**30
 
 
@@ -99,3 +101,10 @@ def repacked(source: Path, path: Path, change: Callable[[dict[str, bytes]], None
         files["digests.json"] = _digests({name: files[name] for name in files if name != "digests.json"})
     path.write_bytes(b"".join(member(f"./{n}", content) for n, content in files.items()) + bytes(2 * BLOCK))
     return path
+
+
+def same(one, other):
+    """Whether two mappings of names to tensors are equal, bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )

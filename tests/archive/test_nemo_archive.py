@@ -14,7 +14,7 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from tar_tricks import repacked
+from tar_tricks import repacked, same
 
 from nemo_mtbi.archive import save_restore as archives
 from nemo_mtbi.archive.save_restore import MTBIArchive
@@ -42,12 +42,6 @@ def answers(model):
 def weights(model):
     """Parameters and buffers, those that ``state_dict`` leaves out too."""
     return {name: value.clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
-    )
 
 
 def build(section, **changes):
