@@ -47,8 +47,11 @@ class LayoutDecoder(nn.Module):
         llm_was_trained: whether an earlier run has trained its weights.
 
     Attributes:
+        chunks: this process's runs of layers.
         llm_state: what of the LLM trains, and whether its weights are the original ones.
     """
+
+    chunks: Sequence[GPTDecoder]
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class LayoutDecoder(nn.Module):
     ):
         super().__init__()
         chunks = [decoder] if isinstance(decoder, GPTDecoder) else decoder
-        self.chunks = nn.ModuleList(chunks).requires_grad_(False)
+        self.chunks = cast(Any, nn.ModuleList(chunks).requires_grad_(False))  # registered, and a sequence
         unfreeze(self.chunks, llm)
         if lora is not None:
             add_lora(self.chunks, lora)
@@ -208,6 +211,8 @@ class SpeechLLM(LayoutDecoder):
     ):
         super().__init__(decoder, lora, llm, llm_was_trained)
         shape = encoder.shape if encoder is not None else shape
+        if shape is None:
+            raise ValueError("a speech LLM without an encoder needs the encoder's shape, to count frames: give shape")
         self.frame_counter = frame_counter(shape, connector)
         self.encoder_cache = encoder_cache
         self.loss = loss or LossConfig()
@@ -234,8 +239,18 @@ class SpeechLLM(LayoutDecoder):
         return self.encode_audio(batch.audio, batch.audio_lengths, batch.frame_lengths, batch.cut_ids)
 
     def encode_audio(self, audio: Tensor, lengths: Tensor, expected: Tensor, names: list[str] | None = None) -> Tensor:
-        """``audio [U, N]`` with ``lengths [U]`` samples to ``[F, H]``; ``expected [U]`` frames on the CPU."""
-        if not len(audio):
+        """Return the connector frames of utterances, ``[F, H]``; none off the first stage.
+
+        Args:
+            audio: ``[U, N]`` samples.
+            lengths: ``[U]`` valid samples.
+            expected: ``[U]`` frames that each must give, on the CPU.
+            names: of the utterances, for messages.
+
+        Raises:
+            RuntimeError: if an utterance gives another number of frames.
+        """
+        if not len(audio) or self.encoder is None or self.connector is None:
             return self.no_frames()
         # the encoder's work is shared by the tensor-parallel processes; each then has all of it
         encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
