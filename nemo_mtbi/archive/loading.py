@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from nemo.utils import logging
@@ -31,6 +31,7 @@ from nemo_mtbi.encoders.paired import AnyEncoder
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.nemo_tar import WEIGHTS, read_yaml
 from nemo_mtbi.llm.directory import WEIGHTS as LLM_FILE
+from nemo_mtbi.llm.directory import OwnDirectory
 from nemo_mtbi.llm.layers import HAVE_TE
 from nemo_mtbi.llm.weights import load_weights
 from nemo_mtbi.parallel import groups
@@ -93,7 +94,10 @@ def load_model(config: ModelConfig, frozen: FrozenParts, archive: OpenArchive | 
     facts, first_failure = groups.broadcast_object((facts, failure))
     if failure or first_failure:
         raise ValueError(failure or first_failure) from cause
-    shape = ModelShape(config.connector, *facts, text.decoder.architecture, config.lora, config.llm)
+    encoder_shape, encoder_weights = facts
+    shape = ModelShape(
+        config.connector, encoder_shape, encoder_weights, text.decoder.architecture, config.lora, config.llm
+    )
     if archive is not None:
         _check_weights(shape, frozen, archive)
     speech_llm = SpeechLLM(
@@ -141,7 +145,7 @@ def _load_llm(config: ModelConfig, frozen: FrozenParts, archive: OpenArchive | N
         for name, content in texts.items():
             (Path(folder) / Path(name).name).write_bytes(content)
         (Path(folder) / LLM_FILE).touch()  # the weights are read from the archive
-        directory = find_text_llm(folder)
+        directory = cast(OwnDirectory, find_text_llm(folder))  # files of our own names
         directory.written_with = config.chat  # unless another is asked for
         chat = config.chat if _overrides_chat(config, archive) else None
         text = load_text_llm(directory, dtype, weights=False, chat=chat, **layers)

@@ -10,9 +10,10 @@ Format 1 had configuration and connector only, format 2 no digests.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import yaml
@@ -95,7 +96,7 @@ class MTBIArchive(SaveRestoreConnector):
         refuse_overwriting(model.frozen.paths, {"save_path": [save_path]})
         # in a group with a time limit: if a process has not been called, the others learn of it
         path, full = groups.broadcast_object((str(Path(save_path).expanduser().absolute()), full), "world")
-        failure = f"{path} can't be written: the first process has failed, see its message"
+        failure: str | None = f"{path} can't be written: the first process has failed, see its message"
         try:
             failure = self._write_together(model, Path(path), full)
         finally:
@@ -104,7 +105,7 @@ class MTBIArchive(SaveRestoreConnector):
             raise RuntimeError(failure)
 
     def _write_together(self, model: SpeechModel, path: Path, full: bool) -> str | None:
-        """What went wrong, on the first process. The first replica's processes give their shares of the LLM."""
+        """Write the file; return what went wrong, on the first process. The first replica's processes give shares."""
         if groups.data_parallel_rank() > 0:
             return None
         chunks = model.speech_llm.chunks
@@ -123,10 +124,10 @@ class MTBIArchive(SaveRestoreConnector):
                     archive.add(CONFIG, stored_config(model, full))
                     for name, content in model.llm_files.items():
                         archive.add(name, content)
-                    archive.add_tensors(WEIGHTS, specs, islice(weights, len(specs)))
+                    archive.add_tensors(WEIGHTS, specs, _whole(islice(weights, len(specs))))
                     if full:
                         write_encoder(archive, model)
-                        archive.add_tensors(LLM_WEIGHTS, llm, weights)
+                        archive.add_tensors(LLM_WEIGHTS, llm, _whole(weights))
                     archive.end()
             except OSError as error:
                 return explain_writing(path, error)
@@ -178,9 +179,23 @@ def connector_of(given: SaveRestoreConnector | None) -> MTBIArchive:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+def _whole(weights: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield gathered weights, which are there on the first process."""
+    for name, value in weights:
+        if value is None:
+            raise RuntimeError(f"{name} was gathered on another process than the first one")
+        yield name, value
+
+
 def write_encoder(archive: NemoWriter, model: SpeechModel) -> None:
-    """Writes the encoder, in fewer bits where that loses nothing; on the first process."""
+    """Write the encoder, in fewer bits where that loses nothing; on the first process.
+
+    Raises:
+        ValueError: if a full ``.nemo`` can't hold it.
+    """
     encoder = model.speech_llm.encoder
+    if encoder is None:
+        raise ValueError("this process holds no encoder: the first process of the first stage writes the file")
     archive.add(ENCODER_SETTINGS, encoder_settings(encoder))
     state = encoder.state_dict()
     specs = {k: Spec(shortest(x.dtype, exact_dtypes([x])), tuple(x.shape)) for k, x in state.items()}
@@ -189,8 +204,8 @@ def write_encoder(archive: NemoWriter, model: SpeechModel) -> None:
 
 
 def stored_config(model: SpeechModel, full: bool) -> bytes:
-    """The configuration as it is stored: nothing of the run and nothing of the machine, but the references."""
-    conf = OmegaConf.to_container(model.cfg, resolve=True)
+    """Return the configuration as it is stored: nothing of the run or the machine, but the references."""
+    conf = cast(dict[str, Any], OmegaConf.to_container(model.cfg, resolve=True))  # of a DictConfig
     for key in (*DATA_KEYS, *RUN_KEYS):
         conf.pop(key, None)
     conf.update(format_version=FORMAT_VERSION, fingerprints=dict(model.frozen.fingerprints))
@@ -263,7 +278,7 @@ def read_config(file: NemoFile, cls: type) -> DictConfig:
 
 
 def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConfig:
-    """The configuration to restore with: ``given`` keys take the place of the stored ones.
+    """Return the configuration to restore with: ``given`` keys take the place of the stored ones.
 
     Args:
         stored: of the archive.
@@ -276,11 +291,13 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
     if given is None:
         return stored
     try:
-        conf = OmegaConf.load(given) if isinstance(given, (str, Path)) else OmegaConf.create(given)
+        loaded = OmegaConf.load(given) if isinstance(given, (str, Path)) else given
+        conf = loaded if OmegaConf.is_config(loaded) else OmegaConf.create(dict(loaded))
         if not isinstance(conf, DictConfig):
             raise ValueError(f"override_config_path={given} holds no keys and values")
-        conf = OmegaConf.create(OmegaConf.to_container(conf.model if "model" in conf else conf, resolve=True))
-        merged = OmegaConf.merge(stored, conf)
+        values = OmegaConf.to_container(conf.model if "model" in conf else conf, resolve=True)
+        conf = OmegaConf.create(cast(dict[Any, Any], values))  # of a DictConfig
+        merged = cast(DictConfig, OmegaConf.merge(stored, conf))  # of two of them
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override_config_path={given} can't be read: {error}") from error
     for key in ("fingerprints", "file_digests", "target", "format_version", "nemo_version", "llm_was_trained"):
@@ -296,8 +313,8 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
 
 
 def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
-    """Starts the processes in the trainer's layout, or in the one that was asked for; none is stored."""
-    if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
+    """Start the processes in the trainer's layout, or in the one of the configuration; none is stored."""
+    if trainer is not None and isinstance(trainer.strategy, MTBIStrategy):
         trainer.strategy.start(trainer)
     run = {key: conf.pop(key) for key in RUN_KEYS if key in conf}
     layout = {key: value for key, value in run.items() if key in LAYOUT_KEYS}

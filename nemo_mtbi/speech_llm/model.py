@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import tee
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -287,7 +287,7 @@ class SpeechLLM(LayoutDecoder):
     def loss_sums(
         self, decoder: GPTDecoder, microbatch: MicroBatch, hidden: Tensor, teacher: Tensor | None
     ) -> dict[str, Tensor]:
-        """Sums over the response tokens of one microbatch, on the last stage.
+        """Return sums over the response tokens of one microbatch, on the last stage.
 
         Args:
             decoder: the last run of layers, with the head.
@@ -297,27 +297,33 @@ class SpeechLLM(LayoutDecoder):
 
         Returns:
             ``loss``, which is minimized, and the parts of it that ``self.loss`` measures.
+
+        Raises:
+            ValueError: if the loss compares with a teacher, and none is given.
         """
         config, group = self.loss, groups.tensor_parallel_group()
         logits = decoder.logits(hidden, microbatch.response_index)  # [n, V / tp]
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.ce_weight > 0):
             sums = {"ce": response_cross_entropy(logits, microbatch.targets, group)}
-        if config.kl_weight:
+        if config.uses_teacher and teacher is None:
+            raise ValueError("model.loss compares with the text twins: give the hidden states of teach()")
+        if config.kl_weight and teacher is not None:
             sums["kl"] = self._divergence(decoder, microbatch, logits, teacher)
-        if config.hidden_weight:
+        if config.hidden_weight and teacher is not None:
             own = _at(hidden, microbatch.response_index[microbatch.paired])
             sums["hidden"] = hidden_distance(own, teacher[microbatch.twin_index])
         weights = {"ce": config.ce_weight, "kl": config.kl_weight, "hidden": config.hidden_weight}
-        loss = sum(weights[name] * value for name, value in sums.items() if weights[name])
+        weighted = [weights[name] * value for name, value in sums.items() if weights[name]]
+        loss = sum(weighted[1:], weighted[0])
         return {"loss": loss, **{name: sums[name].detach() for name in config.parts}}
 
     def _divergence(self, decoder: GPTDecoder, microbatch: MicroBatch, logits: Tensor, teacher: Tensor) -> Tensor:
-        """Summed divergence from the teacher, piece by piece, since it works on several copies of the logits."""
+        """Return the summed divergence from the teacher, piece by piece: it works on several copies of the logits."""
         config, group = self.loss, groups.tensor_parallel_group()
         if len(microbatch.paired) < len(logits):
             logits = logits[microbatch.paired]
         size = max(COMPARED_AT_ONCE // logits.shape[-1], 1)
-        total = 0
+        total = logits.new_zeros(())
         for own, index in zip(logits.split(size), microbatch.twin_index.split(size), strict=True):
             with torch.no_grad():
                 wanted = decoder.logits(teacher, index)
