@@ -63,7 +63,7 @@ def examples_of(answered: Answered, config: EvalConfig) -> list[Example]:
     replies = {name: asked.answers(0) for name, asked in answered.systems.items()}
     examples = []
     for index, item in enumerate(answered.systems[speech].items):
-        answers = {name: found[index] for name, found in replies.items()}
+        answers = {name: texts[index] for name, texts in replies.items()}
         read = answers.get(text, "") if text else ""
         clip = answered.chosen.clips[item.clip]
         question = (clip, item.task, item.prompt, item.group)

@@ -42,6 +42,7 @@ __all__ = [
     "fold",
     "metric",
     "normalize",
+    "register_scorer",
     "score",
     "task_metric",
     "token_f1",
@@ -258,3 +259,20 @@ def _registry() -> dict[str, Metric]:
 
 
 METRICS: dict[str, Metric] = _registry()
+
+
+def register_scorer(kind: str, scorer: Callable[[str, str], float]) -> None:
+    """Make a kind of scoring available to task pools, training and evaluation.
+
+    Args:
+        kind: The value of ``scoring`` in a task pool.
+        scorer: The score, from 0 to 1, of ``(reference, answer)``; it raises ValueError for a reference that is not
+            what it needs.
+
+    Raises:
+        ValueError: the name is taken by a scorer or another metric.
+    """
+    if kind in SCORERS or kind in METRICS:
+        raise ValueError(f"the kind of scoring {kind!r} is registered already: choose another name")
+    SCORERS[kind] = scorer
+    METRICS[kind] = _pointwise(kind, scorer)

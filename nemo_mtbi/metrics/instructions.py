@@ -118,7 +118,7 @@ def _no_comma(answer: str) -> bool:
 
 
 def _title(answer: str) -> bool:
-    return any(found.strip("<>").strip() for found in re.findall(r"<<[^\n]+>>", answer))
+    return any(match.strip("<>").strip() for match in re.findall(r"<<[^\n]+>>", answer))
 
 
 def _placeholders(answer: str, count: int) -> bool:
@@ -126,8 +126,8 @@ def _placeholders(answer: str, count: int) -> bool:
 
 
 def _highlights(answer: str, count: int) -> bool:
-    single = [found.strip("*") for found in re.findall(r"\*[^\n*]*\*", answer)]
-    double = [found[2:-2] for found in re.findall(r"\*\*[^\n*]*\*\*", answer)]
+    single = [match.strip("*") for match in re.findall(r"\*[^\n*]*\*", answer)]
+    double = [match[2:-2] for match in re.findall(r"\*\*[^\n*]*\*\*", answer)]
     return sum(bool(text.strip()) for text in single + double) >= count
 
 

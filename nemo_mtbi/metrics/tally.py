@@ -78,7 +78,7 @@ class Tally:
 
     @property
     def abstentions(self) -> int:
-        """How many answers are empty or refusals."""
+        """Number of answers that are empty or refusals."""
         return int(self.abstained.sum())
 
 

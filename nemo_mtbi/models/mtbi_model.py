@@ -114,6 +114,11 @@ class MTBIModel(Asking, TrainingSteps):
     # ----- training
 
     def on_fit_start(self) -> None:
+        """Check what a training needs, give all processes the same first weights, and start the LLM's optimizer.
+
+        Raises:
+            ValueError: for settings that can't be trained with; names the remedy.
+        """
         if self.trainer.accumulate_grad_batches != 1:
             raise ValueError(
                 "trainer.accumulate_grad_batches must be 1: a step is already split into microbatches; raise "
@@ -131,6 +136,7 @@ class MTBIModel(Asking, TrainingSteps):
             self.llm_optimizer = build_llm_optimizer(self.speech_llm.chunks, self.config.llm, optimizer.defaults)
 
     def on_fit_end(self) -> None:
+        """Free the memory of the LLM's optimizer."""
         self.close_llm_optimizer()
 
     def close_llm_optimizer(self) -> None:
@@ -156,6 +162,14 @@ class MTBIModel(Asking, TrainingSteps):
             checkpoint["epoch"] = min(checkpoint["epoch"], running)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Compare the run of a checkpoint with this one, and keep its states until training starts.
+
+        Args:
+            checkpoint: as Lightning loads it.
+
+        Raises:
+            ValueError: if encoder, LLM, chat format or optimizer are other ones.
+        """
         check_resume(self, checkpoint)
         if self._trainer is not None:
             check_optimizers(checkpoint, self.trainer.optimizers)
@@ -163,6 +177,7 @@ class MTBIModel(Asking, TrainingSteps):
         self._llm_moments = checkpoint.get(LLM_OPTIMIZER)
 
     def on_train_start(self) -> None:
+        """Restore optimizer, random states and counters of the checkpoint that the run resumes from."""
         super().on_train_start()
         if self.llm_optimizer is not None:
             self.llm_optimizer.restore(self._llm_moments)
@@ -207,6 +222,7 @@ class MTBIModel(Asking, TrainingSteps):
         return result
 
     def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation over all processes."""
         own, self._validation = self._validation, []
         results = [result for part in groups.gather_objects(own, "data") for result in part]
         for name, value in validation_figures(results, self.config).items():
@@ -312,4 +328,5 @@ class MTBIModel(Asking, TrainingSteps):
 
     @classmethod
     def list_available_models(cls) -> list[PretrainedModelInfo]:
+        """Return an empty list: no pretrained models are published."""
         return []

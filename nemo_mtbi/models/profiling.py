@@ -35,9 +35,14 @@ class StepMaker:
     twins: bool
 
     def __call__(self, audio: Tensor, responses: Tensor) -> StepBatch:
-        """Args:
-        audio: ``[U, N]`` samples.
-        responses: ``[U, T]`` token ids.
+        """Build a step.
+
+        Args:
+            audio: ``[U, N]`` samples.
+            responses: ``[U, T]`` token ids.
+
+        Raises:
+            ValueError: if the audio is too short for a frame.
         """
         count = self.frames(audio.shape[1])
         if not count:

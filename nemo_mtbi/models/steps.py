@@ -60,6 +60,7 @@ class TrainingSteps(ModelPT):
     # ----- a step
 
     def on_train_start(self) -> None:
+        """Let Lightning treat steps that are left out as gradients that are still being accumulated."""
         super().on_train_start()
         self._left_out = False
         self._skips.begin(self._train_dl)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all processes do together, and how it went: a failure of one is the same error in all."""
+"""Actions that all processes take together: a failure of one is the same error in all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Value = TypeVar("Value")
 
 
 def together(what: str, action: Callable[[], Value], explain: Callable[[Exception], str] = str) -> list[Value]:
-    """Does something in every process, and tells all of them how it went.
+    """Run an action in every process, and share the outcomes.
 
     Args:
-        what: the beginning of the message if it fails.
-        action: what this process does. It communicates with nobody, since another one may have failed already.
-        explain: what the message says about an exception.
+        what: beginning of the message if it fails.
+        action: work of this process. It must not communicate, since another process may have failed already.
+        explain: gives the text for an exception.
 
     Returns:
-        What each process has got, by rank.
+        The result of each process, by rank.
 
     Raises:
         ValueError, RuntimeError: the same in every process if one fails; a ValueError if that was one.
@@ -29,7 +29,7 @@ def together(what: str, action: Callable[[], Value], explain: Callable[[Exceptio
     value, failure, cause = None, None, None
     try:
         value = action()
-    except Exception as error:  # whatever it is: the others must hear of it instead of waiting
+    except Exception as error:  # of any kind: the others must raise too instead of waiting
         cause, failure = error, (isinstance(error, ValueError), explain(error) or type(error).__name__)
     try:
         outcomes = groups.gather_objects((value, failure))
@@ -45,10 +45,10 @@ def together(what: str, action: Callable[[], Value], explain: Callable[[Exceptio
 
 
 def agreed(work: Callable[[], Value]) -> Value:
-    """Does work that may fail on some processes of a model replica only; then all of them raise, and none waits.
+    """Run work that may fail on some processes of a model replica only; then all of them raise, and none waits.
 
     Args:
-        work: what this process has to do. All processes of the replica must call this function.
+        work: of this process. All processes of the replica must call this function.
 
     Returns:
         What ``work`` returns.
@@ -76,10 +76,10 @@ def agreed(work: Callable[[], Value]) -> Value:
 
 @contextmanager
 def led(items: Iterator[Value]) -> Iterator[Iterator[Value]]:
-    """Lets the first process of a replica decide how far all of them get with a collective iterator.
+    """Let the first process of a replica set the pace of a collective iterator for all of them.
 
-    It may fail between two items, on a full disk for instance, and the others must not wait for it then. They go
-    through the items before the body, and the body gets none.
+    The first process may fail between two items (a full disk), and the others must not wait for it then. The others
+    consume the items before the body, and their body gets an empty iterator.
     """
     if groups.control_group("replica").rank() > 0:
         while groups.broadcast_object(None, "replica"):

@@ -2,8 +2,8 @@
 """What Megatron-core needs to run without CUDA, and nothing more.
 
 Megatron-core allocates small tensors on ``torch.cuda.current_device()`` or ``device="cuda"`` and forks a CUDA random
-state where weights are initialized. :func:`megatron_device` answers these on the CPU while its body runs. It patches a
-handful of names and restores them: the user's process stays as it was outside the body, and no operator pays a tax.
+state where weights are initialized. :func:`megatron_device` redirects these to the CPU while its body runs. It patches
+a handful of names and restores them: outside the body the process is unchanged, and no operator is slower.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class _NoStream:
 
 
 def _patch() -> None:
-    """Puts the CPU's answers in the place of CUDA's; ``_patches.close()`` takes them away."""
+    """Replace the CUDA names by CPU versions; ``_patches.close()`` restores them."""
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import layers, random
@@ -90,7 +90,7 @@ def _patch() -> None:
 
 @contextlib.contextmanager
 def megatron_device(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Runs Megatron-core code on ``device``. On CUDA nothing is changed; nested use costs nothing.
+    """Run Megatron-core code on ``device``. On CUDA nothing is changed; nested use costs nothing.
 
     Threads may overlap (a server answers several requests): the last one out restores the names.
 
@@ -116,7 +116,7 @@ def megatron_device(device: torch.device | str = "cpu") -> Iterator[None]:
 
 @contextlib.contextmanager
 def megatron_optimizer_device(device: torch.device | str = "cpu") -> Iterator[None]:
-    """:func:`megatron_device` for Megatron's optimizer too, which asks for the CUDA names of types. In one thread."""
+    """Run Megatron's optimizer on ``device`` too, which compares CUDA names of types. For one thread at a time."""
     if torch.device(device).type == "cuda":
         yield
         return

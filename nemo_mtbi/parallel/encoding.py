@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encoder's work, shared by the tensor-parallel processes that all need its output."""
+"""Encoding split by utterance over the tensor-parallel processes, which all need its output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_mtbi.parallel import groups
 
 
 class _Gather(torch.autograd.Function):
-    """Joins equal shares of a group's processes. Each of them has the whole gradient, and takes back its share."""
+    """All-gather of equal shares; backward keeps this process's share of the gradient, which is whole on each."""
 
     @staticmethod
     def forward(ctx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -31,7 +31,7 @@ class _Gather(torch.autograd.Function):
 def encode_shared(
     encoder: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], audio: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Encodes each utterance on one tensor-parallel process, and gathers the frames on all of them.
+    """Encode each utterance on one tensor-parallel process, and gather the frames on all of them.
 
     Every share is padded to the longest utterance of the whole batch, as it would be in a single process, so that an
     utterance gets the same frames wherever it is encoded. What trains in it gets the gradient of the own utterances,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of a step, made whole over all processes."""
+"""Reduction, norm and clipping of gradients over all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nemo_mtbi.parallel import groups
 
 
 def share_parameters(parameters: Iterable[nn.Parameter]) -> None:
-    """Overwrites replicated parameters with those of the first tensor- and data-parallel process that holds them."""
+    """Overwrite replicated parameters with those of the first tensor- and data-parallel process that holds them."""
     for parameter in parameters:
         for group in (groups.data_parallel_group(), groups.tensor_parallel_group()):
             shared = getattr(parameter, "tensor_model_parallel", False) and group is groups.tensor_parallel_group()
@@ -22,7 +22,7 @@ def share_parameters(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums gradients over the data-parallel processes, in one transfer for each dtype.
+    """Sum gradients over the data-parallel processes, in one transfer for each dtype.
 
     They are sums and not means, since each loss is already divided by the global number of response tokens. A
     parameter that a step did not reach (cuts that were all left out, rows without speech) has a gradient of zero, in
@@ -53,7 +53,7 @@ def _sum(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:
-    """Euclidean norm of the gradients of a whole model replica: the same value on each of its processes.
+    """Return the Euclidean norm of the gradients of a whole model replica: the same value on each of its processes.
 
     A parameter that tensor-parallel processes share counts with each share, one that each of them holds counts once.
     """
@@ -68,7 +68,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> T
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scales gradients so that their global ``norm`` is at most ``limit``, as torch's ``clip_grad_norm_`` does."""
+    """Scale gradients so that their global ``norm`` is at most ``limit``, as torch's ``clip_grad_norm_`` does."""
     factor = clip_factor(norm, limit)
     for parameter in parameters:
         if parameter.grad is not None:
@@ -76,5 +76,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: floa
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What gradients of a global ``norm`` are multiplied by so that it is at most ``limit``."""
+    """Return the factor that scales gradients of a global ``norm`` to at most ``limit``."""
     return (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -27,12 +27,12 @@ _control: dict[str, dist.ProcessGroup] = {}  # gloo groups for Python objects, a
 def initialize(
     layout: ParallelConfig | None = None, timeout: float | None = None, check: Callable[[], None] | None = None
 ) -> ParallelConfig:
-    """Starts ``torch.distributed`` (from torchrun's environment, or alone) and Megatron's groups. Safe to call again.
+    """Start ``torch.distributed`` (from torchrun's environment, or alone) and Megatron's groups. Safe to call again.
 
     Args:
-        layout: of the model; ``None`` takes the one that is in force, or a single process for each replica.
+        layout: parallel sizes of the model; ``None``: those in force, or a single process for each replica.
         timeout: seconds after which a collective that another process does not join is an error; torch's default.
-        check: called when the processes have found each other, before anything depends on their layout.
+        check: called when the processes are connected, before anything depends on their layout.
 
     Returns:
         The layout in force.
@@ -79,7 +79,7 @@ def initialize(
 
 
 def _seed_tracker() -> None:
-    """Gives Megatron the random states from which it draws first weights on CUDA: without them no model is built.
+    """Seed the random states from which Megatron draws initial weights on CUDA; it builds no model without them.
 
     A run seeds them anew when it begins: see :func:`nemo_mtbi.parallel.strategy.seed_processes`.
     """
@@ -90,7 +90,7 @@ def _seed_tracker() -> None:
 
 
 def start_one_replica(tensor: int, pipeline: int, check: Callable[[], None] | None = None) -> None:
-    """Starts the groups for work that one model replica does alone.
+    """Start the groups for work that takes exactly one model replica.
 
     Args:
         tensor: tensor-parallel size.
@@ -127,7 +127,7 @@ def _new_control_group(limit: timedelta | None) -> dist.ProcessGroup:
 
 
 def _start_control(limit: timedelta | None) -> None:
-    """Groups for headers, object lists and flags. They are on gloo, so that none of it waits for the GPU."""
+    """Create the control groups (headers, object lists, flags), on gloo so that none of it waits for the GPU."""
     from megatron.core import parallel_state
 
     if dist.get_world_size() == 1:
@@ -151,7 +151,7 @@ def _start_control(limit: timedelta | None) -> None:
 
 
 def shut_down() -> None:
-    """Ends Megatron's groups and ``torch.distributed``, so that this process can start another layout."""
+    """End Megatron's groups and ``torch.distributed``, so that this process can start another layout."""
     global _layout
     from megatron.core import parallel_state
 
@@ -161,7 +161,7 @@ def shut_down() -> None:
     _control.clear()
     peers.remember([])
     _layout = None
-    if "nemo.utils" in sys.modules:  # what the strategy has told NeMo, which would not save models that are whole now
+    if "nemo.utils" in sys.modules:  # set by the strategy; NeMo would save a model of one process as a share
         from nemo.utils import AppState
 
         state = AppState()
@@ -171,12 +171,12 @@ def shut_down() -> None:
 
 
 def layout() -> ParallelConfig:
-    """The layout in force; a single process if none was started."""
+    """Return the parallel layout in force; that of a single process if none was started."""
     return _layout or ParallelConfig()
 
 
 def control_group(name: str) -> dist.ProcessGroup:
-    """A gloo group for small CPU messages: ``world``, ``replica`` (TP x PP), ``tensor`` or ``data``."""
+    """Return a group for small CPU messages: ``world``, ``replica`` (TP x PP), ``tensor`` or ``data``."""
     return _control[name]
 
 
@@ -184,14 +184,14 @@ def control_group(name: str) -> dist.ProcessGroup:
 
 
 def is_first_stage(chunk: int = 0) -> bool:
-    """Whether a run of layers of this process embeds (first of the pipeline)."""
+    """Return whether a model chunk of this process is the first of the pipeline, which embeds tokens."""
     from megatron.core import parallel_state
 
     return chunk == 0 and parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage(chunk: int | None = None) -> bool:
-    """Whether a run of layers of this process (``None``: its last) has the head and the loss."""
+    """Return whether a model chunk of this process (``None``: its last) has the head and the loss."""
     from megatron.core import parallel_state
 
     last = layout().chunks - 1
@@ -199,53 +199,60 @@ def is_last_stage(chunk: int | None = None) -> bool:
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:
+    """Return the group of processes that share each layer of a stage."""
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def pipeline_parallel_group() -> dist.ProcessGroup:
+    """Return the group of processes that hold one replica's stages, in the order of the pipeline."""
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_group()
 
 
 def data_parallel_group() -> dist.ProcessGroup:
+    """Return the group of processes that hold the same weights in different replicas."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
 
 
 def model_parallel_group() -> dist.ProcessGroup:
-    """The processes of one replica: tensor x pipeline."""
+    """Return the group of the processes of one model replica: tensor x pipeline."""
     from megatron.core import parallel_state
 
     return parallel_state.get_model_parallel_group()
 
 
 def tensor_parallel_rank() -> int:
+    """Return this process's rank in its tensor-parallel group."""
     return tensor_parallel_group().rank()
 
 
 def pipeline_parallel_rank() -> int:
+    """Return the pipeline stage of this process, from 0."""
     return pipeline_parallel_group().rank()
 
 
 def data_parallel_rank() -> int:
+    """Return the number of this process's model replica, from 0."""
     return data_parallel_group().rank()
 
 
 def data_parallel_size() -> int:
+    """Return the number of model replicas."""
     return data_parallel_group().size()
 
 
 def is_global_first() -> bool:
-    """Whether this is the process that writes and prints for all."""
+    """Return whether this is rank 0 of the world, which writes and prints for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def is_reader() -> bool:
-    """Whether this process reads the data of its model replica: the first of it, which also encodes speech."""
+    """Return whether this process is the first of its model replica, which reads the data and encodes speech."""
     return control_group("replica").rank() == 0
 
 
@@ -253,21 +260,21 @@ def is_reader() -> bool:
 
 
 def data_parallel_sum(value: Tensor) -> Tensor:
-    """Sums ``value`` in place over the data-parallel ranks and returns it."""
+    """Sum ``value`` in place over the data-parallel ranks and return it."""
     if data_parallel_size() > 1:
         dist.all_reduce(value, group=data_parallel_group())
     return value
 
 
 def pipeline_sum(value: Tensor) -> Tensor:
-    """Sums ``value`` in place over the stages and returns it; what only one stage has reaches all of them."""
+    """Sum ``value`` in place over the stages and return it; a value that only one stage has reaches all of them."""
     if pipeline_parallel_group().size() > 1:
         dist.all_reduce(value, group=pipeline_parallel_group())
     return value
 
 
 def pipeline_broadcast(value: Tensor, stage: int) -> Tensor:
-    """Overwrites ``value`` in place with that of a stage (negative: from the end) and returns it."""
+    """Overwrite ``value`` in place with that of a stage (negative: from the end) and return it."""
     group = pipeline_parallel_group()
     if group.size() > 1:
         dist.broadcast(value, dist.get_global_rank(group, stage % group.size()), group=group)
@@ -275,7 +282,7 @@ def pipeline_broadcast(value: Tensor, stage: int) -> Tensor:
 
 
 def broadcast_object(value: Any, group: str = "replica") -> Any:
-    """What the first process of a control group has."""
+    """Return the value of the first process of a control group."""
     if control_group(group).size() == 1:
         return value
     box = [value]
@@ -286,9 +293,9 @@ def broadcast_object(value: Any, group: str = "replica") -> Any:
 
 @contextmanager
 def first(mine: bool) -> Iterator[None]:
-    """Lets the processes where ``mine`` is true run the body first, and the others after they have finished.
+    """Let the processes where ``mine`` is true run the body first, and the others after they have finished.
 
-    For what is built once and then found on disk. It may take longer than a collective is waited for otherwise.
+    For files that one process builds and the others read. The wait is not bounded by the timeout of collectives.
     """
     if not mine:
         dist.barrier(_control["patient"])
@@ -298,7 +305,7 @@ def first(mine: bool) -> Iterator[None]:
 
 
 def gather_objects(value: Any, group: str = "world") -> list[Any]:
-    """What each process of a control group has, in the order of ranks."""
+    """Return the values of all processes of a control group, in the order of ranks."""
     everyone = [None] * control_group(group).size()
     dist.all_gather_object(everyone, value, group=control_group(group))
     return everyone

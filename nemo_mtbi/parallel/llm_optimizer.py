@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer of an LLM that trains: Megatron's DDP and distributed Adam, whose numbers the replicas share (ZeRO-1).
+"""Optimizer of a trainable LLM: Megatron's DDP and distributed Adam, its states sharded over replicas (ZeRO-1).
 
 Gradients are kept in float32 and reduced once a step, after Megatron's schedule. Each replica updates its share of the
 weights, in float32, and gives the others what has become of it.
@@ -23,7 +23,7 @@ MAIN = "main"  # weights in float32, where the LLM's are not
 
 @dataclass(frozen=True)
 class AdamOptions:
-    """Of Adam with decoupled weight decay (arXiv 1711.05101), in torch's terms."""
+    """Options of Adam with decoupled weight decay (arXiv 1711.05101), in torch's terms."""
 
     lr: float
     betas: tuple[float, float]
@@ -33,13 +33,13 @@ class AdamOptions:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What one replica holds of the optimizer's numbers for a weight.
+    """One replica's shard of the optimizer's states for a weight.
 
     Attributes:
         name: of the weight.
         weight: this process's share of it.
-        start: of the fragment, in the flattened share.
-        values: ``[n]`` each, by the name of what they are.
+        start: offset of the fragment in the flattened share.
+        values: ``[n]`` each, by kind: a moment, or the weight in float32.
     """
 
     name: str
@@ -89,12 +89,12 @@ class LlmOptimizer:
         return megatron_optimizer_device(self._device)
 
     def zero_grad(self) -> None:
-        """Before the schedule of a step."""
+        """Zero the gradient buffers; call it before the schedule of a step."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
 
     def reduce(self) -> None:
-        """Makes the gradients whole: over replicas, over positions that processes share, over tied tables."""
+        """Reduce the gradients: over replicas, over positions that processes share, over tied tables."""
         from megatron.core.distributed import finalize_model_grads
 
         with self._on_device():
@@ -102,7 +102,7 @@ class LlmOptimizer:
             self._optimizer.prepare_grads()
 
     def norm(self) -> Tensor:
-        """Euclidean norm of the gradients, equal on all processes; a weight that several of them hold counts once."""
+        """Return the Euclidean norm of the gradients, equal on all processes; a weight held by several counts once."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for gradient in self._optimizer.get_main_grads_for_grad_norm():
             total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
@@ -110,15 +110,15 @@ class LlmOptimizer:
         return total.sqrt()
 
     def scale(self, factor: Tensor) -> None:
-        """Multiplies the gradients, to clip them."""
+        """Multiply the gradients by a factor, to clip them."""
         for value in self._optimizer.get_parameters():
             value.grad.mul_(factor.to(value.grad))
 
     def step(self, decay: float) -> None:
-        """Updates the weights.
+        """Update the weights.
 
         Args:
-            decay: what the schedule has made of the learning rate, as a share of what it was at first.
+            decay: learning rate of this step, as a share of the base learning rate.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self.base_lr * decay
@@ -127,10 +127,10 @@ class LlmOptimizer:
         self.steps += 1
 
     def fragments(self, complete: bool = False) -> Iterator[Fragment]:
-        """This replica's share of the optimizer's numbers.
+        """Yield this replica's shard of the optimizer's states.
 
         Args:
-            complete: whether moments are made where there are none, before the first step.
+            complete: whether to create zero moments where there are none, before the first step.
         """
         places = self._optimizer.model_param_group_index_map
         for name, weight in self._weights.items():
@@ -150,7 +150,7 @@ class LlmOptimizer:
 
     @torch.no_grad()
     def restore(self, stored: Mapping[str, Any] | None) -> None:
-        """Goes on from a checkpoint whose weights are loaded already.
+        """Load the optimizer's states of a checkpoint whose weights are loaded already.
 
         Args:
             stored: ``steps``, and ``values``: what :meth:`fragments` gives, by name and kind; ``None``: the moments
@@ -174,7 +174,7 @@ class LlmOptimizer:
                 group["step"] = self.steps
 
     def close(self) -> None:
-        """Gives the memory of gradients and moments back; the weights stay where they are."""
+        """Free the memory of gradients and moments; the weights stay where they are."""
         for chunk in self._chunks:
             chunk.grad_accs.clear()  # whose hooks hold all of it
             for value in chunk.params_with_grad:

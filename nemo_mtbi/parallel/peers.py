@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the other processes of a run have ended, as far as this machine knows."""
+"""Processes of a run, and which of them have ended as far as this machine can tell."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Peer:
-    """A process: where it runs, and its number there."""
+    """A process: its machine and its process id there."""
 
     machine: str
     pid: int
 
     @classmethod
     def here(cls) -> Peer:
-        """This process."""
+        """Return this process."""
         parts = []
         for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):  # containers have numbers of their own
             try:
@@ -27,7 +27,7 @@ class Peer:
         return cls(" ".join(parts), os.getpid())
 
     def has_ended(self) -> bool:
-        """Return whether it has, as far as can be told: false for processes of other machines."""
+        """Return whether the process has ended; false for processes of other machines, which cannot be checked."""
         if self.machine != Peer.here().machine:
             return False
         try:
@@ -36,7 +36,7 @@ class Peer:
             return True
         except OSError:
             return False
-        try:  # one whose parent has not asked for its status yet
+        try:  # a zombie: its parent has not read its exit status yet
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return False
@@ -46,7 +46,7 @@ _peers: list[Peer] = []
 
 
 def remember(peers: list[Peer]) -> None:
-    """Notes the processes of a run, by rank."""
+    """Store the processes of a run, by rank."""
     _peers[:] = peers
 
 

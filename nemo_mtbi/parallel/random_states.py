@@ -18,7 +18,7 @@ TRACKED = "tracked."  # prefix of the CUDA generators that Megatron keeps for re
 
 
 def capture() -> dict[str, Tensor]:
-    """The states of this process's generators: name -> ``[n]``, on the CPU."""
+    """Return the states of this process's generators: name -> ``[n]``, on the CPU."""
     states = {
         "python": _python_tensor(random.getstate()),
         "numpy": _numpy_tensor(np.random.get_state()),
@@ -32,7 +32,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(states: Mapping[str, Tensor]) -> None:
-    """Sets this process's generators. To be exact, call it right before the first step that is taken after a resume.
+    """Set this process's generators. To be exact, call it right before the first step that is taken after a resume.
 
     Raises:
         ValueError: if a generator of this process has no state among these.
@@ -51,7 +51,7 @@ def restore(states: Mapping[str, Tensor]) -> None:
 
 
 def seeded(*parts: int | str) -> dict[str, Tensor]:
-    """States for this process's generators that depend on ``parts`` alone. The generators stay as they are."""
+    """Return states for this process's generators that depend on ``parts`` alone. The generators stay as they are."""
     states = {}
     for name in capture():
         digest = hashlib.sha256("/".join(map(str, (*parts, name))).encode()).digest()

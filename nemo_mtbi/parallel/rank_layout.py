@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the parts of a model lie: arithmetic alone, no process is started."""
+"""Which rank holds which layers: arithmetic alone, no process is started."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nemo_mtbi.config.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class Place:
-    """Where one process stands.
+    """Position of one process in the parallel layout.
 
     Attributes:
         rank: of the world.
         data, tensor, stage: its ranks in the data-parallel, tensor-parallel and pipeline-parallel group.
-        runs: the layers of each of its runs, counted from 0 over the whole LLM.
+        runs: the layers of each of its model chunks, counted from 0 over the whole LLM.
     """
 
     rank: int
@@ -26,7 +26,7 @@ class Place:
 
 
 def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tuple[int, ...], ...]:
-    """Layers of each run of a stage: with virtual stages the runs of all stages take turns."""
+    """Return the layers of each model chunk of a stage; with virtual stages the chunks of all stages alternate."""
     stages = layout.pipeline_model_parallel_size
     size = num_layers // (stages * layout.chunks)
     starts = ((chunk * stages + stage) * size for chunk in range(layout.chunks))
@@ -34,7 +34,7 @@ def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tup
 
 
 def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
-    """All processes, in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
+    """Return all positions in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
     data = layout.replicas(world)
     found = []
     for rank in range(world):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reader for each model replica: all its processes get the same step, and all replicas stop in the same step."""
+"""One data reader for each model replica; its processes get the same steps, and all replicas end in the same step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATE = ("epoch", "batches", "replicas", "workers")  # keys of a loader's state
 
 @dataclass(frozen=True)
 class _Header:
-    """What the reader tells its replica about a step.
+    """Message of the reader to its replica about a step.
 
     Attributes:
         stop: some process of the world was asked to stop.
@@ -43,7 +43,7 @@ class _Header:
 
 
 class ReplicaLoader:
-    """Reads steps on the first process of each model replica, and hands them to the others.
+    """Read steps on the first process of each model replica, and hands them to the others.
 
     Every process of a replica gets the same :class:`StepBatch`; only those of the first stage get its audio (elsewhere
     ``[U, 0]``). The readers agree on every step: a replica whose data have ended gets empty steps until all have
@@ -93,11 +93,12 @@ class ReplicaLoader:
     def build(
         cls, make: Callable[[], Iterable[StepBatch]], stop: Callable[[], bool] | None = None, limit: int | None = None
     ) -> ReplicaLoader:
-        """Builds the loader on the readers only.
+        """Build the loader on the readers only.
 
         Args:
             make: builds it, as in ``lambda: build_dataloader(...)``.
-            stop, limit: see the class.
+            stop: see the class.
+            limit: see the class.
 
         Raises:
             RuntimeError: on every process, if ``make`` failed on one (in a single process: whatever it raised).
@@ -108,7 +109,7 @@ class ReplicaLoader:
         if groups.is_reader():
             try:
                 loader = make()
-            except Exception as caught:  # whatever it is, the others wait to hear of it
+            except Exception as caught:  # of any kind: the others wait for the outcome
                 error = caught
             failure = _share_failure(error)
         failure = groups.broadcast_object(failure)
@@ -119,7 +120,7 @@ class ReplicaLoader:
     # ----- iteration
 
     def __len__(self) -> int:
-        """Steps of a pass: of the replica that has most.
+        """Return the steps of a pass: those of the replica that has most.
 
         Raises:
             TypeError: if a reader's loader has no length.
@@ -139,7 +140,7 @@ class ReplicaLoader:
         self._next = (epoch + 1, 0)
 
     def _read(self, epoch: int, skip: int) -> Iterator[StepBatch]:
-        """A pass of the reader's own loader. A generator: what fails at its start fails within a step too."""
+        """Yield a pass of the reader's own loader. A generator: an error at its start is raised within a step too."""
         position = passes(self._loader)
         position.set_epoch(epoch)
         position.resume(skip)
@@ -148,7 +149,7 @@ class ReplicaLoader:
         yield from steps
 
     def _step(self, source: Iterator[StepBatch] | None) -> StepBatch | None:
-        """The next step, or ``None`` when the data of all replicas have ended."""
+        """Return the next step, or ``None`` when the data of all replicas have ended."""
         stop = self._stop is not None and bool(self._stop())
         if self._alone:
             self.stop_requested = stop
@@ -158,7 +159,7 @@ class ReplicaLoader:
         if source is not None:
             try:
                 batch = next(source, None)
-            except Exception as caught:  # whatever it is, the others wait to hear of it
+            except Exception as caught:  # of any kind: the others wait for the outcome
                 error = caught
             header, batch = _agree(batch, error, stop)
         header = groups.broadcast_object(header)
@@ -168,7 +169,7 @@ class ReplicaLoader:
         return None if header.batch is None else _with_audio(header, batch)
 
     def _ask_replica(self, stop: bool) -> bool:
-        """On the reader: whether any process of its replica was asked to stop."""
+        """Return, on the reader, whether any process of its replica was asked to stop."""
         group = groups.control_group("replica")
         if not self._may_stop or group.size() == 1:
             return stop
@@ -180,16 +181,16 @@ class ReplicaLoader:
 
     @property
     def sampler(self) -> ReplicaLoader:
-        """Where Lightning looks for ``set_epoch``."""
+        """This loader: Lightning looks here for ``set_epoch``."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is pass ``epoch``; from where the loaded state stands, if that is of the same pass."""
+        """Make the next iteration pass ``epoch``, from the loaded position if that is in the same pass."""
         if epoch != self._next[0]:
             self._next = (epoch, 0)
 
     def mark_trained(self) -> None:
-        """Counts the oldest step that was handed out as trained on: call it at the end of each training step.
+        """Count the oldest step that was handed out as trained on: call it at the end of each training step.
 
         Raises:
             RuntimeError: if there is no such step.
@@ -201,7 +202,7 @@ class ReplicaLoader:
         self._trained += 1
 
     def state_dict(self) -> dict[str, int]:
-        """The position: pass, steps of it that were trained on, replicas, and workers of a stream (0 if none).
+        """Return the position: pass, steps of it that were trained on, replicas, and workers of a stream (0 if none).
 
         Raises:
             RuntimeError: if :meth:`mark_trained` was not called: the position would be wrong.
@@ -214,13 +215,13 @@ class ReplicaLoader:
         return dict(zip(STATE, (self._epoch, self._trained, groups.data_parallel_size(), self._workers), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on at a position; for the steps before it, no audio is decoded.
+        """Continue the next iteration at a position; no audio is decoded for the steps before it.
 
         The steps that follow are those of an undisturbed run, if replicas and workers are as many as they were.
         Otherwise it goes on after about as much data, in another order, and warns.
 
         Raises:
-            ValueError: if it is no state of a loader.
+            ValueError: if it is not the state of a loader.
         """
         if state.keys() != set(STATE) or not all(type(value) is int and value >= 0 for value in state.values()):
             raise ValueError(
@@ -241,7 +242,7 @@ class ReplicaLoader:
 
 
 def _agree(batch: StepBatch | None, error: Exception | None, stop: bool) -> tuple[_Header, StepBatch | None]:
-    """Among the readers: what is told about a step, and this replica's batch with its audio."""
+    """Agree among the readers; return the header of a step, and this replica's batch with its audio."""
     group = groups.control_group("data")
     flags = torch.tensor([batch is not None, error is not None, stop], dtype=torch.int64)
     if group.size() > 1:
@@ -257,7 +258,7 @@ def _agree(batch: StepBatch | None, error: Exception | None, stop: bool) -> tupl
 
 
 def _with_audio(header: _Header, batch: StepBatch | None) -> StepBatch:
-    """The step of this process; the reader's ``batch`` goes to the processes of the first stage."""
+    """Return the step of this process; the reader's ``batch`` goes to the processes of the first stage."""
     if not groups.is_first_stage():
         return header.batch
     if batch is None:
@@ -271,7 +272,7 @@ def _with_audio(header: _Header, batch: StepBatch | None) -> StepBatch:
 
 
 def _share_failure(error: Exception | None) -> str | None:
-    """Among the readers: one line for each failure that differs, or ``None``. The last one names cause and remedy."""
+    """Share failures among the readers; return one line for each different failure, or ``None`` without any."""
     text = None if error is None else _cause(error)
     ranks: dict[str, list[str]] = {}
     for rank, failure in enumerate(groups.gather_objects(text, "data")):
@@ -282,7 +283,7 @@ def _share_failure(error: Exception | None) -> str | None:
 
 
 def _cause(error: Exception) -> str:
-    """Type and message of an error; for a data loader's worker, which sends its whole traceback, those at its end."""
+    """Return type and message of an error; of a data loader's worker, those at the end of its traceback."""
     text = str(error).strip()
     lines = text.splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith(" ")]
@@ -293,7 +294,7 @@ def _cause(error: Exception) -> str:
 
 @contextmanager
 def _garbage_stays_here() -> Iterator[None]:
-    """Processes that are forked in the body never collect the garbage of this one.
+    """Keep processes forked in the body from collecting the garbage of this one.
 
     It may hold process groups, whose threads a forked process does not have: it would hang or crash.
     """
@@ -306,7 +307,7 @@ def _garbage_stays_here() -> Iterator[None]:
 
 @contextmanager
 def _signals_stay_here() -> Iterator[None]:
-    """Processes that are forked in the body never get the signals that stop a run after its step.
+    """Keep from processes forked in the body the signals that stop a run after its step.
 
     A terminal sends Ctrl-C to all processes, and Slurm its warning. A worker would end, and with it the run, which is
     to save first. Workers end when this process does.
@@ -321,11 +322,11 @@ def _signals_stay_here() -> Iterator[None]:
 def _length(loader: Any) -> int | None:
     try:
         return len(loader)
-    except TypeError:  # so says a loader, or an object, that has none
+    except TypeError:  # it has none
         return None
 
 
 def _stream_workers(loader: Any) -> int:
-    """Processes that each read a stream in an order of their own."""
+    """Return the number of processes that each read a stream in an order of their own."""
     dataset = getattr(loader, "dataset", None)
     return loader.num_workers if isinstance(dataset, torch.utils.data.IterableDataset) else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clean ends: a signal saves and stops all processes at one step; whatever else ends a run is told with a remedy."""
+"""Clean ends: a signal saves and stops all processes at one step; other ends are reported with a remedy."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Remedies:
     """Advice in the message about the end of a run.
 
     Attributes:
-        go_on: how to go on after it.
+        go_on: how to continue after it.
         place: key of the folder that may be full or not writable, if the system does not name a file.
         places: folder -> key, for a file in it.
-        patience: what bounds the wait for another process.
-        work: when a signal has ended it.
+        patience: key that bounds the wait for another process.
+        work: part of the run in which a signal ended it.
     """
 
     go_on: str = "Start again with exp_manager.resume_if_exists=true to go on from the last checkpoint"
@@ -59,13 +59,13 @@ class Remedies:
 
 
 class StopOnSignal(Callback):
-    """Ends training after the step in which a signal came; NeMo's checkpoint callback then saves the last state.
+    """End training after the step in which a signal came; NeMo's checkpoint callback then saves the last state.
 
     The signal may reach some processes only, or each in another step: they agree before each step, where the reader of
     each replica hands out the data (``agreed``). A second Ctrl-C ends the process at once.
 
     Args:
-        agreed: says whether the processes have agreed to stop; the same answer on all of them after each step.
+        agreed: returns whether the processes have agreed to stop; the same answer on all of them after each step.
 
     Attributes:
         requested: name of the signal that this process got, or ``None``.
@@ -80,7 +80,7 @@ class StopOnSignal(Callback):
         self._interrupted: float | None = None  # when Ctrl-C came
 
     def on_train_start(self, trainer: Trainer, module) -> None:
-        """Takes the signals from Lightning, whose own handler would end this process alone, without a checkpoint."""
+        """Replace Lightning's signal handlers, which would end this process alone, without a checkpoint."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
@@ -103,18 +103,21 @@ class StopOnSignal(Callback):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: Trainer, module, *unused) -> None:
+        """End training if the processes have agreed to stop."""
         if self._agreed() and not self.stopped:
             self.stopped = trainer.should_stop = True
             trainer.fit_loop.min_epochs = 0  # Lightning would first end the epoch
 
     def on_train_end(self, trainer: Trainer, module) -> None:
+        """Restore the signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, module, exception: BaseException) -> None:
+        """Restore the signal handlers."""
         self._restore()
 
     def teardown(self, trainer: Trainer, module, stage: str) -> None:
-        """A time limit of NeMo's ends a fit without another hook."""
+        """Restore the signal handlers: a time limit of NeMo's ends a fit without another hook."""
         self._restore()
 
     def _restore(self) -> None:
@@ -125,7 +128,7 @@ class StopOnSignal(Callback):
 
 @contextmanager
 def explained(remedies: Remedies | None = None) -> Iterator[Remedies]:
-    """Says what has ended the run and what to do: another process is gone, the disk is full, or a signal has come.
+    """Report what ended the run and what to do: another process is gone, the disk is full, or a signal came.
 
     Signals that come while training are those of :class:`StopOnSignal`.
 
@@ -185,7 +188,7 @@ def _tell(text: str) -> None:
 
 
 def _place() -> tuple[int, int]:
-    """Rank and number of processes, also before they have found each other."""
+    """Return rank and number of processes, also before they are connected."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -197,7 +200,7 @@ def _myself() -> str:
 
 
 def _ended() -> str:
-    """Which processes have ended, where that is known."""
+    """Return the part of a message that names the ended processes; empty where none is known."""
     deadline = time.monotonic() + ENDING_SECONDS
     while not (ranks := peers.ended()) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -205,7 +208,7 @@ def _ended() -> str:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What the transport says, without where in its source it does and what it advises."""
+    """Return the message of the transport without its source line and its advice."""
     return re.sub(r"^\[[^]]*\.\w+:\d+\] *", "", str(error).splitlines()[0]).split(". ")[0]
 
 

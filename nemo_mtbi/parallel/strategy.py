@@ -20,7 +20,7 @@ from nemo_mtbi.parallel import groups
 
 
 class MTBIStrategy(DDPStrategy):
-    """Starts Megatron's groups and leaves gradients to the model, whose training step runs Megatron's schedule.
+    """Start Megatron's groups and leave gradients to the model, whose training step runs Megatron's schedule.
 
     A subclass of ``DDPStrategy``, which NeMo's ``exp_manager`` expects where there are several processes, but nothing
     is wrapped: ``DistributedDataParallel`` refuses processes without a trainable parameter, and it would average
@@ -30,7 +30,7 @@ class MTBIStrategy(DDPStrategy):
         layout: of one model replica over processes.
         timeout: seconds after which a collective that another process does not join is an error; ``None``: torch's
             default.
-        check: called when the processes have found each other; see :func:`nemo_mtbi.parallel.groups.initialize`.
+        check: called when the processes are connected; see :func:`nemo_mtbi.parallel.groups.initialize`.
         **kwargs: of ``DDPStrategy``, such as ``checkpoint_io``.
     """
 
@@ -48,7 +48,7 @@ class MTBIStrategy(DDPStrategy):
         self._started = False
 
     def start(self, trainer: Trainer) -> None:
-        """Starts all processes and their groups. To be called before the model is built: it is built in shares.
+        """Start all processes and their groups. To be called before the model is built: it is built in shares.
 
         ``trainer.fit`` does the same, but only when the model is there.
         """
@@ -57,6 +57,7 @@ class MTBIStrategy(DDPStrategy):
             self.setup_environment()
 
     def setup_environment(self) -> None:
+        """Start this process's groups and fill NeMo's ``AppState``."""
         if self._started:
             return
         if self.num_nodes * self.num_processes == 1:
@@ -72,18 +73,19 @@ class MTBIStrategy(DDPStrategy):
         return True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Every process writes its share; Lightning would let the first one write all."""
+        """Write this process's share; Lightning would let the first process write all."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def configure_ddp(self) -> None:
-        """Nothing is wrapped."""
+        """Wrap nothing."""
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Number of replicas and rank among them, for a sampler that deals out the data."""
         return {"num_replicas": groups.data_parallel_size(), "rank": groups.data_parallel_rank()}
 
     def teardown(self) -> None:
-        """Leaves the model on its device, where all processes together still save it and ask it."""
+        """Leave the model on its device, where all processes together still save it and generate with it."""
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
@@ -91,7 +93,7 @@ class MTBIStrategy(DDPStrategy):
 
 
 def fill_app_state(layout: ParallelConfig, local_rank: int) -> None:
-    """Tells NeMo, whose saving, logging and checkpoint names read it, where this process is."""
+    """Write the position of this process to NeMo's ``AppState``, which saving, logging and checkpoint names read."""
     state = AppState()
     state.world_size, state.global_rank, state.local_rank = dist.get_world_size(), dist.get_rank(), local_rank
     state.model_parallel_size = layout.model_parallel_size
@@ -108,7 +110,7 @@ def fill_app_state(layout: ParallelConfig, local_rank: int) -> None:
 
 
 def seed_processes() -> None:
-    """Gives each data-parallel replica its own random numbers, and all processes of a replica the same.
+    """Give each data-parallel replica its own random numbers, and all processes of a replica the same.
 
     They are the connector's, which is replicated over tensor-parallel processes. What those must draw apart from each
     other comes from Megatron's own states, which exist on CUDA only. The first replica keeps the seed of the run.

@@ -130,13 +130,15 @@ def response_divergence(
     scale_by_temperature: bool = False,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Summed divergence between what teacher and student predict in the place of each response token.
+    """Return the summed divergence between teacher and student at each response token.
 
     Args:
         student: logits ``[n, V / tp]`` at the positions that predict a response token. Entries that only pad the
             vocabulary are ``-inf``.
         teacher: likewise, of the same tokens; gets no gradient.
-        divergence, temperature, scale_by_temperature: see :class:`LossConfig`.
+        divergence: ``forward_kl``, ``reverse_kl`` or ``js``: see :class:`nemo_mtbi.config.loss.LossConfig`.
+        temperature: by which both distributions are softened.
+        scale_by_temperature: whether the sum is multiplied by the squared temperature.
         group: tensor-parallel group over which the vocabulary is split; ``None`` if it is whole.
 
     Returns:

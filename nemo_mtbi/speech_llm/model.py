@@ -76,6 +76,7 @@ class LayoutDecoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the decoder computes."""
         return self.decoder.device
 
     def no_frames(self) -> Tensor:

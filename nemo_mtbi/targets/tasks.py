@@ -28,9 +28,9 @@ import yaml
 from nemo_mtbi.config.checks import OneOf
 from nemo_mtbi.io.seeds import stable_rng
 from nemo_mtbi.io.text import read_text
+from nemo_mtbi.metrics.scorers import SCORERS
 
 # Names only: the scorers live in nemo_mtbi/metrics/corpus.py.
-SCORING_KINDS = ("wer", "cer", "exact", "label", "f1", "json", "quotes", "upper", "bullets")
 SPLITS = ("train", "heldout")
 
 _POOL_KEYS = ("name", "tasks")
@@ -44,7 +44,7 @@ class Task:
 
     Attributes:
         name: Unique name in its pool.
-        scoring: One of ``SCORING_KINDS``.
+        scoring: A key of :data:`nemo_mtbi.metrics.scorers.SCORERS`.
         heldout: True if the task is never trained on.
         prompts: Wordings that may be trained on; the empty string is a legal prompt.
         heldout_prompts: Wordings that are only evaluated.
@@ -65,7 +65,7 @@ class Task:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a task needs a non-empty string as its name, got {self.name!r}")
         where = f"task '{self.name}'"
-        OneOf(*SCORING_KINDS).check(f"{where}: scoring", self.scoring)
+        OneOf(registry=SCORERS).check(f"{where}: scoring", self.scoring)
         if not self.prompts:
             raise ValueError(f"{where}: no train prompt; add at least one wording under prompts.train")
         wordings = self.prompts + self.heldout_prompts

@@ -109,3 +109,22 @@ def test_without_a_text_system_there_are_scores_and_no_behavior(answered):
     found = collect_results(alone, [part], Resampling(50))["sets"]["s"]["systems"]["small"]["seen"]
     assert found["right"]["value"] == pytest.approx(4 / 6) and "agreement" not in found
     assert "Examples" in render_report(collect_results(alone, [part], Resampling(50)), {}, [part], alone)
+
+
+def test_names_of_systems_sets_and_utterances_stay_text(answered):
+    """Names stand in attributes and in SVG, too; a quote or an angle bracket in them ends neither."""
+    evil = "\"'><img src=x onerror=alert(2)></svg>{{ 7 * 7 }}"
+    systems = {f"{name}{evil}": system for name, system in config(title=evil).systems.items()}
+    systems[f"text{evil}"].of = f"large{evil}"
+    hostile = EvalConfig("out", evil, systems, {}, compare_with=f"large{evil}", examples=3)
+    chosen = answered.chosen
+    clips = [Clip(clip.id + evil, clip.audio, clip.transcript) for clip in chosen.clips]
+    items = [Item(x.clip, evil, evil, x.prompt, x.metrics, evil) for x in chosen.items]
+    given = {f"{name}{evil}": Asked(items, asked.seeds) for name, asked in answered.systems.items()}
+    part = Answered(EvalSet(evil, clips, items, {}, ()), given, {})
+    curves = {f"large{evil}": {"val_agreement": [[(1, 0.1), (2, 0.5)]]}}
+    page = render_report(collect_results(hostile, [part], Resampling(50)), curves, [part], hostile)
+    tree = Tree()
+    tree.feed(page)
+    assert not tree.open and "img" not in tree.count and tree.count["script"] == 1
+    assert "<img" not in page and evil in tree.text

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
-from nemo_mtbi.metrics.corpus import METRICS, evaluate, metric, task_metric
+from nemo_mtbi.metrics.corpus import METRICS, evaluate, metric, register_scorer, task_metric
 from nemo_mtbi.metrics.scorers import SCORERS
-from nemo_mtbi.targets.tasks import SCORING_KINDS
 
 WORDS = ["the", "cat", "sat", "a", "Dog,", "two", "yes", "I cannot help"]
 TEXTS = st.lists(st.sampled_from(WORDS), max_size=7).map(" ".join)
@@ -39,7 +38,7 @@ def figure(name, pairs):
 
 
 def test_every_scoring_kind_has_a_metric_of_its_own():
-    for kind in SCORING_KINDS:
+    for kind in SCORERS:
         found = task_metric(kind)
         assert found.higher_is_better and found.per_item and found.scale == 1.0
     assert task_metric("wer").name == "word_accuracy"
@@ -204,4 +203,17 @@ def test_a_refusal_lends_bleu_no_length():
 def test_every_kind_of_scoring_has_a_metric():
     with pytest.raises(ValueError, match="unknown scoring kind 'bleu'"):
         task_metric("bleu")
-    assert set(SCORERS) == set(SCORING_KINDS)
+    assert all(task_metric(kind).higher_is_better for kind in SCORERS)
+
+
+def test_a_scorer_from_outside(monkeypatch):
+    monkeypatch.setattr("nemo_mtbi.metrics.corpus.METRICS", dict(METRICS))
+    register_scorer("longer", lambda reference, answer: float(len(answer) > len(reference)))
+    try:
+        assert task_metric("longer").tally(["a", "b"], ["aa", "c"]).value == 0.5
+        with pytest.raises(ValueError, match="'longer' is registered already"):
+            register_scorer("longer", SCORERS["exact"])
+        with pytest.raises(ValueError, match="'bleu' is registered already"):
+            register_scorer("bleu", SCORERS["exact"])
+    finally:
+        del SCORERS["longer"]

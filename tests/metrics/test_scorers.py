@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from nemo_mtbi.demo.corpora.grammar import references, sample_sentence
 from nemo_mtbi.metrics.scorers import SCORERS, exact, json_equal, score, squad_exact, squad_f1, token_f1
-from nemo_mtbi.targets.tasks import SCORING_KINDS
 
 TEXTS = st.text(max_size=40)
 JSON = st.recursive(
@@ -18,10 +17,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-
-
-def test_every_scoring_kind_has_a_scorer():
-    assert set(SCORERS) == set(SCORING_KINDS)
 
 
 def test_unknown_kind_names_the_known_ones():

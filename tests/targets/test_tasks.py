@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from nemo_mtbi.demo.corpora import grammar
 from nemo_mtbi.io.seeds import stable_rng
-from nemo_mtbi.targets.tasks import SCORING_KINDS, Task, TaskPool, draw_prompt, draw_tasks
+from nemo_mtbi.metrics.scorers import SCORERS
+from nemo_mtbi.targets.tasks import Task, TaskPool, draw_prompt, draw_tasks
 
 POOL = {
     "name": "mini",
@@ -67,8 +68,8 @@ def broken(task: int, **changes) -> dict:
 @pytest.mark.parametrize(
     "data, parts",
     [
-        (broken(0, scoring="bleu"), ["task 'say'", "scoring is 'bleu'", *SCORING_KINDS]),
-        (broken(0, scoring=["wer"]), ["task 'say'", "scoring kind"]),
+        (broken(0, scoring="bleu"), ["task 'say'", "scoring is 'bleu'", *SCORERS]),
+        (broken(0, scoring=["wer"]), ["task 'say'", "scoring is ['wer']"]),
         (broken(1, name="say"), ["duplicate task name 'say'", "rename or remove"]),
         (broken(0, name=3), ["non-empty string", "3"]),
         (broken(0, weight=2), ["task 'say'", "unknown key 'weight'", "max_new_tokens"]),
@@ -219,4 +220,4 @@ def test_demo_pool_has_enough_wordings_and_none_is_shared(demo):
 
 
 def test_demo_pool_uses_every_scoring_kind(demo):
-    assert {t.scoring for t in demo.tasks} == set(SCORING_KINDS) - {"cer"}  # English has spaces
+    assert {t.scoring for t in demo.tasks} == set(SCORERS) - {"cer"}  # English has spaces

@@ -96,6 +96,7 @@ class HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """Open a file for writing whose bytes are hashed on their way."""
         if mode != "wb":
             raise ValueError(f"a checkpoint's writer opens {path} with mode {mode!r}")
         with super().create_stream(path, mode) as stream:
@@ -103,11 +104,13 @@ class HashedFiles(FileSystem):
             yield file
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """Rename a file; its mark goes by the new name."""
         super().rename(path, new_path)
         self._written[Path(new_path).name] = self._written.pop(Path(path).name)
 
     @property
     def marks(self) -> dict[str, FileMark]:
+        """Size and digest of each written file, by name."""
         return {name: mark_of(file) for name, file in self._written.items()}
 
 
@@ -124,6 +127,7 @@ class CheckedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """Open a file for reading; bytes that differ from its mark are an error."""
         if mode != "rb":
             raise ValueError(f"a checkpoint's reader opens {path} with mode {mode!r}")
         with open_checked(self._folder, Path(path).name, self._marks) as file:

@@ -31,8 +31,9 @@ _WITHOUT_OPTIMIZER = ("optimizer_states", "lr_schedulers")
 
 
 class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
-    """Saves and loads folders that fit every parallel layout. All processes call its methods, except
-    ``remove_checkpoint``.
+    """Save and load checkpoint folders that fit every parallel layout.
+
+    All processes call its methods together, except ``remove_checkpoint``.
 
     A save goes on in the background if NeMo's checkpoint callback has ``async_save``: what is written is the state at
     the time of the call. :meth:`maybe_finalize_save_checkpoint` then has to be called until it is done, at the latest
