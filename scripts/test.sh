@@ -34,7 +34,7 @@ say "tests"
 # Workers take whole files, so that what a file shares is made once, and one of them takes all files that start several
 # processes; in the order of tests/conftest.py, which begins with the slow ones.
 status=0
-python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadgroup \
+python -m pytest --numprocesses=logical --maxprocesses="${TEST_WORKERS:-4}" --dist=loadfile \
     --no-loadscope-reorder --durations=25 "$@" || status=$?
 say "tests: $SECONDS s"
 exit "$status"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings for every test. Nothing heavy is imported here: a test of a pure function must start at once."""
 
+import ast
+import functools
 import inspect
 import os
 import sys
@@ -30,12 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long matrices too (marker `full`)")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long matrices, keep jobs of several processes on one worker, and begin with what takes long.
+    """Leave out the long matrices, and begin with what takes long.
 
-    Slow files come first, so that none of them is begun when the other workers have nothing left; those that start
-    processes of their own come before all others, and are one group.
+    Files that start processes come first, since one worker has all of them; then those with most slow tests, so that
+    none of them is begun when the other workers have nothing left.
     """
     if not config.getoption("--full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
@@ -44,35 +45,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if not item.get_closest_marker("full")]
         config.stash[_LEFT_OUT] = len(left_out)
     slow: dict[Path, int] = {}
-    several = {item.path for item in items if _starts_processes(item)}
     for item in items:
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
-        if item.path in several:
-            item.add_marker(pytest.mark.xdist_group(_PROCESSES))
-    items.sort(key=lambda item: (item.path not in several, -slow[item.path]))
+    items.sort(key=lambda item: (not starts_processes(item.path), -slow[item.path]))
 
 
 _LEFT_OUT = pytest.StashKey[int]()
-_PROCESSES = "processes"
 
 
-def _starts_processes(item: pytest.Item) -> bool:
-    return item.get_closest_marker(_PROCESSES) is not None or "_pool" in getattr(item, "fixturenames", ())
+@functools.cache
+def starts_processes(path: Path) -> bool:
+    """Return whether the source of a test file takes a pool of processes or has the marker ``processes``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.arg) and node.arg in ("processes", "_pool"):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr == "processes" and ast.unparse(node.value) == "pytest.mark":
+            return True
+    return False
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """With ``--dist=loadgroup``: a file is a unit, and all files that start processes are one.
+    """With ``--dist=loadfile``: all files that start processes are one unit, each other file is one.
 
     Two jobs of four processes each would compete for the CPUs; one beside the tests of a single process does not.
     """
-    if config.getvalue("dist") != "loadgroup":
+    if config.getvalue("dist") != "loadfile":
         return None  # the usual one
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _PROCESSES if nodeid.endswith(f"@{_PROCESSES}") else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            return "processes" if starts_processes(config.rootpath / file) else file
 
     return Files(config, log)
 
