@@ -217,7 +217,7 @@ def test_conversations_that_are_refused(corpus, dataset, turns, message):
 def test_the_assistant_does_not_speak(corpus):
     cut = corpus.cut(0)
     turns = [SimpleNamespace(role="user", value="say it"), SimpleNamespace(role="assistant", cut=cut)]
-    with pytest.raises(ValueError, match="is audio: answers are text in conversation c"):
+    with pytest.raises(ValueError, match="assistant in conversation c is audio: answers are text"):
         as_cut(SimpleNamespace(id="c", turns=turns), 16000)
 
 
