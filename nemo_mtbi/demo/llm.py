@@ -90,7 +90,8 @@ def batches(pool: TaskPool, chat: ChatFormat, rows: int, seed: int) -> Iterator[
 
     def ids(word: str) -> int:
         if word not in cache:
-            (cache[word],) = [chat.tokenizer.token_to_id(FILL)] if word == FILL else chat.encode(word)
+            fill = chat.tokenizer.token_to_id(FILL) if word == FILL else None
+            (cache[word],) = chat.encode(word) if fill is None else [fill]
         return cache[word]
 
     while True:
