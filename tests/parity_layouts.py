@@ -198,21 +198,21 @@ def fit(speech_llm, batches, folder):
     from lightning.pytorch import Callback, Trainer
     from omegaconf import OmegaConf
 
+    from nemo_mtbi.data.passes import Passes
     from nemo_mtbi.models.mtbi_model import MTBIModel
     from nemo_mtbi.parallel import groups
     from nemo_mtbi.parallel.replica import ReplicaLoader
     from nemo_mtbi.parallel.strategy import MTBIStrategy
 
-    class Steps(list):
+    class Steps(Passes, list):
         """A loader of one pass."""
 
         dataset = property(lambda self: None)
         sampler = property(lambda self: self)
 
-        def set_epoch(self, epoch):
-            pass
-
-        resume = set_epoch
+        def __init__(self, batches):
+            super().__init__()
+            self.extend(batches)
 
     class Recorder(Callback):
         def on_after_backward(self, runner, module):
