@@ -66,7 +66,7 @@ class OneOf(Rule):
 
     def remedy(self, value: Any) -> str:
         """Return the choice that the value is a misspelling of, and what messages add."""
-        near = nearest(value, self.choices)
+        near = nearest(value, self.choices) if isinstance(value, str) else None
         return (f" (did you mean {near!r}?)" if near else "") + self._remedy
 
     def __str__(self) -> str:

@@ -69,7 +69,7 @@ def broken(task: int, **changes) -> dict:
     "data, parts",
     [
         (broken(0, scoring="bleu"), ["task 'say'", "scoring is 'bleu'", *SCORERS]),
-        (broken(0, scoring=["wer"]), ["task 'say'", "scoring is ['wer']"]),
+        (broken(0, scoring=["wer"]), ["task 'say'", "scoring is ['wer']", "one of wer"]),
         (broken(1, name="say"), ["duplicate task name 'say'", "rename or remove"]),
         (broken(0, name=3), ["non-empty string", "3"]),
         (broken(0, weight=2), ["task 'say'", "unknown key 'weight'", "max_new_tokens"]),
