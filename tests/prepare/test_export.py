@@ -149,7 +149,7 @@ def test_what_can_not_be_written(corpus, tmp_path):
     cuts = corpus.cuts(2)
     with pytest.raises(ValueError, match="it must be shar or tarred"):
         export(cuts, tmp_path / "a", "zip", 3)
-    with pytest.raises(ValueError, match="shard size is 0"):
+    with pytest.raises(ValueError, match="shard_size is 0"):
         export(cuts, tmp_path / "a", "shar", 0)
     with pytest.raises(ValueError, match="is not empty"):
         export(cuts, corpus.folder, "shar", 3)
