@@ -12,7 +12,8 @@ from nemo_mtbi.config.encoder import EncoderSection
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.encoders.registry import kind_of
 from nemo_mtbi.io.digests import digest_of
-from nemo_mtbi.llm.directory import TextLLMDirectory, sampled
+from nemo_mtbi.io.file_digests import sampled
+from nemo_mtbi.llm.directory import TextLLMDirectory
 from nemo_mtbi.speech_llm.pretrained import find_text_llm, resolve
 
 INSIDE = {"asr": "nemo:encoder", "llm": "nemo:llm"}  # references to parts of the archive itself

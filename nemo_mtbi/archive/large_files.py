@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from nemo_mtbi.llm.directory import file_digest
+from nemo_mtbi.io.file_digests import file_digest
 from nemo_mtbi.parallel import groups
 
 

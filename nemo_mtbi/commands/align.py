@@ -59,9 +59,9 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
+    from nemo_mtbi.io.file_digests import file_digest
     from nemo_mtbi.io.paths import refuse_overwriting
     from nemo_mtbi.io.sources import SourcePolicy
-    from nemo_mtbi.llm.directory import file_digest
     from nemo_mtbi.prepare.alignment.corpus import REPORT_FILE, SETTINGS_FILE, SOUNDS_FILE, AlignConfig, align_corpus
     from nemo_mtbi.prepare.alignment.ctc import CTCModel
     from nemo_mtbi.prepare.recipes import open_cuts

@@ -58,8 +58,13 @@ def progress(total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar of bytes, print the peak of memory at the end, and yield a function that advances the bar."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    with Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("weights", total=total)
+    from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
+
+    with (
+        Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar,
+        Heartbeat(lambda: bar_text(bar), bar.console),
+    ):
+        task = bar.add_task("bytes of weights", total=total)
         yield lambda n: bar.advance(task, n)
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nemo_mtbi.config import freezing
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.encoders.windows import Windows
+from nemo_mtbi.io.file_digests import file_digest, files_digest
 from nemo_mtbi.layouts.frames import FrameCounter, LengthStage
-from nemo_mtbi.llm.directory import file_digest, files_digest
 
 Module = TypeVar("Module", bound=nn.Module)
 

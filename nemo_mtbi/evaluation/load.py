@@ -20,7 +20,7 @@ from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.systems import CascadeSystem, HypothesesSystem, SpeechSystem, TextSystem, with_limits
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.io.digests import digest_of
-from nemo_mtbi.llm.directory import file_digest
+from nemo_mtbi.io.file_digests import file_digest
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel.device import pick_device
 from nemo_mtbi.speech_llm.model import LayoutDecoder

@@ -62,9 +62,8 @@ def bar_text(bar: Progress) -> str:
     parts = []
     for task in bar.tasks:
         left = "" if task.time_remaining is None else f", {time_text(task.time_remaining)} left"
-        parts.append(
-            f"{task.description}: {task.completed:.0f}/{task.total:.0f} in {time_text(task.elapsed or 0.0)}{left}"
-        )
+        total = "" if task.total is None else f"/{task.total:.0f}"
+        parts.append(f"{task.description}: {task.completed:.0f}{total} in {time_text(task.elapsed or 0.0)}{left}")
     return " · ".join(parts)
 
 

@@ -10,9 +10,8 @@ is: the architecture from ``config.json``, the chat format from the tokenizer's 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from nemo_mtbi.chat.hf_tokenizer import FILES as HF_TOKENIZER
 from nemo_mtbi.chat.hf_tokenizer import HFTokenizer, has_vocabulary
 from nemo_mtbi.chat.template import chat_format, end_of_text
 from nemo_mtbi.config.chat import ChatConfig
+from nemo_mtbi.io.file_digests import files_digest, sampled
 from nemo_mtbi.io.untrusted_yaml import read_yaml
 from nemo_mtbi.llm.architecture import DecoderConfig, check_sizes
 from nemo_mtbi.llm.convert.hf import (
@@ -45,8 +45,6 @@ FORMAT_VERSION = 1  # of llm.yaml
 COMPANIONS = ("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "*.md")
 # Files that may lie beside the settings and define the tokenizer; the class of a tokenizer follows from CONFIG.
 TOKENIZER_FILES = (*HF_TOKENIZER, CONFIG)
-HASHED_BYTES = 2**30  # of larger files only samples are hashed: reading 140 GB takes minutes
-_BLOCK, _SAMPLES = 2**18, 256
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "consolidated*.pth", "*.gguf")
 
 
@@ -154,37 +152,6 @@ class TextLLMDirectory(ABC):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
         return architecture
-
-
-def file_digest(path: Path) -> str:
-    """Return the hash of a file that may be larger than memory."""
-    return f"sha256:{_hash(path).hexdigest()}"
-
-
-def files_digest(paths: Iterable[Path]) -> str:
-    """Return the hash of several files, in order. Of those above :data:`HASHED_BYTES` samples are hashed."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(_hash(path, in_part=path.stat().st_size > HASHED_BYTES).digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def sampled(paths: Iterable[Path]) -> list[Path]:
-    """Return those files of which :func:`files_digest` hashes samples only."""
-    return [path for path in paths if path.stat().st_size > HASHED_BYTES]
-
-
-def _hash(path: Path, in_part: bool = False) -> Any:
-    """Return SHA-256 of a file, or of its size and of blocks spread evenly over it, which any training changes."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, max(size // _SAMPLES, _BLOCK) if in_part else _BLOCK)
-    if in_part:
-        digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        for start in starts:
-            file.seek(start)
-            digest.update(file.read(_BLOCK))
-    return digest
 
 
 def settings_yaml(

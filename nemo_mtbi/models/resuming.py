@@ -15,7 +15,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.archive.speech_model import SpeechModel
-from nemo_mtbi.llm.directory import files_digest
+from nemo_mtbi.io.file_digests import files_digest
 from nemo_mtbi.parallel import groups
 
 RUN = "mtbi_run"  # key in the checkpoint

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
 from nemo_mtbi.data.cut_files import write_cuts
 from nemo_mtbi.io.atomic import replacing
 from nemo_mtbi.io.digests import digest_of
+from nemo_mtbi.io.file_digests import file_digest
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.targets.origin import same_origin
 
@@ -113,19 +113,11 @@ def seal(out_dir: str | Path) -> None:
 def _write_index(folder: Path, content: dict[str, Any]) -> None:
     paths = [shard_path(folder, number) for number in range(content["shards"])]
     paths += [folder / name for name in (JOINED, SHAR_CONFIG)]
-    digests = {path.name: _digest(path) for path in paths if path.is_file()}
+    digests = {path.name: file_digest(path).removeprefix("sha256:") for path in paths if path.is_file()}
     content = {**content, _DIGESTS: digests}
     content = {**content, _OWN_DIGEST: digest_of(content)}
     with replacing(folder / INDEX_FILE) as file:
         file.write(json.dumps(content, indent=1, sort_keys=True).encode() + b"\n")
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _publish(scratch: Path, path: Path) -> None:
@@ -220,7 +212,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _check_digest(path: Path, index: Mapping[str, Any]) -> None:
     wanted = index.get(_DIGESTS, {}).get(path.name)
-    if wanted is not None and _digest(path) != wanted:
+    if wanted is not None and file_digest(path).removeprefix("sha256:") != wanted:
         raise RuntimeError(
             f"{path} is not as {INDEX_FILE} says: it is damaged, or was changed since. Delete it and run the target "
             "generation again, or save what you changed in another folder"

@@ -8,8 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_mtbi.archive import large_files
-from nemo_mtbi.llm import directory as text_llm
-from nemo_mtbi.llm.directory import file_digest, open_text_llm
+from nemo_mtbi.io import file_digests
+from nemo_mtbi.io.file_digests import file_digest
+from nemo_mtbi.llm.directory import open_text_llm
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.models.resuming import RUN
 from nemo_mtbi.testing import tiny_text_llm
@@ -18,9 +19,9 @@ from nemo_mtbi.testing import tiny_text_llm
 @pytest.fixture
 def llm(tmp_path, monkeypatch):
     """A directory whose weights are sampled, and what flips a bit between two samples."""
-    monkeypatch.setattr(text_llm, "HASHED_BYTES", 10_000)
-    monkeypatch.setattr(text_llm, "_BLOCK", 64)
-    monkeypatch.setattr(text_llm, "_SAMPLES", 16)
+    monkeypatch.setattr(file_digests, "HASHED_BYTES", 10_000)
+    monkeypatch.setattr(file_digests, "_BLOCK", 64)
+    monkeypatch.setattr(file_digests, "_SAMPLES", 16)
     return tiny_text_llm(tmp_path / "llm", tie_embeddings=False)
 
 
@@ -72,14 +73,14 @@ def test_where_megatron_keeps_its_tensors_is_compared_too(llm):
 def share_job(folder):
     from nemo_mtbi.archive.large_files import hash_together
     from nemo_mtbi.config.parallel import ParallelConfig
-    from nemo_mtbi.llm import directory as text_llm
+    from nemo_mtbi.io import file_digests
     from nemo_mtbi.parallel import groups
 
     groups.initialize(ParallelConfig(2), 60)
     files = {"asr": [Path(folder, "a")], "llm": [Path(folder, "b"), Path(folder, "c")]}
-    expected = {part: [text_llm.file_digest(path) for path in paths] for part, paths in files.items()}
+    expected = {part: [file_digests.file_digest(path) for path in paths] for part, paths in files.items()}
     asked = []
-    large_files.file_digest = lambda path: asked.append(path.name) or text_llm.file_digest(path)
+    large_files.file_digest = lambda path: asked.append(path.name) or file_digests.file_digest(path)
     try:
         assert hash_together(files) == expected
         assert asked == (["a", "c"] if groups.tensor_parallel_rank() == 0 else ["b"])
@@ -87,7 +88,7 @@ def share_job(folder):
         with pytest.raises(ValueError, match="missing can't be read: No such file"):
             hash_together(files)
     finally:
-        large_files.file_digest = text_llm.file_digest
+        large_files.file_digest = file_digests.file_digest
 
 
 def test_processes_of_a_replica_share_the_files(tmp_path, processes):

@@ -40,3 +40,9 @@ def test_bars_in_one_line():
     bar.advance(task, 4)
     assert bar_text(bar).startswith("answers: 4/10 in 0:00:00") and bar_text(bar).endswith("others: 0/3 in 0:00:00")
     assert time_text(3725.4) == "1:02:05"
+
+
+def test_a_bar_of_unknown_length_shows_what_is_done():
+    bar = Progress(disable=True)
+    bar.advance(bar.add_task("aligning", total=None), 7)
+    assert bar_text(bar).startswith("aligning: 7 in 0:00:00")

@@ -10,8 +10,8 @@ from hf_models import hf_llm, hf_tokenizer
 from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.config.chat import ChatConfig
-from nemo_mtbi.llm import directory as text_llm
-from nemo_mtbi.llm.directory import HFDirectory, OwnDirectory, file_digest, open_text_llm
+from nemo_mtbi.io import file_digests
+from nemo_mtbi.llm.directory import HFDirectory, OwnDirectory, open_text_llm
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.speech_llm.pretrained import find_text_llm, load_text_llm
 
@@ -197,9 +197,9 @@ def test_the_fingerprint_tells_every_part(copy):
 def test_of_large_files_samples_are_hashed(copy, monkeypatch):
     """Every sample of a whole file counts, and so does its length."""
     whole = open_text_llm(copy).fingerprint
-    monkeypatch.setattr(text_llm, "HASHED_BYTES", 1000)
-    monkeypatch.setattr(text_llm, "_BLOCK", 64)
-    monkeypatch.setattr(text_llm, "_SAMPLES", 16)
+    monkeypatch.setattr(file_digests, "HASHED_BYTES", 1000)
+    monkeypatch.setattr(file_digests, "_BLOCK", 64)
+    monkeypatch.setattr(file_digests, "_SAMPLES", 16)
     path = copy / "model.safetensors"
     content, sampled = path.read_bytes(), open_text_llm(copy).fingerprint
     assert sampled != whole and open_text_llm(copy).fingerprint == sampled
@@ -209,13 +209,6 @@ def test_of_large_files_samples_are_hashed(copy, monkeypatch):
         assert open_text_llm(copy).fingerprint != sampled
     path.write_bytes(content + b"\0")
     assert open_text_llm(copy).fingerprint != sampled
-
-
-def test_a_digest_is_that_of_the_bytes(tmp_path):
-    import hashlib
-
-    (tmp_path / "file").write_bytes(b"x" * 300_000)
-    assert file_digest(tmp_path / "file") == f"sha256:{hashlib.sha256(b'x' * 300_000).hexdigest()}"
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

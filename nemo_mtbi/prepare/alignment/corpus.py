@@ -24,6 +24,7 @@ from torch import Tensor
 from nemo_mtbi.config.checks import Count, RaiseOrSkip, Section, above, between
 from nemo_mtbi.data.audio import BadAudioError, load_samples
 from nemo_mtbi.io.atomic import replacing
+from nemo_mtbi.io.heartbeat import Heartbeat, bar_text
 from nemo_mtbi.io.paths import make_folder
 from nemo_mtbi.io.sources import FILES, SourcePolicy
 from nemo_mtbi.prepare.alignment.ctc import CTCModel, TokenSpans
@@ -320,7 +321,8 @@ def align_corpus(
     folder = make_folder(out_dir, "--out")
     _check_settings(folder, {**{name: getattr(config, name) for name in _DECISIVE}, "source": source})
     aligner, report = CorpusAligner(ctc, config), AlignmentReport()
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console) as progress, Heartbeat(lambda: bar_text(progress), progress.console):
         if (folder / SOUNDS_FILE).is_file():
             sounds = SoundModel.load(folder / SOUNDS_FILE)
         else:
