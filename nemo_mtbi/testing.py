@@ -244,7 +244,7 @@ def tiny_behaviors(text: str) -> list[dict[str, Any]]:
 
 
 def tiny_provenance(llm: str | Path) -> dict[str, Any]:
-    """Return the ``behaviors_from`` of behaviors that an LLM directory would have generated."""
+    """Return the provenance (field ``behaviors_from`` of a cut) of targets that this LLM directory would generate."""
     from nemo_mtbi.llm.directory import open_text_llm
 
     chat = tiny_chat(Path(llm) / "tokenizer.model")

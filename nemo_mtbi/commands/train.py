@@ -250,8 +250,8 @@ def benchmark_source(benchmark: BenchmarkConfig, pool: TaskPool, prepared: Prepa
     return (prepared.pool, str(prepared.test)) if benchmark.cuts is None else (pool, benchmark.cuts)
 
 
-def _reader(model: MTBIModel) -> Responder | None:
-    """Return the LLM before training where its own weights were trained, else ``None``; it is loaded a second time."""
+def _original_llm(model: MTBIModel) -> Responder | None:
+    """Load the LLM as it was before training, if training changed its weights; else return ``None``."""
     if not model.speech_llm.llm_state.weights_train:
         return None
     config, dtype = model.config, model.speech_llm.decoder.config.params_dtype
@@ -349,11 +349,11 @@ def _benchmark(
     cfg: DictConfig, model: MTBIModel, trainer: Trainer, questions: EvalSet, nemo: Path, seconds: float
 ) -> Path:
     """Evaluate a trained model against its text LLM, and report; return the path of ``results.json``."""
-    reader, path = _reader(model), nemo.parent / "results.json"
-    text = TextSystem(reader or model.responder().without_adapters())
+    original, path = _original_llm(model), nemo.parent / "results.json"
+    text = TextSystem(original or model.responder().without_adapters())
     answered = run_benchmark(SpeechSystem(model.responder()), text, questions)
     if groups.is_global_first():
-        llm = model.config.pretrained_llm if reader else None
+        llm = model.config.pretrained_llm if original else None
         config = benchmark_config(f"{cfg.name} after training", nemo, llm)
         record = TrainingRecord(seconds, trainer.global_step, peak_rss_gib())
         results = benchmark_results(config, answered, cfg.seed, record)

@@ -87,6 +87,7 @@ def _kind(schema: Any, key: str) -> str | None:
 
 
 def _without_none(kind: Any) -> Any:
+    """Return ``X`` for the type ``X | None``, and any other type as it is."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         rest = [part for part in typing.get_args(kind) if part is not type(None)]
         return rest[0] if len(rest) == 1 else kind

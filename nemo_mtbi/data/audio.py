@@ -19,10 +19,16 @@ LOADING_ERRORS = (AudioLoadingError, DurationMismatchError, AssertionError, OSEr
 
 
 class BadAudioError(ValueError):
-    """Audio that cannot be trained on. ``reason`` is the name under which it is counted."""
+    """Audio that cannot be trained on.
+
+    Args:
+        reason: name under which it is counted.
+        message: of the error.
+    """
 
     def __init__(self, reason: str, message: str | None = None):
-        # torch makes the error of a worker process anew, from its text alone
+        # Torch's loader raises the error of a worker process again with its text as the only argument: the reason is
+        # lost then, and what came first is the message.
         super().__init__(reason if message is None else message)
         self.reason = "unusable" if message is None else reason
 

@@ -9,7 +9,7 @@ from nemo_mtbi.targets.tasks import TaskPool
 
 
 def build_llm(args: argparse.Namespace) -> None:
-    """Pre-train the demo's text LLM."""
+    """Pre-train the demo's text LLM on the tasks of ``tasks.yaml``, and write it to the folder ``llm``."""
     from nemo_mtbi.demo import llm
 
     pool = TaskPool.from_yaml(args.out / "tasks.yaml")

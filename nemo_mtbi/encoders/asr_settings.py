@@ -58,6 +58,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _is_known(target: Any) -> bool:
+    """Return whether a value is the dotted name of a class that a configuration may create."""
     return isinstance(target, str) and bool(_KNOWN.fullmatch(target)) and not _HOSTS.search(f"{target}.")
 
 

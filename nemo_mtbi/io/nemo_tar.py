@@ -269,7 +269,7 @@ class NemoWriter:
 
     @contextmanager
     def _member(self, name: str, size: int) -> Iterator[HashingWriter]:
-        """Begin a member, whose content the body writes."""
+        """Write a member, header and padding, around the content that the body of the ``with`` statement writes."""
         entry = tarfile.TarInfo(f"./{name}")
         entry.size, entry.mode = size, 0o644
         self._file.write(entry.tobuf(tarfile.GNU_FORMAT))

@@ -220,6 +220,7 @@ class OwnDirectory(TextLLMDirectory):
         return self._checked(architecture)
 
     def _settings_error(self, error: Exception) -> ValueError:
+        """Return the error for an ``llm.yaml`` with missing or unknown keys."""
         return ValueError(f"{self.path / SETTINGS} lacks a key, or has one too many: {error}")
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:

@@ -63,7 +63,7 @@ class LoraState:
             self.speech = None
 
 
-def targets(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
+def adapted_modules(architecture: DecoderConfig, config: LoraConfig) -> list[str]:
     """Return the names of the modules of the whole LLM that get an adapter.
 
     Raises:
@@ -97,7 +97,7 @@ def check_lora(architecture: DecoderConfig, config: LoraConfig, granularity: str
         raise ValueError(
             "model.lora.speech_only does not go with model.activations_checkpoint_granularity=full: choose selective"
         )
-    if architecture.num_experts and any("mlp" in name for name in targets(architecture, config)):
+    if architecture.num_experts and any("mlp" in name for name in adapted_modules(architecture, config)):
         raise ValueError("model.lora.target_modules match experts, which take no adapters: name attention's layers")
 
 
@@ -105,7 +105,7 @@ def adapter_shapes(architecture: DecoderConfig, config: LoraConfig) -> dict[str,
     """Return names and shapes of all adapters of the whole LLM, in a single process."""
     weights = weight_shapes(architecture)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in targets(architecture, config):
+    for name in adapted_modules(architecture, config):
         rows, columns = weights[f"{name}.weight"]
         shapes |= {f"{name}.lora.a": (config.rank, columns), f"{name}.lora.b": (rows, config.rank)}
     return shapes
@@ -177,7 +177,7 @@ def add_lora(chunks: Sequence[GPTDecoder], config: LoraConfig) -> None:
         ValueError: as :func:`check_lora`.
     """
     check_lora(chunks[0].architecture, config, chunks[0].config.recompute_granularity)
-    chosen = set(targets(chunks[0].architecture, config))
+    chosen = set(adapted_modules(chunks[0].architecture, config))
     for chunk in chunks:
         chunk.lora = state = LoraState(config)
         for name, module in list(named_modules(chunk)):

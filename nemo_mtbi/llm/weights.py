@@ -101,7 +101,7 @@ class SafetensorsWeights:
 
 
 def canonical_name(name: str) -> str:
-    """Return the canonical name of a weight, whatever the layer spec."""
+    """Return the canonical name of a weight: Transformer Engine's spec keeps norms in the linear layer behind them."""
     return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
         "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
     )

@@ -42,7 +42,7 @@ class Bins:
 
     @property
     def fill(self) -> float:
-        """Cost of the cuts ÷ their cost if each were the longest of its bucket."""
+        """Share of positions that hold data if each bucket is padded to its longest cut, from 0 to 1."""
         return sum(self.costs) / sum(len(bucket) * max(bucket) for bucket in self.buckets() if bucket)
 
     def render(self, console: Console) -> None:

@@ -10,7 +10,7 @@ from nemo_mtbi.config.llm import LlmConfig, LoraConfig
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.architecture import DecoderConfig, weight_shapes
 from nemo_mtbi.llm.full_finetune import trained_names
-from nemo_mtbi.llm.lora import LINEAR, adapter_shapes, targets
+from nemo_mtbi.llm.lora import LINEAR, adapted_modules, adapter_shapes
 from nemo_mtbi.llm.weights import sharing_of, stage_sizes
 from nemo_mtbi.planning.memory import Adapted, Learning
 
@@ -22,7 +22,7 @@ def adapted_memory(architecture: DecoderConfig, config: LoraConfig, layout: Para
     shapes = adapter_shapes(architecture, config)
     stages = range(layout.pipeline_model_parallel_size)
     counts = tuple(sum(stage_sizes(architecture, layout, stage, shapes)) for stage in stages)
-    return Adapted(counts, **kept_inputs(architecture, targets(architecture, config), config.rank))
+    return Adapted(counts, **kept_inputs(architecture, adapted_modules(architecture, config), config.rank))
 
 
 def kept_inputs(architecture: DecoderConfig, linears: Iterable[str], rank: int = 0) -> dict[str, int]:

@@ -90,12 +90,12 @@ def write_shard(path: Path, cuts: Iterable[Cut]) -> None:
 
 
 def join_shards(folder: str | Path) -> Path:
-    """Writes all shards of a folder into one file, and returns its path."""
+    """Join all shards of a folder into one file, and return its path."""
     path = Path(folder).absolute() / JOINED
     with replacing(path) as joined:
         for shard in sorted(path.parent.glob("cuts-*.jsonl.gz")):
             with open(shard, "rb") as file:
-                shutil.copyfileobj(file, joined)  # gzip files, one behind the other, are a gzip file
+                shutil.copyfileobj(file, joined)  # gzip files written one after another are a gzip file
     return path
 
 

@@ -14,7 +14,7 @@ from matrix import with_core
 from nemo_mtbi.config.llm import LoraConfig
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.layouts.layout import MicroBatch, make_row
-from nemo_mtbi.llm.lora import adapter_shapes, adapters, add_lora, set_merged, targets, without_lora
+from nemo_mtbi.llm.lora import adapted_modules, adapter_shapes, adapters, add_lora, set_merged, without_lora
 from nemo_mtbi.llm.weights import load_shares, sharing_of
 from nemo_mtbi.testing import ARCHITECTURE, tiny_text_llm
 
@@ -200,7 +200,7 @@ def test_targets_are_found_by_pattern():
     from nemo_mtbi.llm.architecture import DecoderConfig
 
     config = LoraConfig(target_modules=[r"layers\.0\.", "linear_fc2"])
-    names = targets(DecoderConfig(**{**ARCHITECTURE, "num_layers": 2}), config)
+    names = adapted_modules(DecoderConfig(**{**ARCHITECTURE, "num_layers": 2}), config)
     assert [name.removeprefix("decoder.layers.") for name in names] == [
         "0.self_attention.linear_qkv",
         "0.self_attention.linear_proj",
