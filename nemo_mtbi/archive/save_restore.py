@@ -13,7 +13,7 @@ import errno
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import yaml
@@ -40,6 +40,7 @@ from nemo_mtbi.archive.stored_config import DATA_KEYS, check_stored
 from nemo_mtbi.chat.hf_tokenizer import has_vocabulary
 from nemo_mtbi.config.model import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
 from nemo_mtbi.config.parallel import ParallelConfig
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.io.atomic import replacing
 from nemo_mtbi.io.nemo_tar import (
     CONFIG,
@@ -205,7 +206,7 @@ def write_encoder(archive: NemoWriter, model: SpeechModel) -> None:
 
 def stored_config(model: SpeechModel, full: bool) -> bytes:
     """Return the configuration as it is stored: nothing of the run or the machine, but the references."""
-    conf = cast(dict[str, Any], OmegaConf.to_container(model.cfg, resolve=True))  # of a DictConfig
+    conf = plain(model.cfg)
     for key in (*DATA_KEYS, *RUN_KEYS):
         conf.pop(key, None)
     conf.update(format_version=FORMAT_VERSION, fingerprints=dict(model.frozen.fingerprints))
@@ -295,8 +296,7 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
         conf = loaded if OmegaConf.is_config(loaded) else OmegaConf.create(dict(loaded))
         if not isinstance(conf, DictConfig):
             raise ValueError(f"override_config_path={given} holds no keys and values")
-        values = OmegaConf.to_container(conf.model if "model" in conf else conf, resolve=True)
-        conf = OmegaConf.create(cast(dict[Any, Any], values))  # of a DictConfig
+        conf = OmegaConf.create(plain(conf.model if "model" in conf else conf))
         merged = cast(DictConfig, OmegaConf.merge(stored, conf))  # of two of them
     except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"override_config_path={given} can't be read: {error}") from error

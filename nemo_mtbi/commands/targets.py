@@ -13,14 +13,14 @@ from typing import Any, ClassVar, cast
 import yaml
 from lhotse import CutSet
 from lhotse.cut import Cut
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 
 from nemo_mtbi.config.chat import ChatConfig
 from nemo_mtbi.config.checks import Count, FrozenDtype, RaiseOrSkip, Section
 from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.config.parallel import ParallelConfig
-from nemo_mtbi.config.schema import read_section
+from nemo_mtbi.config.schema import plain, read_section
 from nemo_mtbi.data.gate import read_gated
 from nemo_mtbi.data.loader_config import LOCATION_KEYS, check_source
 from nemo_mtbi.demo.recipe import batch_rows, load_pool, text_responder
@@ -270,8 +270,7 @@ def run(cfg: Mapping, progress: bool = True) -> TargetsReport | None:
     pool, plan = load_pool(config.tasks), config.target_plan()
     plan.tasks(pool)
     spare_inputs(config)
-    # of a mapping it is a dict
-    started = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(cfg), resolve=True))
+    started = plain(cast(DictConfig, OmegaConf.merge(cfg)))  # of a mapping it is a DictConfig
     groups.initialize(config.layout, check=lambda: check_same(started, ("cuda",)))
     share, source = config.share(), open_source(config)  # before an LLM is loaded
     loaded = text_responder(config.pretrained_llm, config.chat, config.generation, config.frozen_dtype)

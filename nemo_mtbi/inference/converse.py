@@ -93,7 +93,7 @@ def answer(
     asked = [read_messages(messages) for messages in conversations]
     sources = [item.source for one in asked for turn in one.turns for item in turn if isinstance(item, Audio)]
     samples = load(sources)
-    counts = [responder.model.frame_counter(len(audio)) for audio in samples]
+    counts = [responder.speech_llm.frame_counter(len(audio)) for audio in samples]
     heard = iter(speech(first, count) for first, count in zip(accumulate(counts, initial=0), counts, strict=False))
     layouts = []
     for one in asked:

@@ -18,7 +18,7 @@ from nemo_mtbi.speech_llm.model import LayoutDecoder
 
 @torch.no_grad()
 def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, batch_tokens: int) -> list[float]:
-    """KL(text || speech) of each row from its text twin, the measure that ``model.loss.kl_weight`` minimizes.
+    """Return KL(text || speech) of each row from its text twin, the measure that ``model.loss.kl_weight`` minimizes.
 
     All processes of a model replica call it together, and each gets all values.
 
@@ -34,16 +34,21 @@ def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, 
     Raises:
         ValueError: if a row has no twin, or one with other response tokens.
     """
+    twins = []
     for row in rows:
         if row.twin is None or row.twin.response != row.response:
             raise ValueError("each row needs a text twin with its own response: make both from the same answer")
-    members = group_by_length([max(len(row.layout), len(row.twin.layout)) for row in rows], batch_tokens)
+        twins.append(row.twin)
+    lengths = [max(len(row.layout), len(twin.layout)) for row, twin in zip(rows, twins, strict=True)]
+    members = group_by_length(lengths, batch_tokens)
     values = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
-    heard = _states(model, [[rows[i] for i in group] for group in members], frames)
+    speech_states = _response_states(model, [[rows[i] for i in group] for group in members], frames)
     with without_lora(model.chunks):  # the LLM itself
-        read = _states(model, [[rows[i].twin for i in group] for group in members], model.no_frames())
+        text_states = _response_states(model, [[twins[i] for i in group] for group in members], model.no_frames())
     with megatron_device(model.device):
-        for group, *states in zip(members, heard, read, strict=False):  # off the last stage there are no states
+        for group, *states in zip(
+            members, speech_states, text_states, strict=False
+        ):  # off the last stage there are no states
             counts = [len(rows[i].response) for i in group]
             for i, *pair in zip(group, *(part.split(counts) for part in states), strict=True):
                 index = torch.arange(len(pair[0]), device=model.device)
@@ -52,9 +57,9 @@ def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, 
     return groups.pipeline_broadcast(values, -1).tolist()
 
 
-def _states(model: LayoutDecoder, batches: Sequence[Sequence[Row]], frames: Tensor) -> list[Tensor]:
-    """On the last stage, for each batch ``[n, H]`` at its response tokens, row after row."""
+def _response_states(model: LayoutDecoder, batches: Sequence[Sequence[Row]], frames: Tensor) -> list[Tensor]:
+    """Return hidden states ``[n, H]`` at the response tokens of each batch, row after row; on the last stage."""
     microbatches = [MicroBatch.from_rows(batch, []).to(model.device) for batch in batches]
-    found = model.response_states(microbatches, frames)
+    all_states = model.response_states(microbatches, frames)
     orders = [m.response_index.remainder(len(m.lengths)).argsort(stable=True) for m in microbatches]
-    return [states[order] for states, order in zip(found, orders, strict=False)]
+    return [states[order] for states, order in zip(all_states, orders, strict=False)]

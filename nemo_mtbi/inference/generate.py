@@ -208,14 +208,13 @@ def generate(
     """
     ends = frozenset([end_ids] if isinstance(end_ids, int) else end_ids)
     check_prompts(model, layouts, _agree_on_prompts(model, layouts, frames, ends, config), config)
-    results: list[Generated | None] = [None] * len(layouts)
+    results: dict[int, Generated] = {}
     costs = [len(layout) + config.max_new_tokens for layout in layouts]
     with evaluating(model.chunks), whole_sequences(model.chunks), megatron_device(model.device):
         for group in group_by_length(costs, config.batch_tokens):
             batch = [layouts[i] for i in group]
             answers = _generate_batch(model, batch, frames, ends, config.max_new_tokens)
-            for i, answer in zip(group, answers, strict=True):
-                results[i] = answer
+            results.update(zip(group, answers, strict=True))
             if progress:
                 progress(len(group))
-    return results
+    return [results[i] for i in range(len(layouts))]

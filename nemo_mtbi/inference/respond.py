@@ -41,10 +41,21 @@ class Responder:
     encode_seconds: float = 300.0
     adapted: bool = True
 
+    @property
+    def speech_llm(self) -> SpeechLLM:
+        """The speech LLM.
+
+        Raises:
+            ValueError: if the model is a text LLM.
+        """
+        if not isinstance(self.model, SpeechLLM):
+            raise ValueError("this model is a text LLM without a speech encoder: ask it about text")
+        return self.model
+
     def layouts(
         self, layouts: Sequence[Sequence[int]], frames: Tensor | None = None, progress: Callable | None = None
     ) -> list[Generated]:
-        """Answers to finished prompt layouts; without ``frames`` they are text only.
+        """Return answers to finished prompt layouts; without ``frames`` they are text only.
 
         Off the first stage ``frames`` are not read: what :meth:`encode` returns there will do.
         """
@@ -53,11 +64,11 @@ class Responder:
             return generate(self.model, layouts, frames, self.chat.end_ids, self.config, progress)
 
     def without_adapters(self) -> Responder:
-        """The text LLM that it was."""
+        """Return a responder with the text LLM as it was before training."""
         return replace(self, adapted=False)
 
     def adaptation(self) -> AbstractContextManager:
-        """The LLM with or without adapters, in the body.
+        """Return a context in which the LLM's adapters are on, or off if not ``adapted``.
 
         Raises:
             ValueError: if the LLM itself was trained, and is to be what it was.
@@ -70,14 +81,14 @@ class Responder:
         return nullcontext() if self.adapted else without_lora(self.model.chunks)
 
     def text(self, requests: Sequence[tuple[str, str]], progress: Callable | None = None) -> list[str]:
-        """Answers to (prompt, transcript) pairs."""
+        """Return answers to (prompt, transcript) pairs."""
         layouts = [self.chat.prompt(prompt, transcript) for prompt, transcript in requests]
         return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, progress=progress)]
 
     def speech(
         self, audio: Sequence[Tensor], requests: Sequence[tuple[str, int]], progress: Callable | None = None
     ) -> list[str]:
-        """Answers to (prompt, index of an utterance) pairs.
+        """Return answers to (prompt, index of an utterance) pairs.
 
         Args:
             audio: ``[n]`` samples of each utterance, at the encoder's rate. Each is encoded once.
@@ -87,7 +98,7 @@ class Responder:
         Raises:
             ValueError: if an utterance is too short to own a frame, or too long for the LLM.
         """
-        counts = [self.model.frame_counter(len(samples)) for samples in audio]
+        counts = [self.speech_llm.frame_counter(len(samples)) for samples in audio]
         offsets = [0, *accumulate(counts)][:-1]
         layouts = []
         for prompt, index in requests:
@@ -99,7 +110,7 @@ class Responder:
         return [self.chat.decode(answer.ids) for answer in self.layouts(layouts, self.encode(audio), progress)]
 
     def encode(self, audio: Sequence[Tensor]) -> Tensor:
-        """Connector frames ``[F, H]`` of all utterances in order; off the first stage there are none: ``[0, H]``.
+        """Return connector frames ``[F, H]`` of all utterances in order; off the first stage ``[0, H]``.
 
         Raises:
             RuntimeError: if an utterance can't be encoded. All processes of a replica raise.
@@ -108,17 +119,17 @@ class Responder:
 
     @torch.no_grad()
     def _encode(self, audio: Sequence[Tensor]) -> Tensor:
-        if self.model.encoder is None:
-            return self.model.no_frames()
-        counter, device = self.model.frame_counter, self.model.device
+        model = self.speech_llm
+        if model.encoder is None or model.connector is None:
+            return model.no_frames()
+        counter, device = model.frame_counter, model.device
         counts = [counter(len(samples)) for samples in audio]
-        parts: list[Tensor | None] = [None] * len(audio)
-        with evaluating([self.model.connector]):  # frames must not be dropped out, and not differently on each process
+        parts: dict[int, Tensor] = {}
+        with evaluating([model.connector]):  # frames must not be dropped out, and not differently on each process
             for group in group_by_length([len(x) for x in audio], int(self.encode_seconds * counter.sample_rate)):
                 lengths = torch.tensor([len(audio[i]) for i in group])
                 padded = torch.nn.utils.rnn.pad_sequence([audio[i] for i in group], batch_first=True)
                 expected = torch.tensor([counts[i] for i in group])
-                frames = self.model.encode_audio(padded.to(device), lengths.to(device), expected)
-                for i, part in zip(group, frames.split(expected.tolist()), strict=True):
-                    parts[i] = part
-        return torch.cat([self.model.no_frames(), *parts])
+                frames = model.encode_audio(padded.to(device), lengths.to(device), expected)
+                parts.update(zip(group, frames.split(expected.tolist()), strict=True))
+        return torch.cat([model.no_frames(), *(parts[i] for i in range(len(audio)))])

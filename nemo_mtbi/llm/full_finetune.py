@@ -60,14 +60,21 @@ def trained_weights(chunks: Sequence[GPTDecoder]) -> dict[str, nn.Parameter]:
     return {name: value for chunk in chunks for name, value in named_weights(chunk) if name in chunk.trained_names}
 
 
-def build_llm_optimizer(chunks: Sequence[GPTDecoder], config: LlmConfig, defaults: Mapping[str, Any]) -> LlmOptimizer:
+def build_llm_optimizer(
+    chunks: Sequence[GPTDecoder], config: LlmConfig | None, defaults: Mapping[str, Any]
+) -> LlmOptimizer:
     """Build the optimizer of the weights that train, whatever NeMo's freeze() and unfreeze() have done to them.
 
     Args:
         chunks: this process's runs of layers.
         config: the section ``model.llm``.
         defaults: settings of the connector's optimizer, by torch's names.
+
+    Raises:
+        ValueError: without the section ``model.llm``.
     """
+    if config is None:
+        raise ValueError("no weights of the LLM train: name them in model.llm")
     for chunk in chunks:
         for name, value in named_weights(chunk):
             value.requires_grad_(name in chunk.trained_names)

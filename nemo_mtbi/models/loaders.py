@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_mtbi.archive.speech_model import SpeechModel
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import build_dataloader
 from nemo_mtbi.parallel import groups
@@ -40,7 +41,7 @@ def build_loader(model: SpeechModel, section: DictConfig, train: bool) -> Replic
         with_twins=config.loss.uses_teacher,
     )
     longest = model.speech_llm.decoder.max_sequence_length - (0 if train else config.generation.max_new_tokens)
-    given = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else section
+    given = plain(section)
     make = partial(
         _build_checked,
         {"max_tokens": longest, **given},

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,6 +19,7 @@ from nemo_mtbi.archive.restored import OpenArchive, restore_error
 from nemo_mtbi.archive.save_restore import MTBIArchive, connector_of
 from nemo_mtbi.archive.warm_start import warm_start
 from nemo_mtbi.config.model import RUN_KEYS, parse_model_config
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
 from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.io.tensor_file import ArchiveError
@@ -59,13 +61,12 @@ class MTBIModel(Asking, TrainingSteps):
         # read now: restoring the encoder's own archive ends NeMo's state
         restoring = archive is not None or self._is_model_being_restored()
         config = parse_model_config(cfg)
-        if isinstance(getattr(trainer, "strategy", None), MTBIStrategy):
-            trainer.strategy.start(trainer)
-        groups.initialize(
-            None if restoring else config.layout, config.dist_timeout
-        )  # when restoring, keep the layout in force
+        if trainer is not None and isinstance(strategy := getattr(trainer, "strategy", None), MTBIStrategy):
+            strategy.start(trainer)
+        # when restoring, keep the layout in force
+        groups.initialize(None if restoring else config.layout, config.dist_timeout)
         frozen = FrozenParts(config, archive)
-        cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        cfg = OmegaConf.create(plain(cfg))
         with open_dict(cfg):
             # set up below: the loaders need the frame counter of the modules
             data = {name: cfg.pop(name, None) for name in ("train_ds", "validation_ds", "test_ds")}
@@ -84,8 +85,8 @@ class MTBIModel(Asking, TrainingSteps):
         self.speech_llm, self.shape, self.llm_files = loaded.speech_llm, loaded.shape, loaded.llm_files
         llm = loaded.text_llm
         self.chat = llm.chat
-        self.expected_targets = {"llm": llm.fingerprint, "chat": llm.chat.fingerprint()}
-        self.expected_targets[CHAT_FORMAT] = llm.chat.description()
+        chat = {"chat": llm.chat.fingerprint(), CHAT_FORMAT: llm.chat.description()}
+        self.expected_targets = {"llm": llm.fingerprint, **chat}
         self._skips = Skips()
         self._validation: list[dict] = []
         self._random_states: dict | None = None  # of the checkpoint that this run goes on from
@@ -206,7 +207,7 @@ class MTBIModel(Asking, TrainingSteps):
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> dict:
         """Loss on the targets, and free-running answers to the speech against the LLM's answers to the text."""
         loss, parts = self.speech_llm.evaluate_step(batch)
-        result = {"loss": loss.item(), "tokens": batch.num_targets}
+        result: dict[str, Any] = {"loss": loss.item(), "tokens": batch.num_targets}
         result["parts"] = {name: value.item() for name, value in parts.items()}
         result["rows"] = batch.rows
         with torch.no_grad():
@@ -255,8 +256,8 @@ class MTBIModel(Asking, TrainingSteps):
             part.check_separate(self.speech_llm, "loading")
         own = self.state_dict(keep_vars=True)
         if own:  # nothing is trained on a later stage of a frozen LLM
-            shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (own, state_dict))
-            check_shapes(*shapes, strict, "the checkpoint")
+            expected, given = ({name: tuple(x.shape) for name, x in state.items()} for state in (own, state_dict))
+            check_shapes(expected, given, strict, "the checkpoint")
         with torch.no_grad():
             for name in own.keys() & state_dict.keys():
                 own[name].copy_(state_dict[name])

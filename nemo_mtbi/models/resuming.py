@@ -15,6 +15,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_mtbi.archive.speech_model import SpeechModel
+from nemo_mtbi.config.schema import plain
 from nemo_mtbi.io.file_digests import files_digest
 from nemo_mtbi.parallel import groups
 
@@ -40,7 +41,7 @@ def run_settings(cfg: DictConfig) -> dict[str, Any]:
     digest = None
     if groups.is_global_first() and cuts and Path(str(cuts)).is_file():
         digest = files_digest([Path(str(cuts))])
-    data = OmegaConf.to_container(cfg.data, resolve=True) if cfg.get("data") else None
+    data = plain(cfg.data) if cfg.get("data") else None
     return {
         "seed": cfg.seed,
         "data": data,
@@ -76,8 +77,8 @@ def check_resume(model: SpeechModel, checkpoint: Mapping[str, Any]) -> None:
         if groups.is_global_first():
             logging.warning(f"{what} does not say which encoder and LLM it belongs to: they can't be compared")
         return
-    then = OmegaConf.to_container(OmegaConf.create(then), resolve=True)
-    now = OmegaConf.to_container(model.cfg, resolve=True)
+    then = plain(OmegaConf.create(then))
+    now = plain(model.cfg)
     _check_parts(then, now, what)
     _check_chat(run.get("chat"), describe_run(model)["chat"], what)
     changes = _changes({"model": then, **(run.get("settings") or {})}, {"model": now, **(model.run_settings or {})})

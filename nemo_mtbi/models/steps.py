@@ -96,7 +96,7 @@ class TrainingSteps(ModelPT):
         """The loss of the step that :meth:`on_train_batch_start` has done; of one that is left out, zero."""
         if isinstance(batch, ProfilingBatch):
             return {"loss": profiling.profile_step(self, batch)}
-        if self._left_out:
+        if self._loss is None:
             return torch.zeros((), device=self.device)
         for name, value in self._figures.items():
             self.log(name, value, prog_bar=name == "train_loss")
@@ -125,7 +125,8 @@ class TrainingSteps(ModelPT):
             norm = (norm.square() + self.llm_optimizer.norm().square()).sqrt()
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             self._on_nonfinite(batch, own)
-            random_states.restore(before)
+            if before is not None:
+                random_states.restore(before)
             return None
         self._gradient_norm = norm
         self._figures = self._figures_of(loss, parts, norm, count)
@@ -136,7 +137,7 @@ class TrainingSteps(ModelPT):
     ) -> dict[str, Tensor | float]:
         """Return the logged figures of a step."""
         optimizer = self.trainer.optimizers[0]
-        figures = {"train_loss": loss}
+        figures: dict[str, Tensor | float] = {"train_loss": loss}
         figures |= {f"train_{name}": groups.data_parallel_sum(value) for name, value in parts.items()}
         figures |= {"gradient_norm": norm.float(), "learning_rate": optimizer.param_groups[0]["lr"]}
         if self.llm_optimizer is not None:
