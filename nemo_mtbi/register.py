@@ -12,11 +12,8 @@ def register() -> None:
     NeMo 3 instantiates only targets with an allowed prefix, so that a ``.nemo`` file cannot run code of its choice.
     Ours is added and no other. NeMo 2 has no such list. Text files are opened as people have them.
     """
-    from nemo.core.classes import common
-
+    from nemo_mtbi.compat.nemo import allow_targets
     from nemo_mtbi.io import reading
 
-    allowed = getattr(common, "ALLOWED_TARGET_PREFIXES", None)
-    if allowed is not None and PREFIX not in allowed:
-        allowed.append(PREFIX)
+    allow_targets(PREFIX)
     reading.install()

@@ -38,6 +38,7 @@ from nemo_mtbi.archive.restored import OpenArchive, read_checked
 from nemo_mtbi.archive.speech_model import SpeechModel
 from nemo_mtbi.archive.stored_config import DATA_KEYS, check_stored
 from nemo_mtbi.chat.hf_tokenizer import has_vocabulary
+from nemo_mtbi.compat.nemo import set_restoring
 from nemo_mtbi.config.model import FORMAT_VERSION, LAYOUT_KEYS, RUN_KEYS
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.config.schema import plain
@@ -152,12 +153,12 @@ class MTBIArchive(SaveRestoreConnector):
             if return_config:
                 return conf
             _start_layout(conf, trainer)
-            calling_cls._set_model_restore_state(is_being_restored=True)
+            set_restoring(True)
             # not by NeMo's from_config_dict, which builds a model that fails a second time
             model = calling_cls(cfg=conf, trainer=trainer, archive=OpenArchive(file, stored, strict))
             model = model.to(map_location or ("cuda" if torch.cuda.is_available() else "cpu"))
             load_trained(model, file.tensors(WEIGHTS), strict, file.path)
-        calling_cls._set_model_restore_state(is_being_restored=False)
+        set_restoring(False)
         logging.info(f"{calling_cls.__name__} was restored from {file.path}")
         return model
 

@@ -34,6 +34,7 @@ class SpeechModel(Protocol):
         expected_targets: provenance that targets must have.
         run_settings: settings of the training that are not the model's.
         wants_to_stop: whether this process was asked to stop; called before each step.
+        trainer: Lightning's; ``None`` outside of a run.
     """
 
     cfg: DictConfig
@@ -47,7 +48,7 @@ class SpeechModel(Protocol):
     expected_targets: dict[str, Any]
     run_settings: dict[str, Any] | None
     wants_to_stop: Callable[[], bool]
-    _trainer: Trainer | None
+    trainer: Trainer | None
 
     @property
     def device(self) -> torch.device:

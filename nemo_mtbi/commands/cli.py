@@ -78,9 +78,9 @@ def wants_quiet() -> bool:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from hydra._internal.utils import get_args_parser  # the parser that NeMo's hydra_runner uses too
+    from nemo_mtbi.compat.hydra import command_line_parser
 
-    return get_args_parser().parse_args(argv)
+    return command_line_parser().parse_args(argv)
 
 
 def _is_query(args: argparse.Namespace) -> bool:

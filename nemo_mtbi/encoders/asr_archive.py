@@ -21,12 +21,13 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from hydra.utils import get_class
-from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_mtbi.compat.nemo import set_restoring
+from nemo_mtbi.compat.nemo_connector import WeightFileConnector
 from nemo_mtbi.encoders.asr_settings import check_settings, ctc_settings, named_files
 from nemo_mtbi.encoders.nemo_parts import CLASSES, build_encoder, check_encoder, fill_encoder
 from nemo_mtbi.io.nemo_tar import CONFIG, WEIGHTS, Member, read_members
@@ -224,7 +225,7 @@ def check_room(path: Path, need: int) -> None:
         )
 
 
-class TensorArchive(SaveRestoreConnector):
+class TensorArchive(WeightFileConnector):
     """NeMo's connector for CTC models: weights as safetensors; NeMo's own ``.ckpt`` is read with ``weights_only``.
 
     Args:
@@ -272,7 +273,7 @@ class TensorArchive(SaveRestoreConnector):
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ArchiveError(f"NeMo can't build it ({shown(reason)})") from error
         finally:  # NeMo leaves this on after an error
-            cls._set_model_restore_state(is_being_restored=False)
+            set_restoring(False)
 
     def modify_state_dict(self, conf, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a CTC model among those of any."""
@@ -285,21 +286,24 @@ class TensorArchive(SaveRestoreConnector):
             if name.startswith(prefix)
         }
 
-    def _inject_model_parallel_rank_for_ckpt(self, dirname: str, basename: str) -> str:
-        """Return one file for every layout; NeMo looks for one for each model-parallel process."""
-        return os.path.join(dirname, basename)
+    def write_weights(self, state: Mapping[str, Tensor], path: str | Path) -> None:
+        """Write weights as safetensors."""
 
-    def _save_state_dict_to_disk(self, state_dict, filepath):
         def stored(value: Tensor) -> Tensor:
             # a tensor that two names share is written twice: safetensors refuses aliases
             value = value.detach().cpu().clone().contiguous()
             return value.to(self.dtype) if self.dtype and value.is_floating_point() else value
 
-        save_file({name: stored(value) for name, value in state_dict.items()}, filepath)
+        save_file({name: stored(value) for name, value in state.items()}, path)
 
     @staticmethod
-    def _load_state_dict_from_disk(model_weights, map_location="cpu"):
-        path = Path(model_weights)
+    def read_weights(path: str | Path, map_location: Any = "cpu") -> Mapping[str, Tensor]:
+        """Return weights of safetensors, or of the ``.ckpt`` of an archive that NeMo itself has written.
+
+        Raises:
+            ArchiveError: if the file is damaged.
+        """
+        path = Path(path)
         if path.suffix == ".safetensors" and not path.exists():
             path = path.with_suffix(".ckpt")  # an archive written by NeMo itself
             with open(path, "rb") as file:

@@ -13,6 +13,7 @@ from nemo.collections.asr.modules import SpectrogramAugmentation
 from omegaconf import OmegaConf, open_dict
 
 from nemo_mtbi.chat.train_tokenizer import train_tokenizer
+from nemo_mtbi.compat.nemo import set_connector
 from nemo_mtbi.encoders.asr_archive import TensorArchive
 
 
@@ -104,7 +105,7 @@ def save_asr(model: EncDecCTCModelBPE, path: str | Path, dtype: torch.dtype | No
     with open_dict(model.cfg):
         model.cfg.train_ds = model.cfg.validation_ds = model.cfg.optim = None
         model.cfg.tokenizer.dir = None  # its files are in the archive
-    model._save_restore_connector = TensorArchive(dtype)
+    set_connector(model, TensorArchive(dtype))
     model.save_to(str(path))
 
 

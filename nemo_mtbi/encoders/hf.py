@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nemo_mtbi.compat.torch import fake_tensors
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
 from nemo_mtbi.encoders.hf_files import build_empty, load_weights, read_extractor
@@ -97,7 +97,7 @@ class HFSpeechEncoder(SpeechEncoder):
         Raises:
             ValueError: as :func:`load_hf_encoder`, as far as it shows without weights.
         """
-        with FakeTensorMode():
+        with fake_tensors():
             return _assemble(path, config, build_empty)
 
     @classmethod

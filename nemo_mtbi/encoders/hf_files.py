@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_mtbi.compat.transformers import build_from_config
 from nemo_mtbi.io.tensor_file import StoredTensors
 from nemo_mtbi.llm.convert.hf import weight_files
 
@@ -86,7 +87,7 @@ def build_empty(path: Path, given: Mapping[str, Any]) -> nn.Module:
         path: of the directory.
         given: content of its ``config.json``.
     """
-    return _class_of(given["model_type"])._from_config(_config_of(path, given))
+    return build_from_config(_class_of(given["model_type"]), _config_of(path, given))
 
 
 def load_weights(path: Path, given: Mapping[str, Any]) -> nn.Module:
@@ -166,7 +167,7 @@ def _check_sizes(kind: str, config: Any, stored: _Stored) -> None:
         if type(layers) is not int or layers > len(stored.shapes):
             raise ValueError(f"config.json describes {layers} layers, more than the weights have")
     with torch.device("meta"):
-        probe = _class_of(kind)._from_config(config)
+        probe = build_from_config(_class_of(kind), config)
     wanted = sum(value.numel() for name, value in probe.named_parameters() if not name.startswith(_UNTRAINED))
     stored_count = sum(math.prod(shape) for shape in stored.shapes.values())
     if wanted > stored_count:

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from nemo_mtbi.compat.nemo import first_convolution_numbers, module_config, subsampling_convolutions
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder
 from nemo_mtbi.encoders.nemo_parts import CLASSES, build_encoder, check_encoder, section_class
@@ -85,7 +86,7 @@ class NemoEncoder(SpeechEncoder):
 
     def settings(self) -> dict[str, Any]:
         """Return the sections of front end and encoder, and the sample rate."""
-        parts: dict[str, Any] = {name: getattr(self, name)._cfg for name in CLASSES}
+        parts: dict[str, Any] = {name: module_config(getattr(self, name)) for name in CLASSES}
         parts = {name: OmegaConf.to_container(OmegaConf.create(part), resolve=True) for name, part in parts.items()}
         return {"sample_rate": self.shape.sample_rate, **parts}
 
@@ -112,8 +113,7 @@ class NemoEncoder(SpeechEncoder):
 
     def first_convolution(self) -> int:
         """Return numbers for two feature frames: that convolution halves their rate and their bands."""
-        subsampling: Any = self.encoder.pre_encode
-        return subsampling._conv_channels * (subsampling._feat_in // 2)
+        return first_convolution_numbers(self.encoder)
 
     @property
     def _counter(self) -> FrameCounter:
@@ -202,17 +202,12 @@ def subsampling_stages(encoder: nn.Module) -> Iterable[LengthStage]:
     Raises:
         ValueError: if the encoder has none whose lengths can be counted.
     """
-    subsampling: Any = getattr(encoder, "pre_encode", None)
     try:
-        for _ in range(subsampling._sampling_num):
-            yield LengthStage(
-                subsampling._kernel_size,
-                subsampling._stride,
-                subsampling._left_padding + subsampling._right_padding,
-                subsampling._ceil_mode,
-            )
+        for convolution in subsampling_convolutions(encoder):
+            yield LengthStage(*convolution)
     except AttributeError as error:
+        kind = type(getattr(encoder, "pre_encode", None)).__name__
         raise ValueError(
-            f"{type(encoder).__name__} with {type(subsampling).__name__} has no convolutional subsampling whose "
+            f"{type(encoder).__name__} with {kind} has no convolutional subsampling whose "
             "lengths can be counted; use a Conformer or FastConformer encoder"
         ) from error

@@ -13,8 +13,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nemo_mtbi.compat.torch import fake_tensors
 from nemo_mtbi.io.tensor_file import ArchiveError, mismatches
 from nemo_mtbi.io.untrusted_yaml import entries, shown
 
@@ -97,7 +97,7 @@ def check_encoder(
     if type(layers) is not int or layers > most:
         raise ArchiveError(f"{file} describes {shown(layers)} layers, more than {weights} has")
     _check_front_end(settings[FRONT_END], rate)
-    with FakeTensorMode():  # has shapes and takes no memory
+    with fake_tensors():  # has shapes and takes no memory
         probe = build_encoder(settings, file)
         modules = {name: getattr(probe, name) for name in CLASSES}
         held = [value for module in modules.values() for value in (*module.parameters(), *module.buffers())]

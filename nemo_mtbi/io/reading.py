@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextvars import ContextVar, Token
 from typing import Any
@@ -18,10 +17,9 @@ from lhotse.audio.backend import (
 )
 from lhotse.serialization import IOBackend, get_current_io_backend, set_current_io_backend
 
+from nemo_mtbi.compat.lhotse import check_before_loading
 from nemo_mtbi.io.sources import ForbiddenSourceError, SourcePolicy, check_cut
 from nemo_mtbi.io.text_files import TextOpener
-
-_MARK = "_obeys_nemo_mtbi"
 
 
 class GuardedIOBackend(IOBackend):
@@ -151,22 +149,14 @@ def install() -> None:
         set_current_io_backend(GuardedIOBackend(io if isinstance(io, TextOpener) else TextOpener(io)))
     if not isinstance(audio, GuardedAudioBackend):
         set_current_audio_backend(GuardedAudioBackend(audio))
-    if not getattr(AudioSource.load_audio, _MARK, False):
-        AudioSource.load_audio = _guarded_source(AudioSource.load_audio)
+    check_before_loading(_check_source)
 
 
-def _guarded_source(load_audio: Any) -> Any:
-    """Return ``AudioSource.load_audio`` with a check: it runs sources of type ``command`` without a backend."""
-
-    @functools.wraps(load_audio)
-    def load(source: AudioSource, *args: Any, **kwargs: Any) -> Any:
-        reading = active()
-        if reading is not None:
-            reading.check(lambda item, place: check_cut(item, reading.policy, place), source)
-        return load_audio(source, *args, **kwargs)
-
-    setattr(load, _MARK, True)
-    return load
+def _check_source(source: AudioSource) -> None:
+    """Check an audio source as a whole: Lhotse runs those of type ``command`` without a backend."""
+    reading = active()
+    if reading is not None:
+        reading.check(lambda item, place: check_cut(item, reading.policy, place), source)
 
 
 class Reading:

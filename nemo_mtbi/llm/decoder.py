@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from nemo_mtbi.compat.megatron import define_optional_gemm, scale_rotary_frequencies
+from nemo_mtbi.compat.megatron_gpt import HiddenStatesGPT
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.architecture import DecoderConfig
 from nemo_mtbi.llm.layers import HAVE_TE, block_spec, transformer_config
@@ -37,7 +37,7 @@ def check_training(config: DecoderConfig, layout: ParallelConfig) -> None:
         )
 
 
-class GPTDecoder(GPTModel):
+class GPTDecoder(HiddenStatesGPT):
     """One run of the layers of a ``GPTModel``: all of them, or those of a stage of the pipeline.
 
     Its forward ends at the hidden states; :meth:`logits` applies the head where it is needed. The head over a 150k
@@ -66,8 +66,8 @@ class GPTDecoder(GPTModel):
         layout.check_architecture(
             config.num_layers, config.num_attention_heads, config.num_query_groups, config.ffn_hidden_size
         )
-        if config.num_experts and not hasattr(moe_utils, "te_general_gemm"):
-            moe_utils.te_general_gemm = None  # Megatron reads it also where its import failed
+        if config.num_experts:
+            define_optional_gemm()
         megatron = transformer_config(config, dtype, layout, **overrides)
         with megatron_device("cuda" if torch.cuda.is_available() else "cpu"):
             super().__init__(
@@ -87,14 +87,10 @@ class GPTDecoder(GPTModel):
         self.lora: Any = None  # see nemo_mtbi.llm.lora
         self.trained_names: frozenset[str] = frozenset()  # canonical, of the weights of the whole LLM that train
         if config.rope_scaling is not None:  # Megatron's own arguments hold the factor alone
-            rotary = self.rotary_pos_emb
-            rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **vars(config.rope_scaling))
+            scale_rotary_frequencies(self.rotary_pos_emb, vars(config.rope_scaling))
         if self.post_process:
             # ``hidden`` gathers the positions already, since the head reads a few of them only
             self.output_layer.sequence_parallel = False
-
-    def _postprocess(self, hidden_states: Tensor, **unused) -> Tensor:
-        return hidden_states
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,8 @@ from nemo_mtbi.archive.loading import load_model
 from nemo_mtbi.archive.restored import OpenArchive, restore_error
 from nemo_mtbi.archive.save_restore import MTBIArchive, connector_of
 from nemo_mtbi.archive.warm_start import warm_start
+from nemo_mtbi.compat import nemo
+from nemo_mtbi.compat.lightning import resume_pass, store_running_pass
 from nemo_mtbi.config.model import RUN_KEYS, parse_model_config
 from nemo_mtbi.config.schema import plain
 from nemo_mtbi.data.behaviors import CHAT_FORMAT
@@ -59,7 +61,7 @@ class MTBIModel(Asking, TrainingSteps):
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, archive: OpenArchive | None = None):
         register()
         # read now: restoring the encoder's own archive ends NeMo's state
-        restoring = archive is not None or self._is_model_being_restored()
+        restoring = archive is not None or nemo.is_restoring()
         config = parse_model_config(cfg)
         if trainer is not None and isinstance(strategy := getattr(trainer, "strategy", None), MTBIStrategy):
             strategy.start(trainer)
@@ -79,7 +81,7 @@ class MTBIModel(Asking, TrainingSteps):
             if frozen.file_digests:
                 cfg.file_digests = frozen.file_digests
         super().__init__(cfg, trainer)
-        self._save_restore_connector = MTBIArchive()
+        nemo.set_connector(self, MTBIArchive())
         self.config, self.frozen = config, frozen
         loaded = load_model(config, frozen, archive)
         self.speech_llm, self.shape, self.llm_files = loaded.speech_llm, loaded.shape, loaded.llm_files
@@ -104,13 +106,13 @@ class MTBIModel(Asking, TrainingSteps):
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """Builds the training loader from NeMo's data keys."""
-        self._update_dataset_config(dataset_name="train", config=train_data_config)
-        self._train_dl = build_loader(self, train_data_config, train=True)
+        nemo.record_data_config(self, "train", train_data_config)
+        nemo.set_training_loader(self, build_loader(self, train_data_config, train=True))
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:
         """Builds the validation loader: every behavior of its cuts, or ``rows_per_cut`` of them."""
-        self._update_dataset_config(dataset_name="validation", config=val_data_config)
-        self._validation_dl = build_loader(self, val_data_config, train=False)
+        nemo.record_data_config(self, "validation", val_data_config)
+        nemo.set_validation_loader(self, build_loader(self, val_data_config, train=False))
 
     # ----- training
 
@@ -152,15 +154,12 @@ class MTBIModel(Asking, TrainingSteps):
         Lightning counts such a pass as one that has ended.
         """
         checkpoint[RUN] = describe_run(self)
-        if self._trainer is None:
+        if self.trainer is None:
             return
         checkpoint[OPTIMIZERS] = names(self.trainer.optimizers)
-        loop = self.trainer.fit_loop
-        passes = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current")
-        if passes and self._train_dl is not None and not loop.epoch_loop.batch_progress.is_last_batch:
-            running = self._train_dl.state_dict()["epoch"]
-            passes.update({key: min(passes[key], running) for key in ("processed", "completed")})
-            checkpoint["epoch"] = min(checkpoint["epoch"], running)
+        loader = self.train_dataloader()
+        if loader is not None:
+            store_running_pass(checkpoint, self.trainer, lambda: loader.state_dict()["epoch"])
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Compare the run of a checkpoint with this one, and keep its states until training starts.
@@ -172,7 +171,7 @@ class MTBIModel(Asking, TrainingSteps):
             ValueError: if encoder, LLM, chat format or optimizer are other ones.
         """
         check_resume(self, checkpoint)
-        if self._trainer is not None:
+        if self.trainer is not None:
             check_optimizers(checkpoint, self.trainer.optimizers)
         self._random_states = checkpoint.get(RANDOM_STATES)
         self._llm_moments = checkpoint.get(LLM_OPTIMIZER)
@@ -186,16 +185,12 @@ class MTBIModel(Asking, TrainingSteps):
         if self._random_states is not None:  # a run that goes on: right before its first step
             random_states.restore(self._random_states)
             self._random_states = None
-            # Lightning counts a step for the loggers after the validation that saved this state
-            loop, passes = self.trainer.fit_loop.epoch_loop, self.trainer.fit_loop.epoch_progress.current
-            # a pass that had ended is ended once more, and is counted then
-            passes.processed = passes.completed = self._train_dl.state_dict()["epoch"]
-            loop._batches_that_stepped = max(loop._batches_that_stepped, self.trainer.global_step)
+            resume_pass(self.trainer, self.train_dataloader().state_dict()["epoch"])
 
     @property
     def agreed_to_stop(self) -> bool:
         """Whether some process had been asked to stop when the step in hand was read; the same on all of them."""
-        return self._train_dl.stop_requested
+        return self.train_dataloader().stop_requested
 
     @property
     def oomptimizer_schema(self) -> dict:
@@ -283,7 +278,7 @@ class MTBIModel(Asking, TrainingSteps):
             ValueError: if a small file would refer to parts that have no path of their own.
             RuntimeError: the same in all processes, if the file can't be written.
         """
-        self._save_restore_connector.save_to(self, save_path, full)
+        nemo.connector_of(self).save_to(self, save_path, full)
 
     @classmethod
     def restore_from(
@@ -313,7 +308,7 @@ class MTBIModel(Asking, TrainingSteps):
         except (ArchiveError, DamageError) as error:
             raise ValueError(restore_error(path, error)) from error
         finally:  # NeMo leaves this on after an error, and the next model would be built without its data
-            cls._set_model_restore_state(is_being_restored=False)
+            nemo.set_restoring(False)
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
         """Starts the connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model`` in ``cfg``.

@@ -70,7 +70,7 @@ def check_resume(model: SpeechModel, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if encoder, LLM or chat format are other ones; names both and the remedy.
     """
-    what = f"the checkpoint {getattr(model._trainer, 'ckpt_path', None) or 'given'}"
+    what = f"the checkpoint {getattr(model.trainer, 'ckpt_path', None) or 'given'}"
     then = (checkpoint.get("hyper_parameters") or {}).get("cfg")
     run = checkpoint.get(RUN) or {}
     if then is None:

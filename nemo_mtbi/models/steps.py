@@ -10,6 +10,8 @@ from nemo.core.classes import ModelPT
 from nemo.utils import logging
 from torch import Tensor, nn
 
+from nemo_mtbi.compat.lightning import keep_all_steps, leave_out_steps
+from nemo_mtbi.compat.nemo import set_parameter_groups
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.layouts.layout import StepBatch
 from nemo_mtbi.models import profiling
@@ -55,7 +57,7 @@ class TrainingSteps(ModelPT):
 
     def setup_optimizer_param_groups(self) -> None:
         """Hands only what is trained to the optimizer; an empty group is fine."""
-        self._optimizer_param_groups = [{"params": self.trained}]
+        set_parameter_groups(self, [{"params": self.trained}])
 
     # ----- a step
 
@@ -63,9 +65,9 @@ class TrainingSteps(ModelPT):
         """Let Lightning treat steps that are left out as gradients that are still being accumulated."""
         super().on_train_start()
         self._left_out = False
-        self._skips.begin(self._train_dl)
+        self._skips.begin(self.train_dataloader())
         # accumulating gradients is refused in on_fit_start(), so this method has no other use
-        self.trainer.fit_loop.epoch_loop._should_accumulate = lambda: self._left_out
+        leave_out_steps(self.trainer, lambda: self._left_out)
 
     def on_train_end(self) -> None:
         """Gives Lightning's loop back.
@@ -74,7 +76,7 @@ class TrainingSteps(ModelPT):
             RuntimeError: if every step of the run was left out.
         """
         super().on_train_end()
-        vars(self.trainer.fit_loop.epoch_loop).pop("_should_accumulate", None)
+        keep_all_steps(self.trainer)
         if not self.trainer.should_stop:
             self._skips.check_end(self.trainer.global_step)
 
@@ -104,7 +106,7 @@ class TrainingSteps(ModelPT):
 
     def _learn(self, batch: StepBatch) -> Tensor | None:
         """The loss of a step whose gradients are ready; ``None`` if it is left out, on all processes alike."""
-        self._train_dl.mark_trained()  # no checkpoint is written before this step has ended
+        self.train_dataloader().mark_trained()  # no checkpoint is written before this step has ended
         trained = self.trained
         for value in trained:
             value.grad = None

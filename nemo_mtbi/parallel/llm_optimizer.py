@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_mtbi.compat.megatron import free_gradients, optimizer_shard
 from nemo_mtbi.parallel.cpu import megatron_optimizer_device
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -132,12 +133,11 @@ class LlmOptimizer:
         Args:
             complete: whether to create zero moments where there are none, before the first step.
         """
-        places = self._optimizer.model_param_group_index_map
         for name, weight in self._weights.items():
-            if weight not in places:
+            shard = optimizer_shard(self._optimizer, weight)
+            if shard is None:
                 continue
-            group, number = places[weight]
-            main = self._optimizer.param_groups[group]["params"][number]
+            main = shard.main
             state = self._optimizer.state[main] if complete else self._optimizer.state.get(main, {})
             if complete:
                 for kind in MOMENTS:
@@ -145,8 +145,7 @@ class LlmOptimizer:
             values = {kind: state[kind] for kind in MOMENTS if kind in state}
             if weight.dtype != main.dtype:
                 values[MAIN] = main
-            start = self._optimizer._get_model_param_range_map(weight)["param"].start
-            yield Fragment(name, weight, start, values)
+            yield Fragment(name, weight, shard.start, values)
 
     @torch.no_grad()
     def restore(self, stored: Mapping[str, Any] | None) -> None:
@@ -175,9 +174,5 @@ class LlmOptimizer:
 
     def close(self) -> None:
         """Free the memory of gradients and moments; the weights stay where they are."""
-        for chunk in self._chunks:
-            chunk.grad_accs.clear()  # whose hooks hold all of it
-            for value in chunk.params_with_grad:
-                value.main_grad = None
-                value.main_param = None
+        free_gradients(self._chunks)
         self._chunks, self._weights, self._optimizer = [], {}, None

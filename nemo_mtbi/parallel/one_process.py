@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_mtbi.compat.torch import add_old_collectives
+
 BACKEND = "one_process"
 
 
@@ -32,6 +34,7 @@ class _Done(dist.Work):
         return True
 
 
+@add_old_collectives
 class OneProcessGroup(dist.ProcessGroup):
     """The group of a single process, whose collectives give each process its own value.
 
@@ -105,10 +108,6 @@ class OneProcessGroup(dist.ProcessGroup):
         """Copy each input to its output."""
         self.allreduce(outputs, opts)
         return self._copy(outputs, inputs)
-
-    # the same by the names of torch before 2.13
-    _allgather_base, allgather_into_tensor_coalesced = all_gather_single, all_gather_single_coalesced
-    _reduce_scatter_base, reduce_scatter_tensor_coalesced = reduce_scatter_single, reduce_scatter_single_coalesced
 
     def alltoall(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None) -> dist.Work:
         """Copy each input to its output."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
+from nemo_mtbi.compat.lightning import end_within_pass
 from nemo_mtbi.parallel import peers
 from nemo_mtbi.parallel.checkpoint import files
 
@@ -106,7 +107,7 @@ class StopOnSignal(Callback):
         """End training if the processes have agreed to stop."""
         if self._agreed() and not self.stopped:
             self.stopped = trainer.should_stop = True
-            trainer.fit_loop.min_epochs = 0  # Lightning would first end the epoch
+            end_within_pass(trainer)
 
     def on_train_end(self, trainer: Trainer, module) -> None:
         """Restore the signal handlers."""

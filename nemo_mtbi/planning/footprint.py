@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nemo_mtbi.compat.torch import fake_tensors, storage_id
 from nemo_mtbi.config.connector import ConnectorConfig
 from nemo_mtbi.config.encoder import EncoderConfig, SecondEncoder
 from nemo_mtbi.encoders.base import EncoderShape, SpeechEncoder, unfrozen
@@ -111,12 +111,12 @@ def _bytes(value: torch.Tensor) -> int:
 
 def kept_bytes(module: nn.Module, *inputs: torch.Tensor) -> int:
     """Return the bytes that autograd keeps of a forward, without the module's own parameters."""
-    seen = {value.untyped_storage()._cdata: 0 for value in module.parameters()}
+    seen = {storage_id(value): 0 for value in module.parameters()}
     kept: list[torch.Tensor] = []  # alive until all are counted, so that no two have one id
 
     def pack(value: torch.Tensor) -> torch.Tensor:
         kept.append(value)
-        seen.setdefault(value.untyped_storage()._cdata, value.untyped_storage().nbytes())
+        seen.setdefault(storage_id(value), value.untyped_storage().nbytes())
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
@@ -146,7 +146,7 @@ def speech_parts(
         states: numbers that the optimizer keeps for each parameter.
     """
     shape = encoder.shape
-    with FakeTensorMode():
+    with fake_tensors():
         connector = build_connector(config, shape.size, hidden, shape.frame_rate)
         # as utterances of some length: attention and pooling keep more of one long one
         longest = min(frames, max(round(UTTERANCE * shape.frame_rate / connector.reduction), 1))

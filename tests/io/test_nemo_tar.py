@@ -90,9 +90,9 @@ def test_half_precision_rounds_floats_and_leaves_integers(asr_model, tmp_path):
 def test_shared_and_transposed_weights_are_written(tmp_path):
     weight = nn.Parameter(torch.arange(6.0).view(2, 3))
     state = {"a": weight, "b": weight, "t": weight.t(), "part": weight[:, 1:]}
-    TensorArchive()._save_state_dict_to_disk(state, tmp_path / WEIGHTS)
+    TensorArchive().write_weights(state, tmp_path / WEIGHTS)
     assert_equal_weights(
-        TensorArchive._load_state_dict_from_disk(tmp_path / WEIGHTS), {k: v.data for k, v in state.items()}
+        TensorArchive.read_weights(tmp_path / WEIGHTS), {k: v.data for k, v in state.items()}
     )
 
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speech with exact word times from espeak-ng (GPL, optional extra ``demo``: the wheel ``espeakng-loader``)."""
 
-import _ctypes
 import ctypes
 import importlib.metadata
 import os
 import shutil
-import sys
 import tempfile
 import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from nemo_mtbi.compat.ctypes import unload
 
 # From espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -114,7 +114,7 @@ class Espeak:
             samples, events = _synthesize(library, words, voice, rate, pitch)
         finally:
             library.espeak_Terminate()
-            _unload(library)
+            unload(library)
         return Speech(samples, sample_rate, _word_times(words, events, samples, sample_rate))
 
     def _check_variant(self, voice: str) -> None:
@@ -133,13 +133,6 @@ class Espeak:
                 "shorter than 150 characters"
             )
         return sample_rate
-
-
-def _unload(library: ctypes.CDLL) -> None:
-    if sys.platform == "win32":
-        _ctypes.FreeLibrary(library._handle)
-    else:
-        _ctypes.dlclose(library._handle)
 
 
 def _synthesize(

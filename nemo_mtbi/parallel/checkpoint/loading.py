@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.optim import Optimizer
 
+from nemo_mtbi.compat.megatron import load_planner, torch_state_dict
+from nemo_mtbi.compat.torch import set_files
 from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.parallel import random_states
 from nemo_mtbi.parallel.agreement import together
@@ -234,11 +236,9 @@ class _Loading:
 
     def _fill(self) -> None:
         """Reads everything that was asked for."""
-        from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner, mcore_to_pyt_state_dict
-
-        reader, planner = FileSystemReader(self.folder), MCoreLoadPlanner()
-        reader.fs = CheckedFiles(self.folder, self._marks)
+        reader, planner = FileSystemReader(self.folder), load_planner()
+        set_files(reader, CheckedFiles(self.folder, self._marks))
         reader.set_up_storage_reader(self._metadata, True)
-        planner.set_up_planner(mcore_to_pyt_state_dict(self._sharded, True), self._metadata, True)
+        planner.set_up_planner(torch_state_dict(self._sharded, True), self._metadata, True)
         plan = reader.prepare_local_plan(planner.create_local_plan())
         reader.read_data(planner.finish_plan(plan), planner).wait()

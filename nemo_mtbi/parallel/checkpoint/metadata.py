@@ -13,26 +13,7 @@ import torch
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "StorageMeta",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
+from nemo_mtbi.compat.torch import METADATA_CLASSES
 
 
 class _Unread:
@@ -47,7 +28,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Builds what describes tensors, and calls nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
+        if is_dtype or (module, name) in METADATA_CLASSES:
             return super().find_class(module, name)
         if module == "torch.distributed.checkpoint.planner" or module.startswith("megatron.core.dist_checkpointing."):
             return _Unread

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import _TunerExitException  # how a time limit ends a run
-from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nemo_mtbi.compat.lightning import is_time_limit
+from nemo_mtbi.compat.nemo_checkpoint import FinalizableCheckpointIO
 from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import files
 from nemo_mtbi.parallel.checkpoint.loading import load
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _WITHOUT_OPTIMIZER = ("optimizer_states", "lr_schedulers")
 
 
-class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
+class ShardedCheckpointIO(FinalizableCheckpointIO):
     """Save and load checkpoint folders that fit every parallel layout.
 
     All processes call its methods together, except ``remove_checkpoint``.
@@ -55,8 +55,7 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
         timeout: float = 1800,
         llm: Callable[[], LlmOptimizer | None] = lambda: None,
     ):
-        # NeMo's class is a base for its name only, which NeMo's callback looks for: its own writer is not used
-        super(AsyncFinalizableCheckpointIO, self).__init__()
+        super().__init__()
         self._weights, self._optimizers, self._llm = weights, optimizers, llm
         self._seed, self._timeout = seed, timeout
         self._pending: Save | None = None
@@ -153,7 +152,7 @@ class ShardedCheckpointIO(AsyncFinalizableCheckpointIO):
     def teardown(self) -> None:
         """Completes the save that goes on in the background; not after a failure, when other processes may be gone."""
         error = sys.exc_info()[1]  # Lightning calls it while it handles what has ended the run
-        if error is None or isinstance(error, _TunerExitException):
+        if error is None or is_time_limit(error):
             self.maybe_finalize_save_checkpoint(blocking=True)
         elif self._pending is not None:
             logger.warning(f"the checkpoint {self._pending.folder} was not completed; the one before it counts")

@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.optim import Optimizer
 
+from nemo_mtbi.compat.megatron import save_planner, torch_state_dict
+from nemo_mtbi.compat.torch import set_files
 from nemo_mtbi.parallel import groups, random_states
 from nemo_mtbi.parallel.agreement import together
 from nemo_mtbi.parallel.checkpoint import content, files
@@ -97,14 +99,13 @@ class Save:
         copy: bool,
         timeout: float,
     ):
-        from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
-
         self.folder, self.step, self.epoch = folder, checkpoint["global_step"], checkpoint["epoch"]
         self._staging, self._place, self._copy = files.staging_of(folder), Place.here(), copy
         self._writer = FileSystemWriter(self._staging)
-        self._writer.fs = self._files = HashedFiles()
+        self._files = HashedFiles()
+        set_files(self._writer, self._files)
         self._marks: dict[str, files.FileMark] = {}  # of what this process writes
-        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._planner = save_planner()
         with self._abandoned_on_failure():
             summaries = self._together(lambda: self._collect(checkpoint, weights, optimizers, llm))
             plans = self._together(lambda: self._plan(summaries))
@@ -147,7 +148,6 @@ class Save:
     def _plan(self, summaries: Sequence[Mapping[str, Any]]) -> Any:
         """Writes what is not sharded, and plans which tensors this process writes."""
         from megatron.core.dist_checkpointing.mapping import is_main_replica
-        from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
         from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
         if is_first():
@@ -166,7 +166,7 @@ class Save:
                 data = tensor.data.detach().to("cpu", copy=self._copy)
                 mine.setdefault(tensor.key, []).append(replace(tensor, data=data))
         del self._tensors
-        self._planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=is_first())
+        self._planner.set_up_planner(torch_state_dict(mine), is_coordinator=is_first())
         self._writer.set_up_storage_writer(is_first())
         return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
