@@ -83,5 +83,6 @@ def build_llm_optimizer(
         betas=tuple(defaults["betas"]),
         eps=defaults["eps"],
         weight_decay=defaults["weight_decay"] if config.weight_decay is None else config.weight_decay,
+        params_dtype=chunks[0].config.params_dtype,
     )
     return LlmOptimizer(chunks, trained_weights(chunks), options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from nemo_mtbi.parallel import groups
 
@@ -26,7 +26,9 @@ def together(what: str, action: Callable[[], Value], explain: Callable[[Exceptio
     Raises:
         ValueError, RuntimeError: the same in every process if one fails; a ValueError if that was one.
     """
-    value, failure, cause = None, None, None
+    value: Value | None = None
+    failure: tuple[bool, str] | None = None
+    cause: Exception | None = None
     try:
         value = action()
     except Exception as error:  # of any kind: the others must raise too instead of waiting
@@ -34,7 +36,7 @@ def together(what: str, action: Callable[[], Value], explain: Callable[[Exceptio
     try:
         outcomes = groups.gather_objects((value, failure))
     except RuntimeError:  # another process is gone
-        if cause is None:
+        if failure is None:
             raise
         raise RuntimeError(f"{what}: {failure[1]}") from cause
     failures = {rank: outcome for rank, (_, outcome) in enumerate(outcomes) if outcome}
@@ -59,7 +61,9 @@ def agreed(work: Callable[[], Value]) -> Value:
     """
     if groups.layout().model_parallel_size == 1:
         return work()
-    result, failure, report = None, None, None
+    result: Value | None = None
+    failure: Exception | None = None
+    report: tuple[bool, str] | None = None
     try:
         result = work()
     except (ValueError, RuntimeError, OSError) as error:
@@ -67,11 +71,11 @@ def agreed(work: Callable[[], Value]) -> Value:
     reports = groups.gather_objects(report, "replica")
     if failure is not None:
         raise failure
-    for rank, found in enumerate(reports):
-        if found is not None:
-            kind = ValueError if found[0] else RuntimeError
-            raise kind(f"process {rank} of this model replica failed: {found[1]}")
-    return result
+    for rank, other in enumerate(reports):
+        if other is not None:
+            kind = ValueError if other[0] else RuntimeError
+            raise kind(f"process {rank} of this model replica failed: {other[1]}")
+    return cast(Value, result)  # the work has ended without an error
 
 
 @contextmanager

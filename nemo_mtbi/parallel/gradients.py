@@ -31,25 +31,30 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     What Megatron marks ``sequence_parallel`` has seen this process's positions only, and is summed over the
     tensor-parallel processes too.
     """
-    parameters = list(parameters)
+    gradients: list[Tensor] = []
+    of_positions: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    _sum([p for p in parameters if getattr(p, "sequence_parallel", False)], groups.tensor_parallel_group())
-    _sum(parameters, groups.data_parallel_group())
+        gradients.append(parameter.grad)
+        if getattr(parameter, "sequence_parallel", False):
+            of_positions.append(parameter.grad)
+    _sum(of_positions, groups.tensor_parallel_group())
+    _sum(gradients, groups.data_parallel_group())
 
 
-def _sum(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+def _sum(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum gradients over a group, in place and in one transfer for each dtype."""
     if group.size() == 1:
         return
-    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
     for members in by_dtype.values():
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in members])
+        flat = torch.cat([gradient.reshape(-1) for gradient in members])
         dist.all_reduce(flat, group=group)
-        for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(members, flat.split([x.numel() for x in members]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], device: torch.device) -> Tensor:

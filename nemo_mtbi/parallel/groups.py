@@ -135,7 +135,7 @@ def _start_control(limit: timedelta | None) -> None:
         return
 
     def mine(ranks: list[int], limit: timedelta | None = limit) -> dist.ProcessGroup:
-        everyone: list[list[int]] = [None] * dist.get_world_size()
+        everyone: list[Any] = [None] * dist.get_world_size()  # of ranks
         dist.all_gather_object(everyone, ranks, group=_control["world"])
         made = {}
         for group in everyone:  # every process takes part in making every group, in the same order

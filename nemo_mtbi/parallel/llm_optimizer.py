@@ -24,12 +24,13 @@ MAIN = "main"  # weights in float32, where the LLM's are not
 
 @dataclass(frozen=True)
 class AdamOptions:
-    """Options of Adam with decoupled weight decay (arXiv 1711.05101), in torch's terms."""
+    """Options of Adam with decoupled weight decay (arXiv 1711.05101), in torch's terms; dtype of the weights."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    params_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ class LlmOptimizer:
         self.base_lr = options.lr
         self._weights, self._device = dict(weights), next(chunks[0].parameters()).device
         sharing = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-        dtype = chunks[0].config.params_dtype
         config = OptimizerConfig(
             optimizer="adam",
             lr=options.lr,
@@ -76,8 +76,8 @@ class LlmOptimizer:
             adam_beta1=options.betas[0],
             adam_beta2=options.betas[1],
             adam_eps=options.eps,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
+            bf16=options.params_dtype == torch.bfloat16,
+            params_dtype=options.params_dtype,
             use_distributed_optimizer=True,
             clip_grad=0.0,  # by the norm of all that trains: see scale()
         )

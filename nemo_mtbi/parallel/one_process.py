@@ -19,6 +19,8 @@ from torch import Tensor
 from nemo_mtbi.compat.torch import add_old_collectives
 
 BACKEND = "one_process"
+# Without the hints of torch, which are those of its Python bindings: torch.distributed calls a backend with options.
+_ProcessGroup: Any = dist.ProcessGroup
 
 
 class _Done(dist.Work):
@@ -35,7 +37,7 @@ class _Done(dist.Work):
 
 
 @add_old_collectives
-class OneProcessGroup(dist.ProcessGroup):
+class OneProcessGroup(_ProcessGroup):
     """The group of a single process, whose collectives give each process its own value.
 
     A sum, a mean, a maximum or a product over one process is the value itself, and a gathering is a copy of it. The

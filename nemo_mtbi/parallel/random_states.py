@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ def _python_state(value: Tensor) -> tuple:
     return int(version), tuple(map(int, numbers)), gauss if has_gauss else None
 
 
-def _numpy_tensor(state: tuple) -> Tensor:
+def _numpy_tensor(state: Any) -> Tensor:
+    """Return numpy's legacy state, which is a tuple though numpy's hints allow a dictionary."""
     _, numbers, position, has_gauss, gauss = state
     return torch.tensor([*numbers.tolist(), position, has_gauss, gauss], dtype=torch.float64)
 

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from nemo_mtbi.data.passes import passes
 from nemo_mtbi.layouts.layout import StepBatch
@@ -43,7 +45,7 @@ class _Header:
 
 
 class ReplicaLoader:
-    """Read steps on the first process of each model replica, and hands them to the others.
+    """Read steps on the first process of each model replica, and hand them to the others.
 
     Every process of a replica gets the same :class:`StepBatch`; only those of the first stage get its audio (elsewhere
     ``[U, 0]``). The readers agree on every step: a replica whose data have ended gets empty steps until all have
@@ -68,21 +70,21 @@ class ReplicaLoader:
         ValueError: on every process, if one that reads has no loader, or one that does not read has one.
     """
 
-    def __init__(
-        self, loader: Iterable[StepBatch] | None, stop: Callable[[], bool] | None = None, limit: int | None = None
-    ):
+    def __init__(self, loader: DataLoader | None, stop: Callable[[], bool] | None = None, limit: int | None = None):
         self._loader = loader
         self._stop = stop
-        self._limit = float("inf") if limit is None else limit
+        self._limit: float = math.inf if limit is None else limit
         self._alone = dist.get_world_size() == 1
         reads = groups.is_reader()
-        everyone = [(reads, reads == (loader is not None), _length(loader), _stream_workers(loader), stop is not None)]
+        everyone: list[Any] = [
+            (reads, reads == (loader is not None), _length(loader), _stream_workers(loader), stop is not None)
+        ]
         if not self._alone:
             everyone = groups.gather_objects(everyone[0])
         if not all(fits for _, fits, *_ in everyone):
             raise ValueError("ReplicaLoader needs a loader where groups.is_reader() is true, and None elsewhere")
         lengths = [length for reads, _, length, *_ in everyone if reads]
-        self._length = None if None in lengths else min(max(lengths), self._limit)
+        self._length: int | None = None if None in lengths else min(max(lengths), self._limit)
         self._workers = max(workers for *_, workers, _ in everyone)
         self._may_stop = any(stops for *_, stops in everyone)
         self.stop_requested = False
@@ -91,7 +93,7 @@ class ReplicaLoader:
 
     @classmethod
     def build(
-        cls, make: Callable[[], Iterable[StepBatch]], stop: Callable[[], bool] | None = None, limit: int | None = None
+        cls, make: Callable[[], DataLoader], stop: Callable[[], bool] | None = None, limit: int | None = None
     ) -> ReplicaLoader:
         """Build the loader on the readers only.
 
@@ -105,7 +107,9 @@ class ReplicaLoader:
         """
         if dist.get_world_size() == 1:
             return cls(make(), stop, limit)
-        loader, error, failure = None, None, None
+        loader: DataLoader | None = None
+        error: Exception | None = None
+        failure: str | None = None
         if groups.is_reader():
             try:
                 loader = make()
@@ -133,29 +137,31 @@ class ReplicaLoader:
         epoch, skip = self._next
         self._next = (epoch, 0)
         self._epoch, self._handed, self._trained, self.began_at = epoch, skip, skip, skip
-        source = None if self._loader is None else self._read(epoch, skip)
+        source = None if self._loader is None else self._read(self._loader, epoch, skip)
         while self._handed < self._limit and (batch := self._step(source)) is not None:
             self._handed += 1
             yield batch
         self._next = (epoch + 1, 0)
 
-    def _read(self, epoch: int, skip: int) -> Iterator[StepBatch]:
+    def _read(self, loader: DataLoader, epoch: int, skip: int) -> Iterator[StepBatch]:
         """Yield a pass of the reader's own loader. A generator: an error at its start is raised within a step too."""
-        position = passes(self._loader)
+        position = passes(loader)
         position.set_epoch(epoch)
         position.resume(skip)
         with _garbage_stays_here(), _signals_stay_here():
-            steps = iter(self._loader)  # workers are forked here
+            steps = iter(loader)  # workers are forked here
         yield from steps
 
     def _step(self, source: Iterator[StepBatch] | None) -> StepBatch | None:
         """Return the next step, or ``None`` when the data of all replicas have ended."""
         stop = self._stop is not None and bool(self._stop())
-        if self._alone:
+        if self._alone and source is not None:
             self.stop_requested = stop
             return next(source, None)
         stop = self._ask_replica(stop)
-        header, batch, error = None, None, None
+        header: _Header | None = None
+        batch: StepBatch | None = None
+        error: Exception | None = None
         if source is not None:
             try:
                 batch = next(source, None)
@@ -166,7 +172,7 @@ class ReplicaLoader:
         self.stop_requested = header.stop
         if header.failure:
             raise RuntimeError(header.failure) from error
-        return None if header.batch is None else _with_audio(header, batch)
+        return None if header.batch is None else _with_audio(header.batch, header, batch)
 
     def _ask_replica(self, stop: bool) -> bool:
         """Return, on the reader, whether any process of its replica was asked to stop."""
@@ -257,18 +263,24 @@ def _agree(batch: StepBatch | None, error: Exception | None, stop: bool) -> tupl
     return _Header(stop, None, light, tuple(batch.audio.shape), batch.audio.is_pinned()), batch
 
 
-def _with_audio(header: _Header, batch: StepBatch | None) -> StepBatch:
-    """Return the step of this process; the reader's ``batch`` goes to the processes of the first stage."""
+def _with_audio(light: StepBatch, header: _Header, batch: StepBatch | None) -> StepBatch:
+    """Return the step of this process; the reader's ``batch`` goes to the processes of the first stage.
+
+    Args:
+        light: the step without audio, from ``header``.
+        header: it has the shape of the audio.
+        batch: the step with audio, on the reader.
+    """
     if not groups.is_first_stage():
-        return header.batch
+        return light
     if batch is None:
-        audio = torch.empty(header.shape, dtype=header.batch.audio.dtype, pin_memory=header.pinned)
+        audio = torch.empty(header.shape, dtype=light.audio.dtype, pin_memory=header.pinned)
     else:
         audio = batch.audio.contiguous()
     group = groups.control_group("tensor")
     if group.size() > 1 and audio.numel():
         dist.broadcast(audio, dist.get_global_rank(group, 0), group=group)
-    return replace(header.batch, audio=audio)
+    return replace(light, audio=audio)
 
 
 def _share_failure(error: Exception | None) -> str | None:

@@ -44,10 +44,10 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, str]:
     """Return dotted key -> JSON value of nested mappings; lists are values."""
     if not isinstance(settings, Mapping) or not settings:
         return {prefix: json.dumps(settings, default=str)}
-    found = {}
+    flat: dict[str, str] = {}
     for key, value in settings.items():
-        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def _named(ranks: list[int]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
@@ -48,7 +49,9 @@ class Remedies:
     def about(self, error: OSError) -> str:
         """Return cause and remedy of an error of the file system, with the key of the folder that is concerned."""
         # not what came before it: making a folder fails first since its parent is missing
-        text = files.explain(OSError(error.errno, os.strerror(error.errno), error.filename))
+        number = error.errno
+        alone = OSError(*error.args) if number is None else OSError(number, os.strerror(number), error.filename)
+        text = files.explain(alone)
         key = self.place
         if error.filename is not None:
             path = Path(os.fsdecode(error.filename)).absolute()
@@ -77,7 +80,7 @@ class StopOnSignal(Callback):
         self.requested: str | None = None
         self.stopped = False
         self._agreed = agreed
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._interrupted: float | None = None  # when Ctrl-C came
 
     def on_train_start(self, trainer: Trainer, module) -> None:

@@ -91,9 +91,7 @@ def test_shared_and_transposed_weights_are_written(tmp_path):
     weight = nn.Parameter(torch.arange(6.0).view(2, 3))
     state = {"a": weight, "b": weight, "t": weight.t(), "part": weight[:, 1:]}
     TensorArchive().write_weights(state, tmp_path / WEIGHTS)
-    assert_equal_weights(
-        TensorArchive.read_weights(tmp_path / WEIGHTS), {k: v.data for k, v in state.items()}
-    )
+    assert_equal_weights(TensorArchive.read_weights(tmp_path / WEIGHTS), {k: v.data for k, v in state.items()})
 
 
 def test_a_damaged_file_is_named(archive, tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -45,20 +45,22 @@ class FileMark:
         return self.sha256
 
     def fits(self, path: Path) -> bool:
-        """Whether a file is as it was saved; it is read."""
-        if self.sha256 is not None and self.digests is None:
+        """Return whether a file is as it was saved; reads it."""
+        if self.sha256 is None:
+            return True
+        if self.digests is None:
             return self.sha256 == sha256(path.read_bytes())
-        return self.sha256 is None or list(self.digests) == list(measure(path).digests)
+        return list(self.digests) == list(measure(path).digests or ())
 
 
 def mark_of(file: HashingWriter) -> FileMark:
-    """The mark of a file that was written."""
+    """Return the mark of a file that was written."""
     digests = file.digests()
     return FileMark(file.size, digests[0] if len(digests) == 1 else digests)
 
 
 def measure(path: Path) -> FileMark:
-    """The mark of a file, which is read for it."""
+    """Read a file, and return its mark."""
     with open(path, "rb") as file, open(os.devnull, "wb") as nowhere:
         hashed = HashingWriter(nowhere, BLOCK)
         shutil.copyfileobj(file, hashed, BLOCK)
@@ -67,7 +69,7 @@ def measure(path: Path) -> FileMark:
 
 @contextmanager
 def open_checked(folder: Path, name: str, marks: Mapping[str, FileMark]) -> Iterator[CheckedFile]:
-    """A file of a checkpoint, each block of which is compared with its digest when it is read.
+    """Open a file of a checkpoint, each block of which is compared with its digest when it is read.
 
     Args:
         folder: the checkpoint.
@@ -79,7 +81,7 @@ def open_checked(folder: Path, name: str, marks: Mapping[str, FileMark]) -> Iter
         ValueError: if there is no mark of the file.
     """
     if name not in marks:
-        raise ValueError(f"{folder} is no whole checkpoint: its marker does not name {name}")
+        raise ValueError(f"{folder} is not a whole checkpoint: its marker does not name {name}")
     with open(folder / name, "rb") as file:
         yield CheckedFile(file, name, 0, marks[name].size, marks[name].digests, BLOCK)
 
@@ -100,7 +102,7 @@ class HashedFiles(FileSystem):
         if mode != "wb":
             raise ValueError(f"a checkpoint's writer opens {path} with mode {mode!r}")
         with super().create_stream(path, mode) as stream:
-            file = self._written[Path(path).name] = HashingWriter(stream, BLOCK)
+            file = self._written[Path(path).name] = HashingWriter(cast(BinaryIO, stream), BLOCK)  # by its mode
             yield file
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:

@@ -90,18 +90,21 @@ def unfinished_mark(folder: Path) -> Path:
 
 
 def explain(error: BaseException) -> str:
-    """Cause and remedy of an error, in one line.
+    """Return cause and remedy of an error, in one line.
 
     A writer may fail again while it cleans up, so the first error of the operating system in the chain is the cause.
     """
-    system, link, seen = None, error, set()
+    system: OSError | None = None
+    link: BaseException | None = error
+    number, seen = 0, set()
     while link is not None and id(link) not in seen and not isinstance(link, ValueError):
         seen.add(id(link))
-        system = link if isinstance(link, OSError) and link.errno else system
+        if isinstance(link, OSError) and link.errno:
+            system, number = link, link.errno
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     if system is None:
         return str(error) or type(error).__name__
-    cause, remedy = CAUSES.get(system.errno, (os.strerror(system.errno), "see that it can be read and written"))
+    cause, remedy = CAUSES.get(number, (os.strerror(number), "see that it can be read and written"))
     name = os.fsdecode(system.filename) if isinstance(system.filename, bytes) else system.filename
     where = f" ({name})" if name else ""
     return f"{cause}{where}: {remedy}, or use another folder (exp_manager.exp_dir)"
@@ -295,7 +298,7 @@ class Survey:
 
 
 def survey(folder: Path, without: Path | None = None) -> Survey:
-    """Looks for the newest whole checkpoint, ``without`` one that is not looked at. Nothing is changed."""
+    """Find the newest whole checkpoint; the one ``without`` is passed over. Nothing is changed."""
     marked, broken = [], {}
     for path in candidates(folder):
         if path == without:
@@ -313,19 +316,22 @@ def survey(folder: Path, without: Path | None = None) -> Survey:
     return Survey(None, broken)
 
 
-def _choose(found: Survey, folder: Path) -> Path | None:
-    if found.last is None and found.broken:
-        raise ValueError(
-            f"no checkpoint in {folder} can be resumed from: {'; '.join(found.broken.values())}. Restore one of them, "
-            "or remove them to begin anew"
-        )
-    for reason in found.broken.values():
-        logger.warning(f"{reason}; {found.last.name} is used instead")
-    return found.last
+def _choose(surveyed: Survey, folder: Path) -> Path | None:
+    """Return the checkpoint to resume from; warn of newer ones that are broken."""
+    if surveyed.last is None:
+        if surveyed.broken:
+            raise ValueError(
+                f"no checkpoint in {folder} can be resumed from: {'; '.join(surveyed.broken.values())}. Restore one "
+                "of them, or remove them to begin anew"
+            )
+        return None
+    for reason in surveyed.broken.values():
+        logger.warning(f"{reason}; {surveyed.last.name} is used instead")
+    return surveyed.last
 
 
 def find_last_whole(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a folder; warns of broken ones by name. Nothing is changed.
+    """Return the newest whole checkpoint of a folder; warn of broken ones by name. Nothing is changed.
 
     Returns:
         ``None`` if there is no checkpoint.
@@ -337,7 +343,7 @@ def find_last_whole(folder: str | Path) -> Path | None:
 
 
 def recover(folder: str | Path) -> Path | None:
-    """Tidies up what a killed run has left, so that NeMo finds one newest checkpoint, and returns that.
+    """Tidy up what a killed run has left, so that NeMo finds one newest checkpoint, and return that.
 
     A save that was complete but for the last move is moved; one that was not is cleared. NeMo's marks beside whole
     checkpoints are removed. Broken checkpoints are moved to ``.broken``. Of several ``-last`` only the newest stays,
@@ -349,9 +355,11 @@ def recover(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     _finish_moves(folder)
-    found = survey(folder)
-    last = _choose(found, folder)
-    for path in found.broken:
+    surveyed = survey(folder)
+    last = _choose(surveyed, folder)
+    if last is None:
+        return None
+    for path in surveyed.broken:
         _move_aside(path)
     for path in list(candidates(folder)):
         if path != last and _LAST.fullmatch(path.name) and _LAST.fullmatch(last.name):

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.optim import Optimizer
 
 from nemo_mtbi.compat.megatron import load_planner, torch_state_dict
@@ -112,14 +112,15 @@ class _Loading:
         self._sharded: dict[str, list] = {}  # key -> sharded tensors, whose memory is to be filled
 
     def read(self, optimizers: Sequence[Optimizer], seed: int, llm: LlmOptimizer | None) -> set[str]:
-        """Fills ``result``; returns the names of all weights that are stored."""
+        """Fill ``result``; return the names of all weights that are stored."""
         self._marks = files.read_marker(self.folder).files
         self._metadata = read_metadata(self.folder, self._marks, self._content(".metadata"))
-        self._stored = self._metadata.state_dict_metadata
+        entries = self._metadata.state_dict_metadata.items()
+        self._stored = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         common, saved = self._read_common()
         options, moments = common.pop(OPTIMIZER_GROUPS, None), common.pop(LLM_OPTIMIZER, None)
         self.result = {**common, "state_dict": {name: self._weight(name) for name in self._weights}}
-        numbers = []
+        numbers: list[tuple[dict[str, Any], str]] = []  # states that are numbers, and their names
         if options is not None:
             self.result["optimizer_states"] = self._optimizers(optimizers, options, numbers)
         if llm is not None and options is not None:
@@ -153,6 +154,16 @@ class _Loading:
                 f"{self.folder / 'common.pt'} is not loaded, it holds more than plain data: {reason}"
             ) from error
 
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        """Return the description of a tensor.
+
+        Raises:
+            ValueError: if something else is stored under its name.
+        """
+        if key not in self._stored:
+            raise ValueError(f"{self.folder} holds {key}, but not as a tensor: it is damaged, resume from another")
+        return self._stored[key]
+
     def _want(self, shards: Sequence[Any]) -> None:
         for shard in shards:
             self._sharded.setdefault(shard.key, []).append(shard)
@@ -165,9 +176,11 @@ class _Loading:
         stored = self._stored.get(shards[0].key)
         if stored is None:
             raise ValueError(f"the model's {name} is not in it: {_CONFIG}")
-        found, wanted = (stored.properties.dtype, tuple(stored.size)), (data.dtype, shards[0].global_shape)
-        if found != wanted:
-            raise ValueError(f"the model's {name} is {wanted[0]} {wanted[1]}, in it {found[0]} {found[1]}: {_CONFIG}")
+        stored_as, wanted = (stored.properties.dtype, tuple(stored.size)), (data.dtype, shards[0].global_shape)
+        if stored_as != wanted:
+            raise ValueError(
+                f"the model's {name} is {wanted[0]} {wanted[1]}, in it {stored_as[0]} {stored_as[1]}: {_CONFIG}"
+            )
         self._want(shards)
         return data
 
@@ -183,7 +196,7 @@ class _Loading:
         names = optimizer_state.parameter_names(optimizer, self._weights)
         states: dict[int, dict[str, Any]] = {}
         for key, index, kind, is_number in optimizer_state.state_keys(number, names, self._metadata):
-            parameter, stored = self._weights[names[index]], self._stored[key]
+            parameter, stored = self._weights[names[index]], self._tensor(key)
             whole = tensors.weight_shards("", parameter.detach(), parameter, self._place)[0].global_shape
             if tuple(stored.size) == whole:
                 data = torch.empty(parameter.shape, dtype=stored.properties.dtype)
@@ -202,14 +215,14 @@ class _Loading:
 
     def _moments(self, llm: LlmOptimizer) -> dict[str, dict[str, Tensor]]:
         """Memory for what this process's optimizer of the LLM goes on from, by the names of weights."""
-        found: dict[str, dict[str, Tensor]] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
         for fragment in llm.fragments(complete=True):
             for kind, value in fragment.values.items():
                 key = tensors.llm_key(kind, fragment.name)
                 if key in self._stored:
-                    data = found.setdefault(fragment.name, {})[kind] = torch.zeros(value.shape, dtype=value.dtype)
+                    data = moments.setdefault(fragment.name, {})[kind] = torch.zeros(value.shape, dtype=value.dtype)
                     self._want(tensors.fragments(key, data, fragment.start, fragment.weight, self._place))
-        return found
+        return moments
 
     def _random(self, saved: Place, seed: int, step: int) -> dict[str, Tensor]:
         """Random states: those of this process as far as they are stored, else new ones."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import Metadata
@@ -37,7 +38,7 @@ class Place:
 
     @classmethod
     def here(cls) -> Place:
-        """That of this process."""
+        """Return the place of this process."""
         return cls(
             groups.data_parallel_rank(),
             groups.data_parallel_size(),
@@ -49,18 +50,19 @@ class Place:
 
 
 def partition(parameter: Tensor) -> tuple[int, int] | None:
-    """The axis along which tensor-parallel processes share a parameter, and how many parts are each split along it.
+    """Return the axis along which tensor-parallel processes share a parameter, and the number of parts that are split.
 
     Megatron's attributes say so: ``tensor_model_parallel``, ``partition_dim`` and ``partition_stride`` (2 where gate
     and value stand one behind the other). ``None``: every process has the whole tensor.
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    return parameter.partition_dim, parameter.partition_stride
+    marked: Any = parameter  # with attributes that hints of torch do not know
+    return marked.partition_dim, marked.partition_stride
 
 
 def shards(key: str, data: Tensor, like: Tensor, place: Place) -> list:
-    """This process's share of a tensor of the checkpoint: one sharded tensor for each part.
+    """Return this process's share of a tensor of the checkpoint: one sharded tensor for each part.
 
     Args:
         key: the tensor's name in the checkpoint.
@@ -89,7 +91,7 @@ def shards(key: str, data: Tensor, like: Tensor, place: Place) -> list:
 
 
 def fragments(key: str, flat: Tensor, start: int, like: Tensor, place: Place, replica: int = 0) -> list:
-    """A run of this process's flattened share as boxes of the whole tensor, which are views of it.
+    """Return a run of this process's flattened share as boxes of the whole tensor, which are views of it.
 
     Args:
         key: the tensor's name in the checkpoint.
@@ -101,27 +103,28 @@ def fragments(key: str, flat: Tensor, start: int, like: Tensor, place: Place, re
     """
     from megatron.core.dist_checkpointing import ShardedTensor
 
+    whole: tuple[int, ...] = getattr(like, "whole_shape")  # noqa: B009 (torch's hints do not know it)
     axis, parts = partition(like) or (None, 1)
     copies = (0 if axis is not None else place.tensor, replica, int(getattr(like, "shared", False)))
-    found = []
-    for offset, size in _boxes(tuple(like.shape), start, start + len(flat), parts):
-        first = sum(o * stride for o, stride in zip(offset, like.stride(), strict=True)) - start
-        offset = list(offset)
+    boxes = []
+    for place_in_share, size in _boxes(tuple(like.shape), start, start + len(flat), parts):
+        first = sum(o * stride for o, stride in zip(place_in_share, like.stride(), strict=True)) - start
+        offset = list(place_in_share)
         if axis is not None:
             share = like.shape[axis] // parts
             part, within = divmod(offset[axis], share)
             offset[axis] = (part * place.tensor_size + place.tensor) * share + within
-        size = (min(size[0], like.whole_shape[0] - offset[0]), *size[1:])
+        size = (min(size[0], whole[0] - offset[0]), *size[1:])
         if size[0] > 0:
             data = flat[first : first + math.prod(size)].view(size)
-            found.append(ShardedTensor(key, data, data.dtype, size, like.whole_shape, tuple(offset), None, copies))
-    return found
+            boxes.append(ShardedTensor(key, data, data.dtype, size, whole, tuple(offset), None, copies))
+    return boxes
 
 
 def _boxes(
     shape: tuple[int, ...], start: int, stop: int, parts: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offset and size of boxes that make up a run of a flattened vector or matrix; none lies in two parts of rows."""
+    """Yield offset and size of boxes that cover a run of a flattened vector or matrix; none lies in two parts."""
     if len(shape) == 1:
         yield (start,), (stop - start,)
         return
@@ -143,22 +146,22 @@ def weight_shards(name: str, data: Tensor, parameter: Tensor, place: Place) -> l
 
 
 def stored_weights(metadata: Metadata) -> set[str]:
-    """Names of the weights in a checkpoint."""
+    """Return the names of the weights in a checkpoint."""
     return {key[len(_WEIGHT) :] for key in metadata.state_dict_metadata if key.startswith(_WEIGHT)}
 
 
 def llm_key(kind: str, name: str) -> str:
-    """Key of what the LLM's optimizer holds for a weight."""
+    """Return the key of what the LLM's optimizer holds for a weight."""
     return f"{_LLM}{kind}.{name}"
 
 
 def random_key(name: str) -> str:
-    """Key of a generator's states in a checkpoint."""
+    """Return the key of a generator's states in a checkpoint."""
     return _RANDOM + name
 
 
 def random_shard(name: str, state: Tensor, place: Place):
-    """The state of a generator as the row of this process in one tensor ``[data, pipeline, tensor, n]``."""
+    """Return the state of a generator as the row of this process in one tensor ``[data, pipeline, tensor, n]``."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
     return ShardedTensor.from_rank_offsets(
@@ -171,7 +174,7 @@ def random_shard(name: str, state: Tensor, place: Place):
 
 
 def random_origin(place: Place, saved: Place) -> Place | None:
-    """Whose random states a process takes from a checkpoint; ``None``: nobody's, they are seeded anew.
+    """Return the process whose random states a process takes from a checkpoint; ``None``: they are seeded anew.
 
     With the same number of replicas a process takes its own, or if it had none, those of its replica's first stage or
     first tensor-parallel process. With another number, the data is dealt out anew, and so are random numbers.
