@@ -7,7 +7,7 @@ PREFIX = "nemo_mtbi."
 
 
 def register() -> None:
-    """Makes NeMo accept our classes as config targets; may be called again and again.
+    """Make NeMo accept our classes as config targets; may be called again and again.
 
     NeMo 3 instantiates only targets with an allowed prefix, so that a ``.nemo`` file cannot run code of its choice.
     Ours is added and no other. NeMo 2 has no such list. Text files are opened as people have them.

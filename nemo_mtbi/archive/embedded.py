@@ -27,7 +27,7 @@ ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.saf
 
 
 def check_architecture(settings: bytes, tensors: StoredTensors) -> None:
-    """Compares an LLM's size with that of its weights, before memory is taken for it."""
+    """Compare an LLM's size with that of its weights, before memory is taken for it."""
     values = read_yaml(settings, LLM_SETTINGS)
     architecture = read_section(DecoderConfig, values.get("architecture"), f"{LLM_SETTINGS}: architecture")
     sizes = [value for value in vars(architecture).values() if type(value) is int]
@@ -54,7 +54,7 @@ def encoder_settings(encoder: AnyEncoder | None) -> bytes:
 
 
 def read_encoder(file: NemoFile, dtype: torch.dtype, config: EncoderConfig | None = None) -> SpeechEncoder:
-    """Front end (float32) and encoder (``dtype``) inside an archive.
+    """Return front end (float32) and encoder (``dtype``) inside an archive.
 
     Args:
         file: the archive.

@@ -42,7 +42,7 @@ def hash_together(files: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
 
 
 def _rank(size: int) -> int:
-    """Of this process in its replica."""
+    """Return the rank of this process in its replica."""
     return groups.control_group("replica").rank() if size > 1 else 0
 
 

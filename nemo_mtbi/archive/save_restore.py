@@ -74,7 +74,7 @@ class MTBIArchive(SaveRestoreConnector):
     """NeMo's connector for MTBI models, at every layout. NeMo's ``model_extracted_dir`` is honored."""
 
     def save_to(self, model: SpeechModel, save_path: str | Path, full: bool | None = None) -> None:
-        """Writes a ``.nemo``, whole or not at all. All processes of the run take part, the first one writes.
+        """Write a ``.nemo``, whole or not at all. All processes of the run take part, the first one writes.
 
         Args:
             model: whole, or this process's share of it.
@@ -146,7 +146,7 @@ class MTBIArchive(SaveRestoreConnector):
         trainer: Trainer | None = None,
         validate_access_integrity: bool = True,
     ):
-        """Reads a ``.nemo`` file or the directory it was unpacked to; see :meth:`MTBIModel.restore_from`."""
+        """Read a ``.nemo`` file or the directory it was unpacked to; see :meth:`MTBIModel.restore_from`."""
         with NemoFile(self.model_extracted_dir or restore_path) as file:
             stored = read_config(file, calling_cls)
             conf = override(stored, override_config_path)
@@ -164,7 +164,7 @@ class MTBIArchive(SaveRestoreConnector):
 
 
 def connector_of(given: SaveRestoreConnector | None) -> MTBIArchive:
-    """The connector to restore with; NeMo's own is used by callers who name a directory in it.
+    """Return the connector to restore with; callers who name a directory in NeMo's own get one of ours with it.
 
     Raises:
         ValueError: if a connector of another kind is given.
@@ -220,7 +220,7 @@ def stored_config(model: SpeechModel, full: bool) -> bytes:
 
 
 def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
-    """Names, shapes and dtype of the LLM's weights as they are stored; in all processes of a replica.
+    """Return names, shapes and dtype of the LLM's weights as they are stored; in all processes of a replica.
 
     An LLM that was stored in 16 bits and computes in 32 is stored in 16 bits again.
     """
@@ -231,7 +231,7 @@ def llm_specs(chunks: Sequence[GPTDecoder]) -> dict[str, Spec]:
 
 
 def explain_writing(path: Path, error: OSError) -> str:
-    """Why a file can't be written, and what to do."""
+    """Return why a file can't be written, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         remedy = "make room, or save to another folder"
     else:
@@ -243,7 +243,7 @@ def explain_writing(path: Path, error: OSError) -> str:
 
 
 def read_config(file: NemoFile, cls: type) -> DictConfig:
-    """The configuration of an archive, in today's form.
+    """Return the configuration of an archive, in today's form.
 
     Raises:
         ArchiveError: if the archive lacks something, or holds what no MTBI model has.
@@ -325,7 +325,7 @@ def _start_layout(conf: DictConfig, trainer: Trainer | None) -> None:
 def load_trained(
     model: SpeechModel, tensors: StoredTensors, strict: bool, path: Path, only: Collection[str] | None = None
 ) -> None:
-    """Reads connector, adapters and what trains of encoder and LLM into a model.
+    """Read connector, adapters and what trains of encoder and LLM into a model.
 
     Args:
         model: whole, or this process's share of it.

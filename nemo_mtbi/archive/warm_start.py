@@ -21,7 +21,7 @@ from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS
 
 
 def warm_start(model: SpeechModel, cfg: Mapping[str, Any]) -> None:
-    """Takes the weights that are trained from other ``.nemo`` files, and nothing else of them.
+    """Take the weights that are trained from other ``.nemo`` files, and nothing else of them.
 
     Where a file has no adapters, or nothing of the encoder or the LLM, since they did not train there, those of the
     model stay.
@@ -86,7 +86,7 @@ def _init_from(model: SpeechModel, path: Path, source: Mapping[str, Any], strict
 
 
 def _check_whole(stored: Mapping[str, Any], path: Path) -> None:
-    """Refuses a file that holds a trained LLM as a whole: what it has learned can't be told from what it was."""
+    """Refuse a file that holds a trained LLM as a whole: what it has learned can't be told from what it was."""
     if stored.get("llm_was_trained"):
         raise ValueError(
             f"init_from_nemo_model: {path} is a full .nemo whose LLM has been trained: restore it, or unpack it (tar) "

@@ -132,12 +132,12 @@ def parse_data_config(cfg: Mapping) -> DataConfig:
 
 
 def load_pool(tasks: str) -> TaskPool:
-    """The task pool of a YAML file, or of the demo."""
+    """Return the task pool of a YAML file, or of the demo."""
     return TaskPool.from_yaml(DEMO / "tasks.yaml" if tasks == "demo" else tasks)
 
 
 def prepare(config: DataConfig, model: ModelConfig) -> Prepared:
-    """Builds corpus, adapted encoder and targets, or finds them in the cache.
+    """Build corpus, adapted encoder and targets, or find them in the cache.
 
     Args:
         config: the ``data:`` section.
@@ -156,7 +156,7 @@ def prepare(config: DataConfig, model: ModelConfig) -> Prepared:
 def _answer(
     config: DataConfig, model: ModelConfig, corpora: Mapping[str, Sequence[Path]], pool: TaskPool
 ) -> dict[str, Path]:
-    """The answers about the train and validation utterances: manifests by split."""
+    """Return the answers about the train and validation utterances: manifests by split."""
     with text_responder(model.pretrained_llm, model.chat, model.generation) as (responder, fingerprint):
         if not groups.is_reader():  # the reader of this replica writes
             follow(responder)
@@ -188,7 +188,7 @@ def _targets(
     leader: Leader,
     llm: str,
 ) -> Path:
-    """The manifest of one split. Validation is on the LLM's own answers to all trained tasks, whatever is trained."""
+    """Return the manifest of a split. Validation is always on the LLM's own answers to all trained tasks."""
     plan, pool = _plan_of(config, split, pool, responder.config.max_new_tokens)
     reference = split == "train" and config.targets == "reference"
     wording = reference and config.reference_format
@@ -281,7 +281,7 @@ def unread_sources(sections: Mapping[str, Mapping]) -> list[str]:
 
 
 def batch_rows(responder: Responder) -> int | None:
-    """Rows that an LLM answers at once where it makes targets; ``None``: as many as ``batch_tokens`` allows."""
+    """Return rows that an LLM answers at once where it makes targets; ``None``: as many as ``batch_tokens`` allows."""
     if responder.model.device.type != "cpu":
         return None
     return rows_at_once(parameter_count(responder.model.decoder.architecture))

@@ -22,7 +22,7 @@ from nemo_mtbi.layouts.frames import FrameCounter
 
 
 def open_audio(path: str | Path) -> Cut:
-    """The cut of an audio file; only its header is read, and no shell by its name.
+    """Return the cut of an audio file; only its header is read, and no shell by its name.
 
     Raises:
         ForbiddenSourceError: a ``ValueError``: Lhotse would give the name to a shell as a command.
@@ -38,7 +38,7 @@ def open_audio(path: str | Path) -> Cut:
 def load_audio(
     audio: str | Path | np.ndarray | Tensor, frames: FrameCounter, sample_rate: int = 16000, longest: int | None = None
 ) -> Tensor:
-    """Mono ``[n]`` float32 samples at the encoder's rate.
+    """Return mono ``[n]`` float32 samples at the encoder's rate.
 
     Args:
         audio: a file that soundfile reads, or an array ``[n]``, ``[channels, n]`` or ``[n, channels]`` (as soundfile
@@ -71,7 +71,7 @@ def load_audio(
 
 
 def _open(path: str | Path, frames: FrameCounter, longest: int | None) -> Cut:
-    """The cut of a whole file; only the header is read."""
+    """Return the cut of a whole file; only the header is read."""
     if not is_file(path):
         raise BadAudioError("unreadable", f"there is no audio file {str(path)!r}: check the path")
     try:

@@ -39,7 +39,7 @@ class Open:
 
 
 def read_messages(messages: Sequence[Message]) -> Open:
-    """A conversation of messages, as chat templates of Hugging Face have them.
+    """Return the conversation of messages as chat templates of Hugging Face have them.
 
     Raises:
         ValueError: if the user and the assistant do not take turns, the user is not the last, or a content is neither
@@ -62,7 +62,7 @@ def read_messages(messages: Sequence[Message]) -> Open:
 
 
 def _contents(content: Any) -> Iterator[str | Audio]:
-    """Texts and audios of a message."""
+    """Return texts and audios of a message."""
     for item in [content] if isinstance(content, str) else content or ():
         if isinstance(item, str):
             yield item

@@ -39,7 +39,7 @@ class Leader:
 
 
 def follow(responder: Responder) -> None:
-    """Takes part in every batch that the leader of this replica answers, until it ends.
+    """Take part in every batch that the leader of this replica answers, until it ends.
 
     Raises:
         RuntimeError: if the leader has failed.

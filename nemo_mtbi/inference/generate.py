@@ -35,7 +35,7 @@ class Generated:
 
 
 def left_pad(layouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Pads layouts on the left with token 0.
+    """Pad layouts on the left with token 0.
 
     Returns:
         The layout ``[R, T]`` and a mask ``[R, 1, T, T]``, true where attention is forbidden. A padding position
@@ -54,7 +54,7 @@ def left_pad(layouts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts modules in ``eval()`` for the body and back into the mode that each was in."""
+    """Put modules in ``eval()`` for the body and back into the mode that each was in."""
     modes = [(module, module.training) for module in modules]
     try:
         for module, _ in modes:
@@ -68,7 +68,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _run_layers(
     model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context, heard: bool
 ) -> Tensor | None:
-    """Sends positions through all layers of the pipeline; each process runs its own.
+    """Send positions through all layers of the pipeline; each process runs its own.
 
     Args:
         model: the speech LLM.
@@ -140,7 +140,7 @@ def _generate_batch(
 def check_prompts(
     model: LayoutDecoder, layouts: Sequence[Sequence[int]], num_frames: int, config: GenerationConfig
 ) -> None:
-    """Checks prompt layouts before work is spent on them.
+    """Check prompt layouts before work is spent on them.
 
     Raises:
         ValueError: if a prompt and its answer could pass the LLM's longest sequence, or it points past the last frame.
@@ -163,7 +163,7 @@ def _agree_on_prompts(
     ends: frozenset[int],
     config: GenerationConfig,
 ) -> int:
-    """Number of the first stage's frames. All processes of a replica must have been asked the same.
+    """Return the number of the first stage's frames; refuse prompts that differ between processes of a replica.
 
     Raises:
         ValueError: if they were not: they would wait for each other for ever, or answer a mixture of two prompts.
@@ -189,7 +189,7 @@ def generate(
     config: GenerationConfig,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
-    """Greedy answers to prompt layouts, in the order given.
+    """Return greedy answers to prompt layouts, in the order given.
 
     Under tensor or pipeline parallelism all processes of a model replica call it with the same arguments (except for
     ``frames``), and each returns all answers. Other replicas may be asked something else, or nothing.

@@ -183,7 +183,7 @@ def build_decoder(
 
 @contextlib.contextmanager
 def whole_sequences(chunks: Sequence[GPTDecoder]) -> Iterator[None]:
-    """Turns sequence parallelism off for the body: generation adds one position at a time, which can't be split."""
+    """Turn sequence parallelism off for the body: generation adds one position at a time, which can't be split."""
     switched = [
         module
         for chunk in chunks

@@ -69,7 +69,7 @@ class Asking:
         return answer(self.responder(), conversations, lambda sources: self._samples(sources, sample_rate))
 
     def _samples(self, audio: Sequence[Any], sample_rate: int) -> list[Tensor]:
-        """Samples ``[n]`` of each audio; a file that one process can't read does not leave the others waiting."""
+        """Return samples ``[n]`` of each audio; if one process can't read a file, all raise and none waits."""
         counter = self.speech_llm.frame_counter
         longest = self.speech_llm.decoder.max_sequence_length - self.config.generation.max_new_tokens
         return agreed(lambda: [load_audio(item, counter, sample_rate, longest) for item in audio])

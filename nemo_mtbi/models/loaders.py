@@ -20,7 +20,7 @@ from nemo_mtbi.targets.store import check_published
 
 
 def build_loader(model: SpeechModel, section: DictConfig, train: bool) -> ReplicaLoader:
-    """The loader of a section of NeMo's data keys: one process of each replica reads, the others receive.
+    """Return the loader of a section of NeMo's data keys: one process of each replica reads, the others receive.
 
     Rows that are longer than the LLM's positions are counted and left out: it has not seen such positions, and
     generation would refuse them.

@@ -105,12 +105,12 @@ class MTBIModel(Asking, TrainingSteps):
     # ----- data
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
-        """Builds the training loader from NeMo's data keys."""
+        """Build the training loader from NeMo's data keys."""
         nemo.record_data_config(self, "train", train_data_config)
         nemo.set_training_loader(self, build_loader(self, train_data_config, train=True))
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:
-        """Builds the validation loader: every behavior of its cuts, or ``rows_per_cut`` of them."""
+        """Build the validation loader: every behavior of its cuts, or ``rows_per_cut`` of them."""
         nemo.record_data_config(self, "validation", val_data_config)
         nemo.set_validation_loader(self, build_loader(self, val_data_config, train=False))
 
@@ -143,13 +143,13 @@ class MTBIModel(Asking, TrainingSteps):
         self.close_llm_optimizer()
 
     def close_llm_optimizer(self) -> None:
-        """Gives the memory of the LLM's gradients and moments back."""
+        """Free the memory of the LLM's gradients and moments."""
         if self.llm_optimizer is not None:
             self.llm_optimizer.close()
             self.llm_optimizer = None
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Adds the run and its optimizers, and stores a pass that was broken off as one that goes on.
+        """Add the run and its optimizers, and store a pass that was broken off as one that goes on.
 
         Lightning counts such a pass as one that has ended.
         """
@@ -200,7 +200,7 @@ class MTBIModel(Asking, TrainingSteps):
     # ----- validation
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> dict:
-        """Loss on the targets, and free-running answers to the speech against the LLM's answers to the text."""
+        """Return the loss on the targets, and free-running answers to compare with the LLM's answers to the text."""
         loss, parts = self.speech_llm.evaluate_step(batch)
         result: dict[str, Any] = {"loss": loss.item(), "tokens": batch.num_targets}
         result["parts"] = {name: value.item() for name, value in parts.items()}
@@ -259,15 +259,15 @@ class MTBIModel(Asking, TrainingSteps):
         return super().load_state_dict({}, strict=False, **kwargs)
 
     def merge_lora(self) -> None:
-        """Adds the adapters to the LLM's weights: answers as fast as without them, but no training and no saving."""
+        """Add the adapters to the LLM's weights: answers as fast as without them, but no training and no saving."""
         set_merged(self.speech_llm.chunks, True)
 
     def unmerge_lora(self) -> None:
-        """Takes the adapters out of the LLM's weights again."""
+        """Take the adapters out of the LLM's weights again."""
         set_merged(self.speech_llm.chunks, False)
 
     def save_to(self, save_path: str | Path, full: bool | None = None) -> None:
-        """Writes a ``.nemo`` that fits every layout. All processes of the run call this together.
+        """Write a ``.nemo`` that fits every layout. All processes of the run call this together.
 
         Args:
             save_path: of the file; what is there is replaced when the new one is whole.
@@ -284,7 +284,7 @@ class MTBIModel(Asking, TrainingSteps):
     def restore_from(
         cls, restore_path: str | Path, override_config_path=None, *args, save_restore_connector=None, **kwargs
     ):
-        """Restores a ``.nemo`` in the layout in force, in that of ``trainer`` or in that of the configuration given.
+        """Restore a ``.nemo`` in the layout in force, in that of ``trainer`` or in that of the configuration given.
 
         Args:
             restore_path: the file, or the directory it was unpacked to.
@@ -311,7 +311,7 @@ class MTBIModel(Asking, TrainingSteps):
             nemo.set_restoring(False)
 
     def maybe_init_from_pretrained_checkpoint(self, cfg: DictConfig, map_location: str = "cpu") -> None:
-        """Starts the connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model`` in ``cfg``.
+        """Start the connector from that of another ``.nemo``: NeMo's key ``init_from_nemo_model`` in ``cfg``.
 
         Args:
             cfg: ``init_from_nemo_model: path``, or ``name: {path, include, exclude}``; ``init_strict``.

@@ -55,12 +55,12 @@ class StepMaker:
         return collate(list(audio.cpu()), [count] * len(audio), made, self.micro_batch_tokens)
 
     def cost(self, samples: int, answer: int) -> int:
-        """Positions of an utterance, over all its rows."""
+        """Return positions of an utterance, over all its rows."""
         return self.rows * (self.frames(samples) + answer - 1)
 
 
 def step_maker(model: SpeechModel, rows: int = 1) -> StepMaker:
-    """That of a model."""
+    """Return the :class:`StepMaker` of a model."""
     config = model.config
     return StepMaker(model.speech_llm.frame_counter, rows, config.micro_batch_tokens, config.loss.uses_teacher)
 
@@ -81,7 +81,7 @@ class ProfilingBatch:
 
 
 def oomptimizer_schema(model: SpeechModel) -> dict[str, Any]:
-    """How NeMo's ``oomptimizer.py`` makes batches: inputs are as long as samples, outputs as answer tokens."""
+    """Return how NeMo's ``oomptimizer.py`` makes batches: inputs as long as samples, outputs as answer tokens."""
     vocabulary = model.speech_llm.decoder.architecture.vocab_size
     labels = {"seq_length": "output", "vocab_size": vocabulary}
     return {
@@ -95,7 +95,7 @@ def oomptimizer_schema(model: SpeechModel) -> dict[str, Any]:
 
 
 def profile_step(model: SpeechModel, batch: ProfilingBatch, rows: int = 1) -> Tensor:
-    """Forward and backward of a step of noise; gradients stay on what trains.
+    """Run forward and backward of a step of noise; gradients stay on what trains.
 
     Args:
         model: on its device.
@@ -115,7 +115,7 @@ def profile_step(model: SpeechModel, batch: ProfilingBatch, rows: int = 1) -> Te
 
 
 def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05) -> int:
-    """The largest size that fits, found by doubling and then halving the gap.
+    """Return the largest size that fits, found by doubling and then halving the gap.
 
     Args:
         fits: whether a size does; every size below one that fits fits too.

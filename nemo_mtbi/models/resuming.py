@@ -121,7 +121,7 @@ def _check_chat(then: Mapping[str, Any] | None, now: Mapping[str, Any], what: st
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting that differs, with both values, of the sections that are known of both runs."""
+    """Return each setting that differs, with both values, of the sections that are known of both runs."""
     made = [{**(run.get("data") or {}), "cache_dir": None} for run in (then, now)]
     ignored = _IGNORED | (_PREPARED if now.get("data") and made[0] == made[1] else set())
     found = []
@@ -137,7 +137,7 @@ _KEPT = " (the checkpoint's stays in force)"
 
 
 def _differences(key: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Whole names of settings that differ, with both values."""
+    """Return whole names of settings that differ, with both values."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted(then.keys() | now.keys(), key=str):
             yield from _differences(f"{key}.{name}", then.get(name, _NOT_SET), now.get(name, _NOT_SET))

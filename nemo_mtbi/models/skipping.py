@@ -27,21 +27,21 @@ class Skips:
         self._loader: ReplicaLoader | None = None
 
     def begin(self, loader: ReplicaLoader) -> None:
-        """Begins a run."""
+        """Begin a run."""
         self._loader, self._row, self._nonfinite_row, self._updates = loader, 0, 0, 0
 
     def count(self, skipped: Mapping[str, int]) -> None:
-        """Adds what a batch of this replica has left out."""
+        """Add what a batch of this replica has left out."""
         self._cuts.update(skipped)
 
     def nonfinite(self, message: str) -> None:
-        """Notes that the loss or gradient of the step in hand is not finite; ``message`` names its cuts."""
+        """Note that the loss or gradient of the step in hand is not finite; ``message`` names its cuts."""
         self._nonfinite += 1
         self._nonfinite_row += 1
         self._message = message
 
     def end_step(self, left_out: bool) -> None:
-        """Notes what became of a step.
+        """Note what became of a step.
 
         Raises:
             RuntimeError: if too many were left out in a row.
@@ -72,7 +72,7 @@ class Skips:
         return found
 
     def check_end(self, updates: int) -> None:
-        """Checks that a run which has reached its end has learned something.
+        """Check that a run which has reached its end has trained at all.
 
         Args:
             updates: of the weights, since the first run.

@@ -56,7 +56,7 @@ class TrainingSteps(ModelPT):
         return [value for value in self.parameters() if value.requires_grad and id(value) not in excluded]
 
     def setup_optimizer_param_groups(self) -> None:
-        """Hands only what is trained to the optimizer; an empty group is fine."""
+        """Hand only what is trained to the optimizer; an empty group is fine."""
         set_parameter_groups(self, [{"params": self.trained}])
 
     # ----- a step
@@ -70,7 +70,7 @@ class TrainingSteps(ModelPT):
         leave_out_steps(self.trainer, lambda: self._left_out)
 
     def on_train_end(self) -> None:
-        """Gives Lightning's loop back.
+        """Restore Lightning's loop.
 
         Raises:
             RuntimeError: if every step of the run was left out.
@@ -81,7 +81,7 @@ class TrainingSteps(ModelPT):
             self._skips.check_end(self.trainer.global_step)
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int, unused: int = 0) -> int | None:
-        """Forward and backward of the step, through Megatron's schedule.
+        """Run forward and backward of the step, through Megatron's schedule.
 
         Raises:
             RuntimeError: for a NaN or Inf under ``on_nonfinite: raise``; names the cuts. If steps are left out without
@@ -95,7 +95,7 @@ class TrainingSteps(ModelPT):
         return answer
 
     def training_step(self, batch: StepBatch | ProfilingBatch, batch_idx: int) -> Tensor | dict[str, Tensor]:
-        """The loss of the step that :meth:`on_train_batch_start` has done; of one that is left out, zero."""
+        """Return the loss of the step that :meth:`on_train_batch_start` has run; zero for one that is left out."""
         if isinstance(batch, ProfilingBatch):
             return {"loss": profiling.profile_step(self, batch)}
         if self._loss is None:
@@ -105,7 +105,7 @@ class TrainingSteps(ModelPT):
         return self._loss
 
     def _learn(self, batch: StepBatch) -> Tensor | None:
-        """The loss of a step whose gradients are ready; ``None`` if it is left out, on all processes alike."""
+        """Run forward and backward; return the loss, or ``None`` on all processes if the step is left out."""
         self.train_dataloader().mark_trained()  # no checkpoint is written before this step has ended
         trained = self.trained
         for value in trained:
@@ -147,7 +147,7 @@ class TrainingSteps(ModelPT):
         return {**figures, "response_tokens": count}
 
     def _on_nonfinite(self, batch: StepBatch, loss: Tensor) -> None:
-        """A NaN or Inf in loss or gradient, seen by all processes at once: stops, or leaves the step out.
+        """Stop or leave the step out after a NaN or Inf in loss or gradient, which all processes see at once.
 
         Raises:
             RuntimeError: names the cuts whose loss it was, or those of the step if only the gradient was.
@@ -163,7 +163,7 @@ class TrainingSteps(ModelPT):
     # ----- its update
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips by the norm over all processes; Lightning would see this process' share only."""
+        """Clip by the norm over all processes; Lightning would see this process' share only."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError("trainer.gradient_clip_algorithm must be norm: it is the norm over all processes")
         if gradient_clip_val:
@@ -172,7 +172,7 @@ class TrainingSteps(ModelPT):
                 self.llm_optimizer.scale(clip_factor(self._gradient_norm, gradient_clip_val))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
-        """Lightning's step runs the closure and updates the connector; the LLM follows, if it learns."""
+        """Run the closure and update the connector, as Lightning does; then the LLM, if it trains."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.llm_optimizer is not None:
             self.llm_optimizer.step(_decay(optimizer))
@@ -181,10 +181,10 @@ class TrainingSteps(ModelPT):
         """Nothing is left to do: the schedule has run backward."""
 
     def optimizer_zero_grad(self, *args, **kwargs) -> None:
-        """Lightning calls it behind the schedule, where it would erase the gradients."""
+        """Do nothing: Lightning calls it after the schedule, where it would erase the gradients."""
 
     def on_train_epoch_end(self) -> None:
-        """Reports what was left out.
+        """Report what was left out.
 
         Raises:
             RuntimeError: if a whole pass has taught nothing.

@@ -13,7 +13,7 @@ SHOWN = ("val_loss", "val_agreement", "val_wer")  # by the progress bar
 
 
 def validation_figures(results: Sequence[Mapping[str, Any]], config: ModelConfig) -> dict[str, float]:
-    """Loss on the targets, and how far free-running answers to the speech agree with the LLM's answers to the text.
+    """Return the loss on the targets, and how far free-running answers to the speech agree with the LLM's to the text.
 
     Args:
         results: of the batches of all replicas: summed ``loss`` and ``parts`` over ``tokens``, ``rows``, ``answers``.

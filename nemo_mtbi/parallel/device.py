@@ -9,7 +9,7 @@ import torch
 
 
 def pick_device(cuda: int | None) -> torch.device:
-    """NeMo's key ``cuda``: an index, ``None`` for a GPU if there is one (torchrun's local rank), negative for the CPU.
+    """Return the device of NeMo's key ``cuda``: an index; ``None`` for a GPU if there is one; negative for the CPU.
 
     Raises:
         ValueError: if there is no such GPU.

@@ -151,7 +151,7 @@ def _as_json(line: dict[str, Any], cut_id: str) -> str:
 
 
 def _flac(cut: DataCut) -> bytes:
-    """16-bit FLAC at the cut's own rate; several channels are averaged, as where audio is loaded for the model."""
+    """Return 16-bit FLAC at the cut's own rate; several channels are averaged, as when audio is loaded for a model."""
     stream = io.BytesIO()
     samples = np.clip(cut.load_audio().mean(axis=0), -1.0, 1.0)
     soundfile.write(stream, samples, cut.sampling_rate, format="FLAC", subtype="PCM_16")

@@ -169,14 +169,14 @@ def _whole_piece(cut: DataCut) -> DataCut:
 
 
 def _with_fields(cut: DataCut, text_field: str, lang_field: str) -> DataCut:
-    """The cut of NeMo's reader, which knows text and language, with all other keys of its entry in their places."""
+    """Return the cut of NeMo's reader, which knows text and language, with all other keys of its manifest entry."""
     rest = {key: value for key, value in (cut.custom or {}).items() if key not in (text_field, lang_field)}
     about = {key: str(rest.pop(key)) for key in ("speaker", "gender") if isinstance(rest.get(key), (str, int))}
     return fastcopy(cut, custom=rest or None, supervisions=[fastcopy(s, **about) for s in cut.supervisions])
 
 
 def _named(cut: DataCut, taken: Mapping[str, Any]) -> DataCut:
-    """The cut under a name of its own."""
+    """Return the cut under a name of its own."""
     path = Path(str(cut.recording.sources[0].source))
     part = "" if cut.start == 0 and cut.duration >= cut.recording.duration - 0.01 else f"_{cut.start:.3f}"
     folders = ["", *("-".join(path.parts[-number - 1 : -1]) + "-" for number in range(1, len(path.parts)))]

@@ -27,12 +27,12 @@ _TOLERANCE = 0.02  # seconds by which a word may stand over its utterance's edge
 
 
 def bare(word: str) -> str:
-    """A word without case, accents' encodings and punctuation, to compare."""
+    """Return a word without case, accents' encodings and punctuation, to compare."""
     return "".join(c for c in unicodedata.normalize("NFKC", word).casefold() if c.isalnum())
 
 
 def fit_words(words: Sequence[str], items: Sequence[AlignmentItem]) -> list[AlignmentItem] | None:
-    """The times of ``items`` on ``words``.
+    """Return the times of ``items`` on ``words``.
 
     Args:
         words: of the transcript, with case and punctuation.
@@ -59,7 +59,7 @@ def fit_words(words: Sequence[str], items: Sequence[AlignmentItem]) -> list[Alig
 
 
 def read_times(path: str | Path) -> Times:
-    """Word times of a CTM file, of a folder of TextGrids, or of a folder of LibriSpeech-Alignments.
+    """Return word times of a CTM file, of a folder of TextGrids, or of a folder of LibriSpeech-Alignments.
 
     Raises:
         ValueError: if it is none of them, or a line is malformed.
@@ -75,7 +75,7 @@ def read_times(path: str | Path) -> Times:
 
 
 def _read_ctm(path: Path) -> Times:
-    """``recording channel start duration word [confidence]`` in each line."""
+    """Return word times of lines ``recording channel start duration word [confidence]``."""
     words: dict[str, list[AlignmentItem]] = {}
     for number, line in enumerate(read_lines(path), start=1):
         parts = _BLANK.split(line.strip(_BLANKS))  # a word may hold a space that does not break
@@ -93,7 +93,7 @@ def _read_ctm(path: Path) -> Times:
 
 
 def _read_alignments(path: Path) -> Iterator[tuple[str, list[AlignmentItem]]]:
-    """``id ",WORD,WORD," "0.1,0.4,1.2,2.0"`` in each line: words, silences among them, and their ends in seconds."""
+    """Return word times of lines ``id ",WORD,WORD," "0.1,0.4,1.2,2.0"``: words or silences, and their ends."""
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -124,7 +124,7 @@ def _read_textgrid(path: Path) -> list[AlignmentItem]:
 
 
 def read_texts(paths: Sequence[str | Path]) -> dict[str, str]:
-    """Transcripts by utterance.
+    """Return transcripts by utterance.
 
     Args:
         paths: each a NeMo manifest (the stem of ``audio_filepath`` is the id), JSON lines with ``id`` and ``text``, or
@@ -149,7 +149,7 @@ def read_texts(paths: Sequence[str | Path]) -> dict[str, str]:
 
 
 def _entry(line: str, place: str) -> tuple[str, str]:
-    """The id and the text of a line of transcripts."""
+    """Return the id and the text of a line of transcripts."""
     if line.lstrip().startswith("{"):
         entry = parse_json_object(line, place)
         audio = entry.get("audio_filepath")

@@ -47,7 +47,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def response_cross_entropy(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Summed cross entropy of response tokens.
+    """Return summed cross entropy of response tokens.
 
     Args:
         logits: ``[n, V / tp]`` at the positions that predict a response token.
@@ -108,7 +108,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
 def _log_probabilities(
     logits: Sequence[Tensor], temperature: float, group: dist.ProcessGroup | None
 ) -> Sequence[Tensor]:
-    """Logarithms of the softmax over the whole vocabulary, of ``[n, V / tp]`` logits each."""
+    """Return logarithms of the softmax over the whole vocabulary, of ``[n, V / tp]`` logits each."""
     scaled = [values / temperature for values in logits]
     top = _reduced(torch.stack([values.amax(-1) for values in scaled]), group, dist.ReduceOp.MAX)
     scaled = [values.sub_(most[:, None]) for values, most in zip(scaled, top, strict=True)]
@@ -157,5 +157,5 @@ def response_divergence(
 
 
 def hidden_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Summed over positions: the mean over channels of the squared difference of hidden states, both ``[n, H]``."""
+    """Return the squared difference of hidden states, both ``[n, H]``: mean over channels, sum over positions."""
     return (_wide(student) - _wide(teacher.detach())).square().mean(-1).sum()

@@ -83,11 +83,11 @@ class LayoutDecoder(nn.Module):
         return self.decoder.device
 
     def no_frames(self) -> Tensor:
-        """``[0, H]``: the speech of rows without speech."""
+        """Return ``[0, H]``: the speech of rows without speech."""
         return torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
 
     def embed(self, layout: Tensor, frames: Tensor) -> Tensor:
-        """Token ids take the LLM's embedding row, negative values take speech frames: one gather each. First stage.
+        """Return the LLM's inputs ``[T, R, H]``: embeddings of token ids, frames for negative values. First stage.
 
         Args:
             layout: ``[R, T]``.
@@ -105,7 +105,7 @@ class LayoutDecoder(nn.Module):
     def run_schedule(
         self, microbatches: list[MicroBatch], frames: Tensor, finish: Finish, forward_only: bool
     ) -> list[Tensor]:
-        """Sends microbatches through Megatron's schedule, which runs backward too unless ``forward_only``.
+        """Send microbatches through Megatron's schedule, which runs backward too unless ``forward_only``.
 
         Returns:
             On the last stage what ``finish`` keeps of each microbatch and of those that :func:`fill_schedule` adds;
@@ -144,7 +144,7 @@ class LayoutDecoder(nn.Module):
 
     @torch.no_grad()
     def response_states(self, microbatches: list[MicroBatch], frames: Tensor) -> list[Tensor]:
-        """What the LLM makes of rows where it predicts their response tokens: a pass of the pipeline, no gradients.
+        """Return the LLM's hidden states where it predicts response tokens: a pass of the pipeline, without gradients.
 
         Kept are hidden states and not logits, which the last stage makes anew where it compares them: for a large
         vocabulary they are a hundred times larger.
@@ -227,7 +227,7 @@ class SpeechLLM(LayoutDecoder):
                 )
 
     def encode(self, batch: StepBatch) -> Tensor:
-        """All connector frames of a step, ``[F, H]``, in the order of its utterances, with a graph to what trains.
+        """Return all connector frames ``[F, H]`` of a step in the order of utterances, with a graph to what trains.
 
         Off the first stage there are none: ``[0, H]``.
 
@@ -266,7 +266,7 @@ class SpeechLLM(LayoutDecoder):
         return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
 
     def teach(self, batch: StepBatch) -> Tensor:
-        """What the LLM itself, without adapters, makes of the text twins of a step.
+        """Return hidden states of the LLM without adapters for the text twins of a step.
 
         Returns:
             On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
@@ -380,7 +380,7 @@ class SpeechLLM(LayoutDecoder):
         return StepLoss(total, dict(zip(self.loss.parts, parts, strict=True)))
 
     def _on_every_stage(self, kept: list[Tensor]) -> Tensor:
-        """``[1 + parts]``: the sum of what the last stage has kept of its microbatches: the loss and its parts."""
+        """Return ``[1 + parts]``: loss and parts, summed over the microbatches that the last stage has kept."""
         loss = torch.zeros(1 + len(self.loss.parts), device=self.device, dtype=self._loss_dtype)
         if kept:
             loss = torch.stack(kept).sum(0)
@@ -392,19 +392,19 @@ class SpeechLLM(LayoutDecoder):
 
 
 def speech_positions(decoder: GPTDecoder, layout: Tensor) -> Tensor | None:
-    """``[T, R]`` of ``layout [R, T]``: where speech is, if the adapters of the decoder ask for it."""
+    """Return ``[T, R]`` of ``layout [R, T]``: where speech is, if the adapters of the decoder ask for it."""
     if decoder.lora is None or not decoder.lora.config.speech_only:
         return None
     return (layout < 0).t()
 
 
 def _at(hidden: Tensor, index: Tensor) -> Tensor:
-    """``[n, H]``: hidden states ``[T, R, H]`` at positions ``t * R + r``."""
+    """Return ``[n, H]``: hidden states ``[T, R, H]`` at positions ``t * R + r``."""
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
 
 
 def fill_schedule(microbatches: list[MicroBatch], layout: groups.ParallelConfig) -> list[MicroBatch]:
-    """Adds microbatches of one position and no target until the interleaved schedule can take their number.
+    """Add microbatches of one position and no target until the interleaved schedule can take their number.
 
     It sends groups of as many microbatches as there are stages through each run of layers in turn, and the last group
     must be whole. They add exactly nothing to loss and gradients.

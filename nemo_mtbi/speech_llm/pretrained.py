@@ -69,7 +69,7 @@ class TextLLM:
 
 
 def resolve(name: str | Path, key: str, demo: str) -> Path:
-    """Path of a pretrained part; ``demo`` means the small one inside this package.
+    """Return path of a pretrained part; ``demo`` means the small one inside this package.
 
     Raises:
         ValueError: if nothing is there; names the config ``key``.
@@ -83,7 +83,7 @@ def resolve(name: str | Path, key: str, demo: str) -> Path:
 
 
 def find_text_llm(name: str | Path, key: str = "model.pretrained_llm") -> TextLLMDirectory:
-    """The text LLM directory of a name or path.
+    """Return the text LLM directory of a name or path.
 
     Raises:
         ValueError: if there is none, or it is not whole; names the config ``key``.
@@ -106,7 +106,7 @@ def save_text_llm(
     turn: Sequence[str],
     end: str,
 ) -> None:
-    """Writes a text LLM directory; ``weights`` by the decoder's own names, stored as float16."""
+    """Write a text LLM directory; ``weights`` by the decoder's own names, stored as float16."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / SETTINGS).write_text(settings_yaml(architecture, tuple(turn), end))
@@ -123,7 +123,7 @@ def load_text_llm(
     transformer_engine: bool = HAVE_TE,
     **overrides: Any,
 ) -> TextLLM:
-    """Loads a text LLM, or this process's share of it under the layout in force.
+    """Load a text LLM, or this process's share of it under the layout in force.
 
     Args:
         name: directory of ours or of Hugging Face, or ``demo``.
@@ -234,7 +234,7 @@ def load_speech_llm(
     loss: LossConfig | None = None,
     **overrides: Any,
 ) -> tuple[SpeechLLM, TextLLM]:
-    """Joins frozen parts and a new connector: this process's share of them under the layout in force.
+    """Join frozen parts and a new connector: this process's share of them under the layout in force.
 
     Args:
         pretrained_asr: NeMo ASR ``.nemo``, read on the first stage only.

@@ -38,7 +38,7 @@ def shard_path(out_dir: str | Path, number: int) -> Path:
 
 
 def written_files(out_dir: str | Path) -> list[Path]:
-    """Files of a folder of targets or alignments that a run writes, replaces or deletes."""
+    """Return the files of a folder of targets or alignments that a run writes, replaces or deletes."""
     folder = Path(out_dir)
     patterns = ("cuts-*.jsonl.gz*", "cuts-*.json", "cuts-*.partial.jsonl")
     shards = sorted(path for pattern in patterns for path in folder.glob(pattern))
@@ -53,20 +53,20 @@ def own_share(out_dir: str | Path, key: str = "output_dir", rank: int = 0) -> It
 
 
 def surplus_shards(out_dir: str | Path, num_shards: int) -> list[Path]:
-    """Shards in the folder that a set of ``num_shards`` does not have."""
+    """Return the shards in the folder that a set of ``num_shards`` does not have."""
     keep = {shard_path(out_dir, number).name for number in range(num_shards)}
     return [path for path in sorted(Path(out_dir).glob("cuts-*.jsonl.gz")) if path.name not in keep]
 
 
 def split_into_shards(cuts: Iterable[Cut], shard_size: int) -> Iterator[list[Cut]]:
-    """Contiguous shards of ``shard_size`` cuts; the last may be smaller."""
+    """Return contiguous shards of ``shard_size`` cuts; the last may be smaller."""
     stream = iter(cuts)
     while shard := list(islice(stream, shard_size)):
         yield shard
 
 
 def check_without_data(cut: Cut) -> None:
-    """Raises ValueError if a cut is more than a manifest."""
+    """Refuse a cut that is more than a manifest."""
     if cut.is_in_memory:
         raise ValueError(
             f"cut {cut.id} holds its audio or other data in memory (tarred or Shar input): only manifests are "
@@ -75,7 +75,7 @@ def check_without_data(cut: Cut) -> None:
 
 
 def with_behaviors(cut: Cut, behaviors: Sequence[dict], behaviors_from: dict) -> Cut:
-    """A copy of ``cut`` (of any kind) that carries these behaviors instead of those that it had."""
+    """Return a copy of ``cut`` (of any kind) that carries these behaviors instead of those that it had."""
     copy = deserialize_item(cut.to_dict())
     setattr(copy, BEHAVIORS, list(behaviors))
     setattr(copy, PROVENANCE, behaviors_from)
@@ -83,7 +83,7 @@ def with_behaviors(cut: Cut, behaviors: Sequence[dict], behaviors_from: dict) ->
 
 
 def write_shard(path: Path, cuts: Iterable[Cut]) -> None:
-    """Writes a shard such that it is either whole or not there; equal cuts give equal bytes."""
+    """Write a shard such that it is either whole or not there; equal cuts give equal bytes."""
     scratch = path.with_name(path.name + ".tmp")
     write_cuts(scratch, cuts)
     _publish(scratch, path)
@@ -100,13 +100,13 @@ def join_shards(folder: str | Path) -> Path:
 
 
 def write_index(out_dir: str | Path, *, shards: int, cuts: int, behaviors_from: dict) -> None:
-    """Says what the folder holds when it is complete. Each process writes the same, but for shards of later ones."""
+    """Write what the folder holds when it is complete. Each process writes the same, but for shards of later ones."""
     content = {"format": FORMAT, "shards": shards, "cuts": cuts, PROVENANCE: behaviors_from}
     _write_index(Path(out_dir), content)
 
 
 def seal(out_dir: str | Path) -> None:
-    """Writes the digests of all files of a complete set into its index; after the last of them was written."""
+    """Write the digests of all files of a complete set into its index; after the last of them was written."""
     _write_index(Path(out_dir), _read_index(Path(out_dir)))
 
 

@@ -309,7 +309,7 @@ class Augment(Section):
 
 
 def resample(samples: np.ndarray, source_rate: int) -> np.ndarray:
-    """[N] at ``source_rate`` → [N'] float32 at 16 kHz; times are kept."""
+    """Return [N] at ``source_rate`` as [N'] float32 at 16 kHz; times are kept."""
     if source_rate == SAMPLE_RATE:
         return samples.astype(np.float32)
     divisor = int(np.gcd(source_rate, SAMPLE_RATE))
@@ -324,7 +324,7 @@ def _low_pass(factor: int) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, num_samples: int, *, pink: bool) -> np.ndarray:
-    """[N] float32 noise of RMS 1; pink falls by 3 dB per octave from 50 Hz on."""
+    """Return [N] float32 noise of RMS 1; pink falls by 3 dB per octave from 50 Hz on."""
     if not pink:
         return rng.standard_normal(num_samples, dtype=np.float32)
     length = 1 << max(num_samples - 1, 1).bit_length()  # a power of two: fast to transform
@@ -335,7 +335,7 @@ def noise(rng: np.random.Generator, num_samples: int, *, pink: bool) -> np.ndarr
 
 
 def random_room(rng: np.random.Generator, augment: Augment) -> np.ndarray:
-    """[1, N] float32 impulse response: the direct sound at 0, then noise that decays (Polack's model of a room)."""
+    """Return [1, N] float32 impulse response: direct sound at 0, then noise that decays (Polack's model of a room)."""
     t60 = rng.uniform(*augment.t60)
     times = np.arange(1, int(t60 * SAMPLE_RATE)) / SAMPLE_RATE
     tail = rng.standard_normal(len(times)) * 10 ** (-3 * times / t60)
@@ -344,7 +344,7 @@ def random_room(rng: np.random.Generator, augment: Augment) -> np.ndarray:
 
 
 def finish(samples: np.ndarray, rng: np.random.Generator, augment: Augment | None) -> np.ndarray:
-    """Augmentation, a random level and a noise floor: [N] → [N] float32, times unchanged (the RIR's peak is at 0)."""
+    """Augment, and set a random level and noise floor: [N] → [N] float32, times unchanged (the RIR's peak is at 0)."""
     samples = samples.astype(np.float32)
     if augment is not None and rng.random() < augment.reverb:
         room = random_room(rng, augment)

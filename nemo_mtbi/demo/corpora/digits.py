@@ -69,7 +69,7 @@ class _Job:
 
 
 def list_speakers(digits_dir: str | Path) -> list[str]:
-    """Names of the speakers in a clone of the corpus, sorted.
+    """Return names of the speakers in a clone of the corpus, sorted.
 
     Raises:
         ValueError: there are no recordings.
@@ -144,7 +144,7 @@ def _find_recordings(digits_dir: str | Path) -> list[_Recording]:
 def _pool(
     recordings: Sequence[_Recording], speakers: Sequence[str], split: str, digits_dir: str | Path
 ) -> dict[tuple[str, int], list[Path]]:
-    """(speaker, digit) → the recordings that the split may use."""
+    """Return (speaker, digit) → the recordings that the split may use."""
     known = sorted({recording.speaker for recording in recordings})
     if isinstance(speakers, str) or not speakers:
         raise ValueError(f"speakers={speakers!r} must be a list of names out of {', '.join(known)}")
@@ -203,7 +203,7 @@ def _plan(
 
 
 def draw_digits(rng: random.Random) -> tuple[list[int], tuple[float, ...]]:
-    """Digits of one utterance, and the pauses before each and after the last, in seconds."""
+    """Return digits of one utterance, and the pauses before each and after the last, in seconds."""
     digits = [rng.randrange(10) for _ in range(rng.randint(*_NUM_DIGITS))]
     inner = [rng.uniform(*_PAUSE) for _ in digits[1:]]
     return digits, (rng.uniform(*_SILENCE), *inner, rng.uniform(*_SILENCE))
@@ -246,7 +246,7 @@ def join_sounds(
 
 @lru_cache(maxsize=1024)
 def _load_digit(path: Path, formants: int, duration: int) -> np.ndarray:
-    """One digit: [N] float32 at 16 kHz, at a common level, without long silences, with soft ends."""
+    """Return one digit: [N] float32 at 16 kHz, at a common level, without long silences, with soft ends."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
@@ -259,7 +259,7 @@ def _load_digit(path: Path, formants: int, duration: int) -> np.ndarray:
 
 
 def _stretch(samples: np.ndarray, factor: float) -> np.ndarray:
-    """[N] → [N * factor], pitch and formants unchanged (phase vocoder)."""
+    """Stretch [N] → [N * factor], pitch and formants unchanged (phase vocoder)."""
     if factor == 1.0 or len(samples) < _STRETCH_FFT:
         return samples
     from librosa.effects import time_stretch  # takes a while to import
@@ -277,7 +277,7 @@ def trim_silence(samples: np.ndarray) -> np.ndarray:
 
 
 def _frame_energy(samples: np.ndarray) -> np.ndarray:
-    """Mean square of each 10 ms, the last frame padded with zeros."""
+    """Return mean square of each 10 ms, the last frame padded with zeros."""
     frames = np.pad(samples, (0, -len(samples) % _FRAME)).reshape(-1, _FRAME)
     return np.mean(frames.astype(np.float64) ** 2, axis=1)
 

@@ -138,7 +138,7 @@ class Espeak:
 def _synthesize(
     library: ctypes.CDLL, words: list[str], voice: str, rate: int, pitch: int
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Samples [N] float32 and the (text position, sample) of every word event."""
+    """Return samples [N] float32 and the (text position, sample) of every word event."""
     chunks: list[np.ndarray] = []
     events: list[tuple[int, int]] = []
 
@@ -168,7 +168,7 @@ def _synthesize(
 def _word_times(
     words: list[str], events: list[tuple[int, int]], samples: np.ndarray, sample_rate: int
 ) -> list[tuple[float, float]]:
-    """(start, duration) in seconds of each word: until the next word, the last one until its sound ends."""
+    """Return (start, duration) in seconds of each word: until the next word, the last one until its sound ends."""
     expected, position = [], 1
     for word in words:
         expected.append(position)

@@ -152,7 +152,7 @@ def words() -> tuple[str, ...]:
 
 
 def sample_sentence(rng: random.Random, form: str | None = None) -> Sentence:
-    """Draws a sentence; without ``form`` the form is drawn by its weight.
+    """Draw a sentence; without ``form`` the form is drawn by its weight.
 
     Raises:
         ValueError: If ``form`` is unknown.
@@ -176,7 +176,7 @@ def sample_sentence(rng: random.Random, form: str | None = None) -> Sentence:
 
 
 def parse_sentence(text: str) -> Sentence:
-    """Recovers the sentence from its transcript.
+    """Recover the sentence from its transcript.
 
     Raises:
         ValueError: If ``text`` is no sentence of the grammar.
@@ -192,7 +192,7 @@ def parse_sentence(text: str) -> Sentence:
 
 
 def references(text: str) -> dict[str, str]:
-    """The right answer of every demo task for a transcript.
+    """Return the right answer of every demo task for a transcript.
 
     Raises:
         ValueError: If ``text`` is no sentence of the grammar.

@@ -135,7 +135,7 @@ def _render(job: _Job) -> Utterance:
 
 
 def _speak(word: str, job: _Job) -> np.ndarray:
-    """One word by itself, as the human recordings have it: [N] float32 at 16 kHz without sound above 4 kHz."""
+    """Return one word by itself, as the human recordings have it: [N] float32 at 16 kHz without sound above 4 kHz."""
     speech = _engine().speak(word, job.voice, job.rate, job.pitch)
     sound = trim_silence(resample(speech.samples, speech.sample_rate * job.formants // 100))
     return level(resample_poly(resample_poly(sound, 1, 2), 2, 1).astype(np.float32))

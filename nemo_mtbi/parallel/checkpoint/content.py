@@ -31,7 +31,7 @@ _OWN = ("callbacks", "loops")
 
 
 def plain(value: Any, where: str = "checkpoint") -> Any:
-    """A copy made of dictionaries, lists, tuples, strings, numbers and CPU tensors only.
+    """Return a copy made of dictionaries, lists, tuples, strings, numbers and CPU tensors only.
 
     Raises:
         ValueError: for anything else; names where it stands.
@@ -76,7 +76,7 @@ def _ordered(value: Any) -> Any:
 
 
 def hashes(common: Mapping[str, Any]) -> dict[str, str | None]:
-    """Key -> hash of what must be equal in all processes; ``None`` where this one has nothing."""
+    """Return key -> hash of what must be equal in all processes; ``None`` where this one has nothing."""
     return {
         key: None if value is None or value in ({}, []) else fingerprint(value)
         for key, value in common.items()
@@ -85,7 +85,7 @@ def hashes(common: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def check_equal(parts: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that all processes would save the same.
+    """Check that all processes would save the same.
 
     Args:
         parts: for each process, key -> hash of what it would save; ``None`` where it has nothing.
@@ -110,7 +110,7 @@ def to_save(
     place: Place,
     llm: LlmOptimizer | None = None,
 ) -> tuple[dict[str, Any], list]:
-    """Splits Lightning's checkpoint of this process.
+    """Split Lightning's checkpoint of this process.
 
     Args:
         checkpoint: from Lightning.

@@ -71,7 +71,7 @@ class Marker:
 
 
 def folder_of(path: str | Path) -> Path:
-    """The folder of a checkpoint, from the path that Lightning or NeMo gave it (with or without ``.ckpt``).
+    """Return the folder of a checkpoint, from the path that Lightning or NeMo gave it (with or without ``.ckpt``).
 
     Raises:
         ValueError: for an address that is no local path.
@@ -82,7 +82,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def unfinished_mark(folder: Path) -> Path:
-    """NeMo's mark that it is saving or removing a checkpoint."""
+    """Return the path of NeMo's mark that it is saving or removing a checkpoint."""
     return Path(f"{folder}-unfinished")
 
 
@@ -114,7 +114,7 @@ def explain(error: BaseException) -> str:
 
 
 def write_durably(path: Path, content: bytes) -> FileMark:
-    """Writes a file, waits until the device has it, and returns its mark."""
+    """Write a file, wait until the device has it, and return its mark."""
     with open(path, "wb") as file:
         hashed = HashingWriter(file, BLOCK)
         hashed.write(content)
@@ -123,7 +123,7 @@ def write_durably(path: Path, content: bytes) -> FileMark:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the device has the names in a folder."""
+    """Wait until the device has the names in a folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -135,7 +135,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
-    """Declares the checkpoint whole; the last thing that is written."""
+    """Declare the checkpoint whole; the last thing that is written."""
     values = {"format": FORMAT_VERSION, **asdict(marker)}
     content = json.dumps(signed(values), indent=1).encode()
     write_durably(folder / f"{MARKER}.part", content)
@@ -144,7 +144,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def read_marker(folder: Path) -> Marker:
-    """The marker of a checkpoint, whose files are not looked at.
+    """Return the marker of a checkpoint, whose files are not looked at.
 
     Raises:
         ValueError: if there is none or it can't be read; names the folder and the reason.
@@ -176,7 +176,7 @@ def _damaged_marker(folder: Path, error: Exception) -> ValueError:
 
 
 def check(folder: Path) -> Marker:
-    """Compares the files of a checkpoint with its marker: large ones by size, since they are compared when loaded.
+    """Compare the files of a checkpoint with its marker: large ones by size, since they are compared when loaded.
 
     Raises:
         ValueError: if it is not whole; names the folder, the file and what is wrong.
@@ -195,7 +195,7 @@ def check(folder: Path) -> Marker:
 
 
 def next_serial(folder: Path) -> int:
-    """The serial number of the next save in a folder of checkpoints."""
+    """Return the serial number of the next save in a folder of checkpoints."""
     serials = [0]
     for path in candidates(folder):
         try:
@@ -209,12 +209,12 @@ def next_serial(folder: Path) -> int:
 
 
 def staging_of(folder: Path) -> Path:
-    """Where a checkpoint is written before it is moved to ``folder``."""
+    """Return where a checkpoint is written before it is moved to ``folder``."""
     return folder.parent / _SAVING / folder.name
 
 
 def prepare_staging(folder: Path) -> None:
-    """Makes an empty folder to write a checkpoint in, which :func:`commit` moves to ``folder``."""
+    """Make an empty folder to write a checkpoint in, which :func:`commit` moves to ``folder``."""
     staging = staging_of(folder)
     if staging.exists():
         shutil.rmtree(staging)
@@ -222,7 +222,7 @@ def prepare_staging(folder: Path) -> None:
 
 
 def commit(folder: Path) -> None:
-    """Moves a whole checkpoint to its place. One that stands there goes when the new one has taken its place."""
+    """Move a whole checkpoint to its place. One that stands there goes when the new one has taken its place."""
     replaced = _in_saving(folder, _REPLACED)
     if folder.exists():
         os.rename(folder, replaced)
@@ -233,7 +233,7 @@ def commit(folder: Path) -> None:
 
 
 def abandon(folder: Path) -> None:
-    """Clears what a failed save has left, as far as the device lets; a checkpoint that stood there stays."""
+    """Clear what a failed save has left, as far as the device lets; a checkpoint that stood there stays."""
     staging = staging_of(folder)
     replaced = Path(f"{staging}{_REPLACED}")
     if replaced.is_dir() and not folder.exists():
@@ -248,7 +248,7 @@ def abandon(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint. It is moved away first, so that none is ever seen half gone."""
+    """Delete a checkpoint. It is moved away first, so that none is ever seen half gone."""
     removed = _in_saving(folder, _REMOVED)
     os.rename(folder, removed)
     shutil.rmtree(removed)
@@ -256,7 +256,7 @@ def remove(folder: Path) -> None:
 
 
 def _in_saving(folder: Path, suffix: str) -> Path:
-    """A free place to move a checkpoint to."""
+    """Return a free place to move a checkpoint to."""
     path = Path(f"{staging_of(folder)}{suffix}")
     path.parent.mkdir(exist_ok=True)
     if path.exists():
@@ -275,7 +275,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def candidates(folder: Path) -> Iterator[Path]:
-    """What stands in a folder and is a checkpoint, or looks like one."""
+    """Yield the checkpoints of a folder, and what looks like one."""
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
@@ -371,7 +371,7 @@ def recover(folder: str | Path) -> Path | None:
 
 
 def _finish_moves(folder: Path) -> None:
-    """Ends what :func:`commit` was doing, and clears what was still being written or removed."""
+    """End what :func:`commit` was doing, and clear what was still being written or removed."""
     saving = folder / _SAVING
     if not saving.is_dir():
         return

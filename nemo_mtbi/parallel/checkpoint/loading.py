@@ -43,7 +43,7 @@ def load(
     seed: int,
     llm: LlmOptimizer | None = None,
 ) -> dict[str, Any]:
-    """Reads this process's part of a checkpoint, by all processes together.
+    """Read this process's part of a checkpoint, by all processes together.
 
     Args:
         folder: the checkpoint; it may have been saved at another layout.
@@ -139,7 +139,7 @@ class _Loading:
         return tensors.stored_weights(self._metadata)
 
     def _content(self, name: str) -> bytes:
-        """A file that every process reads whole."""
+        """Return the content of a file that every process reads whole."""
         with open_checked(self.folder, name, self._marks) as file:
             return file.read()
 
@@ -169,7 +169,7 @@ class _Loading:
             self._sharded.setdefault(shard.key, []).append(shard)
 
     def _weight(self, name: str) -> Tensor:
-        """Memory for a weight."""
+        """Return memory for a weight, which :meth:`_fill` fills."""
         parameter = self._weights[name]
         data = torch.zeros_like(parameter, device="cpu", requires_grad=False)  # where it is padded, it stays so
         shards = tensors.weight_shards(name, data, parameter, self._place)
@@ -185,7 +185,7 @@ class _Loading:
         return data
 
     def _optimizers(self, optimizers: Sequence[Optimizer], options: Sequence, numbers: list) -> list[dict[str, Any]]:
-        """State dictionaries of this process's optimizers."""
+        """Return state dictionaries of this process's optimizers."""
         if optimizers and len(optimizers) != len(options):
             raise ValueError(
                 f"the run has {len(optimizers)} optimizers, the one that was saved {len(options)}: {_CONFIG}"
@@ -214,7 +214,7 @@ class _Loading:
         }
 
     def _moments(self, llm: LlmOptimizer) -> dict[str, dict[str, Tensor]]:
-        """Memory for what this process's optimizer of the LLM goes on from, by the names of weights."""
+        """Return memory for the moments of this process's optimizer of the LLM, by the names of weights."""
         moments: dict[str, dict[str, Tensor]] = {}
         for fragment in llm.fragments(complete=True):
             for kind, value in fragment.values.items():
@@ -225,7 +225,7 @@ class _Loading:
         return moments
 
     def _random(self, saved: Place, seed: int, step: int) -> dict[str, Tensor]:
-        """Random states: those of this process as far as they are stored, else new ones."""
+        """Return random states: those of this process as far as they are stored, else new ones."""
         here, origin = self._place, tensors.random_origin(self._place, saved)
         same = saved.sizes == here.sizes
         states = random_states.seeded(seed, step, here.data)
@@ -248,7 +248,7 @@ class _Loading:
         return states
 
     def _fill(self) -> None:
-        """Reads everything that was asked for."""
+        """Read the tensors of all shards that were collected."""
         reader, planner = FileSystemReader(self.folder), load_planner()
         set_files(reader, CheckedFiles(self.folder, self._marks))
         reader.set_up_storage_reader(self._metadata, True)

@@ -37,7 +37,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def unpickle_metadata(folder: Path, content: bytes | None = None) -> Metadata:
-    """What stands in ``.metadata``, if it is nothing but a description of tensors and objects.
+    """Return the content of ``.metadata``, if it is nothing but a description of tensors and objects.
 
     Args:
         folder: of the checkpoint.
@@ -55,7 +55,7 @@ def unpickle_metadata(folder: Path, content: bytes | None = None) -> Metadata:
 
 
 def read_metadata(folder: Path, files: Collection[str], content: bytes | None = None) -> Metadata:
-    """Which tensors a checkpoint holds.
+    """Return which tensors a checkpoint holds.
 
     Args:
         folder: the checkpoint.

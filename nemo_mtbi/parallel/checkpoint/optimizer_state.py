@@ -19,7 +19,7 @@ _PARAMETERS = ("params", "param_names")  # of a parameter group
 
 
 def parameter_names(optimizer: Optimizer, weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of the parameters in the order in which the optimizer's state dictionary numbers them.
+    """Return names of the parameters in the order in which the optimizer's state dictionary numbers them.
 
     Args:
         optimizer: of this process.
@@ -46,7 +46,7 @@ def state_shards(
     weights: Mapping[str, Tensor],
     place: Place,
 ) -> list:
-    """The states of one optimizer as sharded tensors, by the names of its parameters.
+    """Return the states of one optimizer as sharded tensors, by the names of its parameters.
 
     Args:
         number: of the optimizer.
@@ -85,7 +85,7 @@ def state_shards(
 
 
 def state_keys(number: int, names: Sequence[str], metadata: Metadata) -> list[tuple[str, int, str, bool]]:
-    """What a checkpoint holds of one optimizer: key, index of the parameter, name of the state, whether a number."""
+    """Return the stored states of an optimizer: key, index of the parameter, name of the state, whether a number."""
     index_of, found = {name: index for index, name in enumerate(names)}, []
     for key in metadata.state_dict_metadata:
         for prefix in (_TENSOR, _NUMBER):
@@ -98,12 +98,12 @@ def state_keys(number: int, names: Sequence[str], metadata: Metadata) -> list[tu
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a parameter group holds beside its parameters, which differ from process to process."""
+    """Return the options of a parameter group, without its parameters, which differ from process to process."""
     return {key: value for key, value in group.items() if key not in _PARAMETERS}
 
 
 def with_options(groups_now: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """This process's parameter groups with the options that were saved.
+    """Return this process's parameter groups with the options that were saved.
 
     Raises:
         ValueError: if the optimizer has another number of groups.

@@ -64,7 +64,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Saves; in the background where ``storage_options`` holds NeMo's ``finalize_fn``.
+        """Save; in the background where ``storage_options`` holds NeMo's ``finalize_fn``.
 
         Raises:
             ValueError, RuntimeError: the same in all processes; names path, cause and remedy.
@@ -91,7 +91,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
             self.maybe_finalize_save_checkpoint(blocking=True)
 
     def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
-        """Completes the save that goes on in the background, if all processes have written their share.
+        """Complete the save that goes on in the background, if all processes have written their share.
 
         Args:
             blocking: whether to wait for it.
@@ -120,7 +120,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """This process's part of a checkpoint; see :func:`nemo_mtbi.parallel.checkpoint.loading.load`.
+        """Return this process's part of a checkpoint; see :func:`nemo_mtbi.parallel.checkpoint.loading.load`.
 
         Args:
             path: of the folder, with or without ``.ckpt``.
@@ -131,7 +131,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
         return load(files.folder_of(path), self._weights(), self._optimizers(), self._seed, self._llm())
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Deletes a checkpoint. One process does it, so a failure is told and not raised: others would wait."""
+        """Delete a checkpoint. One process does it, so a failure is logged and not raised: others would wait."""
         folder = files.folder_of(path)
         if not folder.exists():
             return
@@ -146,11 +146,11 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
         return self
 
     def get_num_unfinalized_calls(self) -> int:
-        """Saves that go on in the background: 0 or 1."""
+        """Return the number of saves that go on in the background: 0 or 1."""
         return int(self._pending is not None)
 
     def teardown(self) -> None:
-        """Completes the save that goes on in the background; not after a failure, when other processes may be gone."""
+        """Complete the save that goes on in the background; not after a failure, when other processes may be gone."""
         error = sys.exc_info()[1]  # Lightning calls it while it handles what has ended the run
         if error is None or is_time_limit(error):
             self.maybe_finalize_save_checkpoint(blocking=True)
@@ -159,7 +159,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
 
 
 def choose_resume(folder: str | Path) -> Path | None:
-    """The checkpoint from which a run in ``folder`` goes on. All processes call it, before NeMo's ``exp_manager``.
+    """Return the checkpoint that a run in ``folder`` resumes. All processes call it, before NeMo's ``exp_manager``.
 
     What a killed run has left is tidied up, see :func:`nemo_mtbi.parallel.checkpoint.files.recover`; broken
     checkpoints are warned of by name.

@@ -134,7 +134,7 @@ class Save:
         optimizers: Sequence[Optimizer],
         llm: LlmOptimizer | None,
     ) -> dict:
-        """What this process has, and a summary of it for the others."""
+        """Return the state of this process, and a summary of it for the others."""
         if is_first():
             files.prepare_staging(self.folder)
         random = random_states.capture()
@@ -146,7 +146,7 @@ class Save:
         }
 
     def _plan(self, summaries: Sequence[Mapping[str, Any]]) -> Any:
-        """Writes what is not sharded, and plans which tensors this process writes."""
+        """Write what is not sharded, and plan which tensors this process writes."""
         from megatron.core.dist_checkpointing.mapping import is_main_replica
         from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
@@ -171,7 +171,7 @@ class Save:
         return self._writer.prepare_local_plan(self._planner.create_local_plan())
 
     def _write(self, plan: Any) -> tuple[list, dict[str, files.FileMark]]:
-        """Runs in the thread."""
+        """Write the tensors of this process; runs in the thread."""
         results = self._writer.write_data(plan, self._planner).wait()
         return results, self._files.marks
 
@@ -200,7 +200,7 @@ class Save:
         return not running
 
     def finish(self) -> None:
-        """Declares the checkpoint whole and moves it to its place; everything is written by now.
+        """Declare the checkpoint whole and move it to its place; everything is written by now.
 
         Raises:
             RuntimeError: in all processes, if one could not write.

@@ -141,7 +141,7 @@ def _boxes(
 
 
 def weight_shards(name: str, data: Tensor, parameter: Tensor, place: Place) -> list:
-    """:func:`shards` of a weight."""
+    """Return :func:`shards` of a weight."""
     return shards(_WEIGHT + name, data, parameter, place)
 
 
