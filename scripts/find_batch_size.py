@@ -42,15 +42,15 @@ def main(cfg):
         raise ValueError("this machine has no GPU, and main memory does not end where it should: use plan=true")
     torch.cuda.set_per_process_memory_fraction(0.95)
     model = MTBIModel(cfg.model).to(device).train()
-    make, found = step_maker(model, rows), []
+    make, rows_of_table = step_maker(model, rows), []
     for seconds in lengths:
         samples = int(seconds * model.speech_llm.frame_counter.sample_rate)
         utterances = largest(fits_in_memory(model, rows, samples, answer))
-        found.append(utterances * make.cost(samples, answer))
-        console.print(f"{seconds} s: {utterances} utterances, {found[-1]} positions", highlight=False)
-    if not min(found):
+        rows_of_table.append(utterances * make.cost(samples, answer))
+        console.print(f"{seconds} s: {utterances} utterances, {rows_of_table[-1]} positions", highlight=False)
+    if not min(rows_of_table):
         raise ValueError("not one utterance fits: lower model.micro_batch_tokens, or recompute activations")
-    console.print(f"model.train_ds.batch_tokens: {min(found)}", highlight=False)
+    console.print(f"model.train_ds.batch_tokens: {min(rows_of_table)}", highlight=False)
 
 
 if __name__ == "__main__":

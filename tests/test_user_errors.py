@@ -251,7 +251,9 @@ def test_task_pools_that_make_no_sense(model_section, tmp_path, tasks, message):
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b but no gzip", json.dumps({"a": 1}).encode()])
 def test_nemo_that_is_none(tmp_path, content):
     (tmp_path / "model.nemo").write_bytes(content)
-    says("model.nemo can't be restored: it is no .nemo", lambda: MTBIModel.restore_from(str(tmp_path / "model.nemo")))
+    says(
+        "model.nemo can't be restored: it is not a .nemo", lambda: MTBIModel.restore_from(str(tmp_path / "model.nemo"))
+    )
 
 
 def test_nemo_of_another_model(model_section):

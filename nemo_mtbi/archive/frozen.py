@@ -101,17 +101,17 @@ class FrozenParts:
             return self._config.fingerprints[part]
         path = self._paths[part]
         try:
-            found = self.llm.fingerprint if part == "llm" and self.llm else self._digest_of_encoders(path)
+            actual = self.llm.fingerprint if part == "llm" and self.llm else self._digest_of_encoders(path)
         except OSError as error:
             raise ValueError(f"model.pretrained_{part}={path} can't be read: {error}") from error
-        if wanted not in (None, found):
+        if wanted not in (None, actual):
             reference = self.reference(part)
             then = archive.stored[f"pretrained_{part}"] if archive else reference
             raise ValueError(
-                f"model.pretrained_{part} is {reference} with hash {found}, but this model was trained with {wanted}"
+                f"model.pretrained_{part} is {reference} with hash {actual}, but this model was trained with {wanted}"
                 f"{'' if then == reference else f' ({then})'}: give the path of that one"
             )
-        return found
+        return actual
 
     def _digest_of_encoders(self, path: Path) -> str:
         digest = kind_of(path).fingerprint(path)

@@ -28,12 +28,12 @@ def hash_together(files: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
         return {}
     size = groups.layout().model_parallel_size
     own = places[_rank(size) :: size]
-    found, failure = {}, None
+    own_digests, failure = {}, None
     try:
-        found = {(part, number): file_digest(path) for part, number, path in own}
+        own_digests = {(part, number): file_digest(path) for part, number, path in own}
     except OSError as error:
         failure = f"{error.filename} can't be read: {error.strerror}"
-    outcomes = [(found, failure)] if size == 1 else groups.gather_objects((found, failure), "replica")
+    outcomes = [(own_digests, failure)] if size == 1 else groups.gather_objects((own_digests, failure), "replica")
     for _, problem in outcomes:
         if problem:
             raise ValueError(problem)
@@ -46,19 +46,19 @@ def _rank(size: int) -> int:
     return groups.control_group("replica").rank() if size > 1 else 0
 
 
-def check_files(files: Mapping[str, Sequence[Path]], found: Mapping[str, Sequence[str]], wanted: Mapping) -> None:
+def check_files(files: Mapping[str, Sequence[Path]], current: Mapping[str, Sequence[str]], wanted: Mapping) -> None:
     """Compare files with those that a model was trained with.
 
     Args:
         files: of each part.
-        found: their digests.
+        current: their digests.
         wanted: digests of then, by part; parts of which nothing is known are not compared.
 
     Raises:
         ValueError: names the file that differs.
     """
     for part, digests in wanted.items():
-        for path, now, then in zip(files.get(part, ()), found.get(part, ()), digests, strict=False):
+        for path, now, then in zip(files.get(part, ()), current.get(part, ()), digests, strict=False):
             if now != then:
                 raise ValueError(
                     f"model.pretrained_{part}: {path} has the hash {now}, but this model was trained with {then}: it "

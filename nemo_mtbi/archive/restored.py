@@ -46,7 +46,7 @@ def restore_error(path: Path, error: Exception) -> str:
     """
     if isinstance(error, DamageError):
         return f"{path} is damaged and was not loaded: {error}. Copy it again from where it was saved, or save it anew"
-    return f"{path} can't be restored: it is no .nemo of an MTBI model ({error})"
+    return f"{path} can't be restored: it is not a .nemo of an MTBI model ({error})"
 
 
 def read_checked(work: Callable[[], Value], path: Path) -> Value:

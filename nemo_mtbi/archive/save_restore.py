@@ -88,7 +88,7 @@ class MTBIArchive(SaveRestoreConnector):
             RuntimeError: the same in all processes, if the file can't be written.
         """
         if "://" in str(save_path):
-            raise ValueError(f"{save_path} is no path: save to a local file and upload that")
+            raise ValueError(f"{save_path} is not a path: save to a local file and upload that")
         full = bool(model.frozen.embedded) or model.config.nemo_content == "full" if full is None else full
         if model.frozen.embedded and not full:
             raise ValueError(

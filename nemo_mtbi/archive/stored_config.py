@@ -35,7 +35,7 @@ def check_stored(conf: dict[str, Any]) -> dict[str, Any]:
             raise ArchiveError(f"its configuration has the key {shown(key)!r} at {shown(place)}")
         if place in _TARGETS:
             if not isinstance(value, str) or not _OPTIMIZERS.fullmatch(value):
-                raise ArchiveError(f"its {place} is {shown(value)}, which is no optimizer or schedule")
+                raise ArchiveError(f"its {place} is {shown(value)}, which is not an optimizer or schedule")
         elif key.startswith("_") or (key in ("target", "cls") and place != key):
             raise ArchiveError(f"its configuration has {shown(place)}, which could call other code")
         most = _LARGEST.get(place)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def is_time_limit(error: BaseException | None) -> bool:
-    """Return whether an error is how NeMo's time limit ends a run, which is no failure.
+    """Return whether an error is how NeMo's time limit ends a run, which is not a failure.
 
     Uses ``_TunerExitException``: NeMo's ``StatelessTimer`` raises it since Lightning, which catches it, has no public
     exception for a clean end. ``trainer.should_stop`` in NeMo's timer would replace it.

@@ -98,8 +98,8 @@ def optimizer_names_replaced() -> Iterator[None]:
     type_of = torch.Tensor.type
 
     def cuda_name(tensor: torch.Tensor, *args, **kwargs):
-        found = type_of(tensor, *args, **kwargs)
-        return found.replace("torch.", "torch.cuda.", 1) if isinstance(found, str) else found
+        kind = type_of(tensor, *args, **kwargs)
+        return kind.replace("torch.", "torch.cuda.", 1) if isinstance(kind, str) else kind
 
     with mock.patch.object(optimizer, "torch", _CpuTorch()), mock.patch.object(torch.Tensor, "type", cuda_name):
         yield

@@ -76,7 +76,7 @@ class EntryFilter:
         """Return the filter for a data configuration in NeMo's keys.
 
         Args:
-            config: of the data, with its ``input_cfg`` as lists and mappings where it is no file.
+            config: of the data, with its ``input_cfg`` as lists and mappings where it is not a file.
             skip: leave bad entries out and count them; otherwise the first is an error.
             remedy: how bad entries are left out, for messages.
         """

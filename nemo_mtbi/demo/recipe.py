@@ -243,14 +243,14 @@ def describe_preparation(config: DataConfig, model: ModelConfig) -> list[str]:
         lines[0] += f"; beside them {config.synthetic_utterances} by espeak-ng"
     if config.adapt.steps:
         lines.append(f"{model.pretrained_asr} is adapted to them by {config.adapt.steps} steps of CTC training")
-    asked = {split: sizes[split] for split in ("train", "validation")}
-    asked["train"] += config.synthetic_utterances
+    wanted = {split: sizes[split] for split in ("train", "validation")}
+    wanted["train"] += config.synthetic_utterances
     if config.targets == "reference":
         trained_pool(pool, config.train_tasks)
-        del asked["train"]
+        del wanted["train"]
         lines.append("right answers are written as the targets of training: the LLM is asked none of them")
     counts = {}
-    for split, utterances in asked.items():
+    for split, utterances in wanted.items():
         plan, tasks = _plan_of(config, split, pool, model.generation.max_new_tokens)
         counts[split] = utterances * plan.most_rows(tasks)
     total = sum(counts.values())

@@ -324,12 +324,12 @@ def _compared(
     """Return one difference; None where the measure is not defined for both."""
     measured = []
     for name in pair:
-        asked = systems[name].in_group(group)
+        in_group = systems[name].in_group(group)
         if measure == "right":
-            tallies = _rights(asked)
+            tallies = _rights(in_group)
         else:
             text = systems.get(texts.get(name) or "")
-            tallies = _agreements(asked, text.in_group(group)) if text else None
+            tallies = _agreements(in_group, text.in_group(group)) if text else None
         if tallies is None:
             return None
         measured.append(tallies)

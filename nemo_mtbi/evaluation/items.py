@@ -164,8 +164,10 @@ class EvalSet:
 
     def bare(self) -> list[Item]:
         """Return a question without a prompt for each utterance that has one with a prompt."""
-        asked = sorted({item.clip for item in self.items if item.prompt}, key=lambda index: self.clips[index].id)
-        return [Item(index, BARE, BARE, "") for index in asked]
+        with_prompts = sorted(
+            {item.clip for item in self.items if item.prompt}, key=lambda index: self.clips[index].id
+        )
+        return [Item(index, BARE, BARE, "") for index in with_prompts]
 
     @property
     def untranscribed(self) -> int:

@@ -167,9 +167,9 @@ def _prediction_lines(config: EvalConfig, answered: Sequence[Answered]) -> Itera
         for name in config.systems:
             if name not in part.systems:
                 continue
-            asked = part.systems[name]
-            for seed, replies in enumerate(asked.seeds):
-                for item, reply in zip(asked.items, replies, strict=True):
+            runs = part.systems[name]
+            for seed, replies in enumerate(runs.seeds):
+                for item, reply in zip(runs.items, replies, strict=True):
                     clip = part.chosen.clips[item.clip]
                     line = {"set": part.chosen.name, "system": name, "seed": seed, "group": item.group}
                     line |= {"task": item.task, "utterance": clip.id, "prompt": item.prompt}

@@ -72,7 +72,7 @@ def _contents(content: Any) -> Iterator[str | Audio]:
             yield Audio(item["audio"])
         else:
             raise ValueError(
-                f"{item!r} is no content of a message: give text, {{'type': 'text', 'text': ...}} or "
+                f"{item!r} is not the content of a message: give text, {{'type': 'text', 'text': ...}} or "
                 "{'type': 'audio', 'audio': path or array}"
             )
 
@@ -90,14 +90,14 @@ def answer(
     Raises:
         ValueError: for messages that are no conversation, or one that is too long for the LLM.
     """
-    asked = [read_messages(messages) for messages in conversations]
-    sources = [item.source for one in asked for turn in one.turns for item in turn if isinstance(item, Audio)]
+    parsed = [read_messages(messages) for messages in conversations]
+    sources = [item.source for one in parsed for turn in one.turns for item in turn if isinstance(item, Audio)]
     samples = load(sources)
     counts = [responder.speech_llm.frame_counter(len(audio)) for audio in samples]
-    heard = iter(speech(first, count) for first, count in zip(accumulate(counts, initial=0), counts, strict=False))
+    slots = iter(speech(first, count) for first, count in zip(accumulate(counts, initial=0), counts, strict=False))
     layouts = []
-    for one in asked:
-        turns = [tuple(tuple(next(heard)) if isinstance(x, Audio) else x for x in turn) for turn in one.turns]
+    for one in parsed:
+        turns = [tuple(tuple(next(slots)) if isinstance(x, Audio) else x for x in turn) for turn in one.turns]
         answered = [Turn(*pair) for pair in zip(turns[:-1], one.answers, strict=True)]
         layouts.append(responder.chat.question(answered, turns[-1]))
     check_prompts(responder.model, layouts, sum(counts), responder.config)

@@ -66,7 +66,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _run_layers(
-    model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context, heard: bool
+    model: LayoutDecoder, embeddings: Tensor | None, layout: Tensor, attention: Tensor, context, has_speech: bool
 ) -> Tensor | None:
     """Send positions through all layers of the pipeline; each process runs its own.
 
@@ -76,7 +76,7 @@ def _run_layers(
         layout: ``[R, T]``, so that nobody has to be told the shape.
         attention: mask ``[R, 1, T, keys]``.
         context: the cache of all layers of this process, which are numbered over the whole pipeline.
-        heard: whether there may be speech among the positions.
+        has_speech: whether there may be speech among the positions.
 
     Returns:
         ``[T, R, H]`` on the last stage, ``None`` on the others.
@@ -91,7 +91,7 @@ def _run_layers(
             )
             dist.recv(received, source, group=group)
             chunk.set_input_tensor(received)
-        speech = speech_positions(chunk, layout) if heard else None
+        speech = speech_positions(chunk, layout) if has_speech else None
         hidden = chunk.hidden(embeddings if chunk.pre_process else None, attention, context, speech)
         if chunk.post_process:
             return hidden
@@ -170,10 +170,10 @@ def _agree_on_prompts(
     """
     if groups.layout().model_parallel_size == 1:
         return len(frames)
-    asked = zlib.crc32(repr(([list(layout) for layout in layouts], sorted(ends), config)).encode())
-    reports = groups.gather_objects((asked, len(frames) if model.chunks[0].pre_process else None), "replica")
+    checksum = zlib.crc32(repr(([list(layout) for layout in layouts], sorted(ends), config)).encode())
+    reports = groups.gather_objects((checksum, len(frames) if model.chunks[0].pre_process else None), "replica")
     counts = {count for _, count in reports if count is not None}
-    if len({asked for asked, _ in reports}) > 1 or len(counts) > 1:
+    if len({checksum for checksum, _ in reports}) > 1 or len(counts) > 1:
         raise ValueError(
             "the processes of a model replica were given different prompts, frames or decoding parameters: call "
             "generate with the same ones on all tensor x pipeline parallel processes"

@@ -166,18 +166,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def mismatches(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return what is missing, unknown or of another shape, each named with why.
 
     Args:
         expected: shapes by name.
-        found: the shapes that are there.
+        stored: the shapes that are there.
     """
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    wrong = [f"{name} is missing" for name in expected if name not in stored]
+    wrong += [f"{name} is unknown" for name in stored if name not in expected]
     for name, shape in expected.items():
-        if found.get(name, shape) != shape:
-            wrong.append(f"{name} is {list(found[name])} instead of {list(shape)}")
+        if stored.get(name, shape) != shape:
+            wrong.append(f"{name} is {list(stored[name])} instead of {list(shape)}")
     return sorted(wrong)
 
 

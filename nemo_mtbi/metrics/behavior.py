@@ -103,10 +103,10 @@ def uncrossed_tasks(
     tasks: Sequence[Hashable], wordings: Sequence[Hashable], utterances: Sequence[Hashable]
 ) -> list[Hashable]:
     """Return the tasks whose wordings were asked about different utterances, so that their spread is partly luck."""
-    asked: dict[Hashable, dict[Hashable, set[Hashable]]] = {}
+    questions: dict[Hashable, dict[Hashable, set[Hashable]]] = {}
     for task, wording, utterance in zip(tasks, wordings, utterances, strict=True):
-        asked.setdefault(task, {}).setdefault(wording, set()).add(utterance)
-    return [task for task, of_task in asked.items() if len({frozenset(ids) for ids in of_task.values()}) > 1]
+        questions.setdefault(task, {}).setdefault(wording, set()).add(utterance)
+    return [task for task, of_task in questions.items() if len({frozenset(ids) for ids in of_task.values()}) > 1]
 
 
 def anchor_bias(

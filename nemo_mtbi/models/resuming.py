@@ -124,13 +124,13 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting that differs, with both values, of the sections that are known of both runs."""
     made = [{**(run.get("data") or {}), "cache_dir": None} for run in (then, now)]
     ignored = _IGNORED | (_PREPARED if now.get("data") and made[0] == made[1] else set())
-    found = []
+    changes = []
     for section in sorted(then.keys() & now.keys()):
         for key, old, new in _differences(section, then[section], now[section]):
             if key not in ignored and not key.startswith(("model.fingerprints", "model.file_digests")):
                 kept = key.startswith("model.optim.") and key != "model.optim.name"
-                found.append(f"{key} {_shown(old)} → {_shown(new)}{_KEPT if kept else ''}")
-    return found
+                changes.append(f"{key} {_shown(old)} → {_shown(new)}{_KEPT if kept else ''}")
+    return changes
 
 
 _KEPT = " (the checkpoint's stays in force)"

@@ -66,10 +66,10 @@ class Skips:
         whole = not stopping and not self._updates and self._loader is not None and not self._loader.began_at
         if whole and self._row >= MIN_OF_PASS:
             raise RuntimeError(self._endless("every step of a whole pass over the data was left out"))
-        found = self._reasons()
+        reasons = self._reasons()
         self._cuts.clear()
         self._nonfinite = self._updates = 0
-        return found
+        return reasons
 
     def check_end(self, updates: int) -> None:
         """Check that a run which has reached its end has trained at all.

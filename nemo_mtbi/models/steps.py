@@ -189,9 +189,9 @@ class TrainingSteps(ModelPT):
         Raises:
             RuntimeError: if a whole pass has taught nothing.
         """
-        found = self._skips.end_pass(self.trainer.should_stop)
-        if found:
-            logging.warning(f"left out in epoch {self.current_epoch}: {found}")
+        report = self._skips.end_pass(self.trainer.should_stop)
+        if report:
+            logging.warning(f"left out in epoch {self.current_epoch}: {report}")
 
 
 def _decay(optimizer: torch.optim.Optimizer) -> float:

@@ -36,9 +36,9 @@ def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tup
 def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
     """Return all positions in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
     data = layout.replicas(world)
-    found = []
+    positions = []
     for rank in range(world):
         rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
         stage, replica = divmod(rest, data)
-        found.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
-    return found
+        positions.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
+    return positions

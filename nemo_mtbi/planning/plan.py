@@ -67,5 +67,5 @@ class Plan:
 
     @property
     def replicas(self) -> int:
-        """Data-parallel size; 1 where the number of processes is no multiple of a replica's."""
+        """Data-parallel size; 1 where the number of processes is not a multiple of a replica's."""
         return max(self.world // self.layout.model_parallel_size, 1) if self.layout else 1

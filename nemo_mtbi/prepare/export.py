@@ -79,7 +79,7 @@ def _loaded(cuts: Iterable[DataCut], on_bad_audio: str, counts: Counter, policy:
     for cut in cuts:
         if not isinstance(cut, DataCut) or len(cut.supervisions) != 1:
             raise ValueError(
-                f"cut {cut.id} is no recording with one supervision: make one cut of each utterance (Lhotse's "
+                f"cut {cut.id} is not a recording with one supervision: make one cut of each utterance (Lhotse's "
                 "trim_to_supervisions)"
             )
         (segment,) = cut.supervisions

@@ -61,7 +61,7 @@ def cuts_of_recipe(name: str, corpus_dir: str | Path, options: Mapping[str, Any]
     if name not in recipe_names():
         raise ValueError(f"Lhotse has no recipe {name!r}; it has {', '.join(recipe_names())}")
     if not Path(corpus_dir).is_dir():
-        raise ValueError(f"{corpus_dir} is no folder: give the corpus as it was downloaded")
+        raise ValueError(f"{corpus_dir} is not a folder: give the corpus as it was downloaded")
     try:
         with Reading(FILES, f"the corpus {corpus_dir}"):
             made = getattr(lhotse.recipes, f"prepare_{name}")(corpus_dir, **options)

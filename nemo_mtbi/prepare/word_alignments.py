@@ -71,7 +71,9 @@ def read_times(path: str | Path) -> Times:
         return {name: items for text in texts for name, items in _read_alignments(text)}
     if grids := sorted(path.rglob("*.TextGrid")):
         return {grid.stem: _read_textgrid(grid) for grid in grids}
-    raise ValueError(f"{path} is no CTM file and no folder with .TextGrid or .alignment.txt files: check the path")
+    raise ValueError(
+        f"{path} is neither a CTM file nor a folder with .TextGrid or .alignment.txt files: check the path"
+    )
 
 
 def _read_ctm(path: Path) -> Times:
@@ -85,7 +87,7 @@ def _read_ctm(path: Path) -> Times:
             name, _, start, duration, word, *score = parts
             item = AlignmentItem(word, float(start), float(duration), float(score[0]) if score else None)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no line of a CTM file: {line!r}") from error
+            raise ValueError(f"{path}, line {number} is not a line of a CTM file: {line!r}") from error
         words.setdefault(name, []).append(item)
     if not words:
         raise ValueError(f"{path} holds no word times: give a CTM file with lines")

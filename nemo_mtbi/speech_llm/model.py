@@ -256,14 +256,14 @@ class SpeechLLM(LayoutDecoder):
         encode = self.encoder if self.encoder_cache is None else partial(self.encoder_cache.encode, self.encoder)
         encoded, encoded_lengths = encode_shared(encode, audio, lengths)  # [U, E, D]
         frames, frame_lengths = self.connector(encoded.to(self.connector.dtype), encoded_lengths)
-        found = frame_lengths.tolist()
-        for index, (have, want) in enumerate(zip(found, expected.tolist(), strict=True)):
+        actual = frame_lengths.tolist()
+        for index, (have, want) in enumerate(zip(actual, expected.tolist(), strict=True)):
             if have != want:
                 raise RuntimeError(
                     f"{names[index] if names else f'utterance {index}'} has {have} speech frames, but its layout was "
                     f"built for {want}: data and model disagree on the encoder; build the dataset from this model"
                 )
-        return torch.cat([frames[u, :n] for u, n in enumerate(found)])  # [F, H]
+        return torch.cat([frames[u, :n] for u, n in enumerate(actual)])  # [F, H]
 
     def teach(self, batch: StepBatch) -> Tensor:
         """Return hidden states of the LLM without adapters for the text twins of a step.

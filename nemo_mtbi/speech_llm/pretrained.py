@@ -88,14 +88,14 @@ def find_text_llm(name: str | Path, key: str = "model.pretrained_llm") -> TextLL
     Raises:
         ValueError: if there is none, or it is not whole; names the config ``key``.
     """
-    found = open_text_llm(resolve(name, key, "llm"))
-    missing = found.missing()
+    directory = open_text_llm(resolve(name, key, "llm"))
+    missing = directory.missing()
     if missing:
         raise ValueError(
-            f"{key}={name}: {found.path} lacks {', '.join(missing)}; it is no text LLM directory, neither one of ours "
-            "nor of Hugging Face"
+            f"{key}={name}: {directory.path} lacks {', '.join(missing)}; it is not a text LLM directory, neither "
+            "one of ours nor of Hugging Face"
         )
-    return found
+    return directory
 
 
 def save_text_llm(
@@ -136,14 +136,14 @@ def load_text_llm(
     Raises:
         ValueError: if the directory is incomplete or its parts do not fit.
     """
-    found = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
-    form, source = found.chat(chat), found.weights() if weights else None
+    directory = name if isinstance(name, TextLLMDirectory) else find_text_llm(name)
+    form, source = directory.chat(chat), directory.weights() if weights else None
     if source is not None:
-        check_weights(found.architecture, source)
-    chunks = build_decoder(found.architecture, dtype, transformer_engine, **overrides)
+        check_weights(directory.architecture, source)
+    chunks = build_decoder(directory.architecture, dtype, transformer_engine, **overrides)
     if source is not None:
         load_weights(chunks, source)
-    return TextLLM(chunks, form, found.fingerprint, found.texts(form))
+    return TextLLM(chunks, form, directory.fingerprint, directory.texts(form))
 
 
 def load_asr_model(name: str | Path) -> Any:
@@ -179,7 +179,7 @@ def refusing_asr(
     try:
         yield
     except (ArchiveError, OSError, KeyError, tarfile.TarError) as error:
-        raise ValueError(f"{key}={name}: {path} is no {title} ({error})") from error
+        raise ValueError(f"{key}={name}: {path} is not a readable {title} ({error})") from error
 
 
 def load_speech_encoder(

@@ -278,12 +278,12 @@ def gather_parts(
         yield name, next(streams[owners[name]])
 
 
-def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], strict: bool, source: str) -> None:
+def check_shapes(expected: Mapping[str, Shape], given: Mapping[str, Shape], strict: bool, source: str) -> None:
     """Compare the shapes of stored weights with those of the model.
 
     Args:
         expected: of the model's weights, by their stored names.
-        found: of the stored weights.
+        given: of the stored weights.
         strict: whether names must be the same too.
         source: what holds them, for the message.
 
@@ -291,9 +291,9 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], stri
         ValueError: names what differs, and the key of the configuration that it follows from.
     """
     if not strict:
-        common = expected.keys() & found.keys()
-        expected, found = ({name: shapes[name] for name in common} for shapes in (expected, found))
-    wrong = mismatches(expected, found)
+        common = expected.keys() & given.keys()
+        expected, given = ({name: shapes[name] for name in common} for shapes in (expected, given))
+    wrong = mismatches(expected, given)
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         keys = {next((part.key for part in TRAINABLE_PARTS if part.prefix in text), CONNECTOR.key) for text in wrong}

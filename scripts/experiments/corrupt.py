@@ -124,12 +124,12 @@ def apart(work: Callable[[], str], limit: float = LIMIT) -> tuple[str, str]:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1), os.dup2(nowhere, 2)
         try:
-            found = f"right {work()}"
+            outcome = f"right {work()}"
         except (ValueError, RuntimeError) as error:
-            found = f"refused {error}"
+            outcome = f"refused {error}"
         except BaseException as error:
-            found = f"FAILED {type(error).__name__}: {error}"
-        os.write(writing, found.encode("utf-8", "replace")[:60000])
+            outcome = f"FAILED {type(error).__name__}: {error}"
+        os.write(writing, outcome.encode("utf-8", "replace")[:60000])
         os._exit(0)
     os.close(writing)
     text, end = b"", time.monotonic() + limit

@@ -256,10 +256,10 @@ def _make_answers(folder: Path) -> None:
 def _load_answers(place: Path) -> str:
     from nemo_mtbi.evaluation.answers import load_answers
 
-    found = [load_answers(place, unit) for unit in _units()]
-    if None in found:
+    loaded = [load_answers(place, unit) for unit in _units()]
+    if None in loaded:
         raise ValueError(f"{place} lacks answers, which are asked again")
-    return hash_of([[vars(reply) for reply in replies] for replies in found])
+    return hash_of([[vars(reply) for reply in replies] for replies in loaded])
 
 
 _PARTS = ("model.pretrained_asr", "model.pretrained_llm")  # keys that name a damaged part

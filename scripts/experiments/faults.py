@@ -328,8 +328,8 @@ def judge_end(fault: Fault, run: TorchRun, tail: Tail, seconds: float, bar: floa
 
 def judge_going_on(fault: Fault, run: TorchRun, tail: Tail) -> Outcome:
     """Of a run that has had the time to save a checkpoint of its own."""
-    found = re.search(fault.says, tail.text())
-    wrong = [] if found else ["the broken checkpoint is not named"]
+    match = re.search(fault.says, tail.text())
+    wrong = [] if match else ["the broken checkpoint is not named"]
     if run.status is not None:
         wrong.append("ended")
     if not tail.has("resuming · from"):

@@ -51,19 +51,19 @@ PAIRS += [
 
 def runs(only: str = "") -> list[Run]:
     """The trainings of :data:`PLAN` and :data:`CONDITIONS`."""
-    found = [
+    planned = [
         Run(rival, percent, seed, (f"+rival={rival}",))
         for percent, rivals, seeds in PLAN
         for rival in rivals
         for seed in seeds
     ]
-    found += [
+    planned += [
         Run(f"{rival}+{name}", 100, seed, (f"+rival={rival}", *keys))
         for name, (rivals, *keys) in CONDITIONS.items()
         for rival in rivals
         for seed in CONDITION_SEEDS
     ]
-    return select(found, only)
+    return select(planned, only)
 
 
 def evaluation(out: Path, made: Iterable[Run], hours: float) -> dict:

@@ -184,9 +184,9 @@ def good_archives(folder: Path) -> dict[str, Good]:
     save_asr(tiny_asr_model(folder / "tokenizer"), folder / "tensors.nemo")
 
     def restored(path: Path) -> Any:
-        found = MTBIModel.restore_from(path, map_location="cpu")
-        found.save_to(path.with_name("again.nemo"))
-        return str(found.cfg), path.with_name("again.nemo").read_bytes()
+        model = MTBIModel.restore_from(path, map_location="cpu")
+        model.save_to(path.with_name("again.nemo"))
+        return str(model.cfg), path.with_name("again.nemo").read_bytes()
 
     def encoded(path: Path) -> Any:
         return str(load_speech_encoder(path))

@@ -64,9 +64,9 @@ def sections(canary: Path, repository: Path) -> list[dict[str, Any]]:
         "nemo.core.optim.os.system",
         "nemo_mtbi.io.atomic.os.system",
     ]
-    found = [{key: name, **command} for name in names for key in ("_target_", "target")]
-    found += [{"cls": name, "params": command} for name in names[:2]]
-    found += [
+    settings = [{key: name, **command} for name in names for key in ("_target_", "target")]
+    settings += [{"cls": name, "params": command} for name in names[:2]]
+    settings += [
         {"_target_": tokenizer, **foreign},
         {"_target_": "nemo.collections.asr.modules.ConformerEncoder", "_args_": [{"_target_": tokenizer, **foreign}]},
         {"_target_": tokenizer, "_partial_": True, **foreign},
@@ -78,7 +78,7 @@ def sections(canary: Path, repository: Path) -> list[dict[str, Any]]:
         {"cuts_path": f"pipe:touch {canary}; cat /dev/null", "batch_size": 1},
         {"manifest_filepath": "/etc/passwd", "sample_rate": 16000},
     ]
-    return found
+    return settings
 
 
 VALUES = [

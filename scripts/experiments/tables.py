@@ -55,9 +55,9 @@ def systems_table(results: Mapping) -> str:
     titles = [title for title, *_ in FIGURES]
     rows = [["system", "seeds", *titles, "WER", "made by"]]
     for name, system in results["systems"].items():
-        found = {key: chosen["systems"][name] for key, chosen in results["sets"].items()}
-        shown = [cell(found[key].get(group, {}).get(figure), share) for _, key, group, figure, share in FIGURES]
-        wer = cell(found["test"]["seen"]["metrics"].get("wer"))
+        figures = {key: chosen["systems"][name] for key, chosen in results["sets"].items()}
+        shown = [cell(figures[key].get(group, {}).get(figure), share) for _, key, group, figure, share in FIGURES]
+        wer = cell(figures["test"]["seen"]["metrics"].get("wer"))
         made = "any" if name in NO_SPEECH else f"`--only {name.removeprefix('text of ')}`"
         rows.append([name, str(system["seeds"]), *shown, wer, made])
     return markdown(rows)
@@ -69,8 +69,8 @@ def text_table(results: Mapping) -> str:
     rows = [["LLM", *(title for title, *_ in columns)]]
     for name, system in results["systems"].items():
         if system["kind"] == "text":
-            found = [results["sets"][key]["systems"][name][group]["right"] for _, key, group, *_ in columns]
-            rows.append([name, *(cell(figure) for figure in found)])
+            values = [results["sets"][key]["systems"][name][group]["right"] for _, key, group, *_ in columns]
+            rows.append([name, *(cell(figure) for figure in values)])
     return markdown(rows)
 
 
@@ -129,16 +129,16 @@ def validation(out: Path) -> dict[str, list[charts.Point]]:
 
     The sides of a share may lie below 0 or above 1.
     """
-    found = {}
+    curves = {}
     for folder in sorted((out / "runs").iterdir()):
         by_step: dict[float, list[float]] = {}
         for run in read_curves([str(run) for run in sorted(folder.glob("seed*"))]).get("val_agreement", []):
             for step, value in run:
                 by_step.setdefault(step + 1, []).append(value)
-        found[folder.name] = [
+        curves[folder.name] = [
             charts.Point(step, statistics.mean(values), *_sides(values)) for step, values in sorted(by_step.items())
         ]
-    return found
+    return curves
 
 
 def _sides(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -181,11 +181,11 @@ def standalone(chart: str, names: Sequence[str]) -> str:
 
 def hours_chart(results: Mapping, group: str, lines: Sequence[str]) -> str:
     """Agreement against hours of speech."""
-    systems, found = results["systems"], results["sets"]["test"]["systems"]
+    systems, of_test = results["systems"], results["sets"]["test"]["systems"]
     series = []
     for index, line in enumerate(lines):
         names = sorted((n for n, s in systems.items() if s.get("line") == line), key=lambda n: systems[n]["hours"])
-        figures = [(systems[name]["hours"], found[name][group]["agreement"]) for name in names]
+        figures = [(systems[name]["hours"], of_test[name][group]["agreement"]) for name in names]
         series.append((line, index, [charts.Point(x, f["value"], f["low"], f["high"]) for x, f in figures]))
     title = f"Agreement with the answer to text, {GROUPS[group]}, against hours of speech"
     chart = charts.lines(title, series, "hours of speech trained on", shares=True, markers=True, log_x=True)

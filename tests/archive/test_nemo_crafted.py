@@ -19,7 +19,7 @@ from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.safetensors"
 ENCODER, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
 LLM, LLM_WEIGHTS, TOKENIZER = "llm/llm.yaml", "llm/model.safetensors", "llm/tokenizer.model"
-NONE_OF_OURS = "crafted.nemo can't be restored: it is no .nemo of an MTBI model "
+NONE_OF_OURS = "crafted.nemo can't be restored: it is not a .nemo of an MTBI model "
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,9 @@ def misfit(folder, out):
     for name in ("encoder", "asr"):
         path = f"{out}/{name}.nemo"
         message = fails(ValueError, lambda path=path: MTBIModel.restore_from(path))
-        assert {"encoder": "weights do not fit its settings", "asr": "asr.nemo is no NeMo ASR"}[name] in message
+        assert {"encoder": "weights do not fit its settings", "asr": "asr.nemo is not a readable NeMo ASR"}[
+            name
+        ] in message
 
 
 def damaged(folder, out):

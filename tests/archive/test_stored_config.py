@@ -36,10 +36,10 @@ def test_optimizers_by_class_are_kept(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"optim": {"_target_": "os.system"}}, "its optim._target_ is os.system, which is no optimizer"),
-        ({"optim": {"_target_": "torch.optim.adamw.torch.load"}}, "which is no optimizer"),
-        ({"optim": {"_target_": "torch.optim.os.System"}}, "which is no optimizer"),
-        ({"optim": {"_target_": ["torch.optim.AdamW"]}}, "which is no optimizer"),
+        ({"optim": {"_target_": "os.system"}}, "its optim._target_ is os.system, which is not an optimizer"),
+        ({"optim": {"_target_": "torch.optim.adamw.torch.load"}}, "which is not an optimizer"),
+        ({"optim": {"_target_": "torch.optim.os.System"}}, "which is not an optimizer"),
+        ({"optim": {"_target_": ["torch.optim.AdamW"]}}, "which is not an optimizer"),
         (
             {"optim": {"sched": {"_target_": "nemo.core.optim.os.system"}}},
             "optim.sched._target_ is nemo.core",

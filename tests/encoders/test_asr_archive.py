@@ -35,7 +35,7 @@ def refused(archive, tmp_path):
     def check(change, message, ways=(load_speech_encoder, load_asr_model, lambda path: read_encoder(str(path)))):
         path = repacked(archive, tmp_path / "crafted.nemo", change)
         for way in ways:
-            with pytest.raises(ValueError, match=rf"crafted.nemo is no NeMo ASR checkpoint \(.*{message}"):
+            with pytest.raises(ValueError, match=rf"crafted.nemo is not a readable NeMo ASR checkpoint \(.*{message}"):
                 way(path)
 
     return check

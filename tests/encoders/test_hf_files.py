@@ -157,7 +157,7 @@ def test_an_index_names_files_beside_it(copy, name):
         path = copy(kind)
         os.rename(path / "model.safetensors", path.parent / "outside.safetensors")
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(ValueError, match="index.json can't be read .*(which is no file beside it|unhashable)"):
+        with pytest.raises(ValueError, match="index.json can't be read .*(which is not a file beside it|unhashable)"):
             weight_files(path)
         with pytest.raises(ValueError, match="index.json can't be read"):
             load_hf_encoder(path) if kind == "whisper" else HFDirectory(path).missing()

@@ -142,5 +142,5 @@ def test_kinds_are_named_once_and_tried_from_the_last(folder):
 
 def test_errors_name_the_kind(folder):
     (folder / "blocks.pt").unlink()
-    with pytest.raises(ValueError, match="model.pretrained_asr=.* is no block encoder"):
+    with pytest.raises(ValueError, match="model.pretrained_asr=.* is not a readable block encoder"):
         load_speech_encoder(folder)

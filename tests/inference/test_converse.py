@@ -52,8 +52,8 @@ def test_messages_are_turns_and_answers():
         ([user("x"), assistant("y")], "are user, assistant: user and assistant must take turns, from user to user"),
         ([{"role": "system", "content": "x"}, user("x")], "the system prompt of all is model.chat.system"),
         ([user("x"), {"role": "assistant", "content": [A]}, user("y")], "the assistant speaks"),
-        ([user({"type": "image", "image": "x"})], "is no content of a message: give text"),
-        ([user(3)], "3 is no content of a message"),
+        ([user({"type": "image", "image": "x"})], "is not the content of a message: give text"),
+        ([user(3)], "3 is not the content of a message"),
         (user("x"), "must be a list of messages"),
     ],
 )

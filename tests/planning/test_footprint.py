@@ -52,7 +52,7 @@ def test_what_autograd_keeps_of_a_linear_layer_is_its_input():
 @pytest.mark.parametrize("content", [b"", b"no archive"])
 def test_what_is_no_archive_is_refused(content, tmp_path):
     (tmp_path / "x.nemo").write_bytes(content)
-    with pytest.raises(ValueError, match="model.pretrained_asr=.*x.nemo.* is no NeMo ASR checkpoint"):
+    with pytest.raises(ValueError, match="model.pretrained_asr=.*x.nemo.* is not a readable NeMo ASR checkpoint"):
         read_encoder(tmp_path / "x.nemo")
 
 

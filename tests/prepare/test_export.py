@@ -102,7 +102,7 @@ def test_what_is_left_out_is_counted(corpus, dataset, tmp_path):
     export([cuts[0], cuts[2]], tmp_path / "without", "shar", 2, "skip", counts)
     assert counts == {"cuts": 1, "bad_audio": 1}
     several = fastcopy(cuts[0], supervisions=cuts[0].supervisions * 2)
-    with pytest.raises(ValueError, match="cut cut-000 is no recording with one supervision"):
+    with pytest.raises(ValueError, match="cut cut-000 is not a recording with one supervision"):
         export([several], tmp_path / "several", "tarred", 2)
 
 

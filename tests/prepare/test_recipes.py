@@ -54,7 +54,7 @@ def test_a_recipe_without_lhotse(tmp_path):
     assert "librispeech" in recipe_names() and "gigaspeech" in recipe_names()
     with pytest.raises(ValueError, match="no recipe 'librispeach'; it has .*librispeech"):
         cuts_of_recipe("librispeach", tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         cuts_of_recipe("librispeech", tmp_path / "missing")
     with pytest.raises(ValueError, match="recipe librispeech refuses"):
         cuts_of_recipe("librispeech", tmp_path, {"colour": "blue"})

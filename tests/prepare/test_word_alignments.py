@@ -56,7 +56,7 @@ def test_ctm(tmp_path):
         "a": [AlignmentItem("word", 1.0, 2.0)],
     }
     path.write_text("b 1 start 0.25 two\n")
-    with pytest.raises(ValueError, match="line 1 is no line of a CTM"):
+    with pytest.raises(ValueError, match="line 1 is not a line of a CTM"):
         read_times(path)
 
 

@@ -71,7 +71,7 @@ def test_without_weights_the_file_is_not_read_into_the_model(llm_dir):
 @pytest.mark.parametrize("missing", ["llm.yaml", "model.safetensors", "tokenizer.model"])
 def test_a_missing_file_is_named(copy, missing):
     (copy / missing).unlink()
-    with pytest.raises(ValueError, match=f"lacks {missing}; it is no text LLM directory"):
+    with pytest.raises(ValueError, match=f"lacks {missing}; it is not a text LLM directory"):
         load_text_llm(copy)
 
 
@@ -172,7 +172,7 @@ def test_a_speech_encoder_is_read_from_an_asr_model(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not an archive at all", b"PK\x03\x04"])
 def test_a_file_that_is_no_asr_model_is_refused(tmp_path, content):
     (tmp_path / "other.nemo").write_bytes(content)
-    with pytest.raises(ValueError, match="other.nemo is no NeMo ASR checkpoint"):
+    with pytest.raises(ValueError, match="other.nemo is not a readable NeMo ASR checkpoint"):
         load_asr_model(tmp_path / "other.nemo")
 
 
@@ -181,5 +181,5 @@ def test_a_folder_or_a_cut_off_archive_is_no_asr_model(tmp_path):
     (tmp_path / "cut.nemo").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "folder.nemo").mkdir()
     for name in ("cut.nemo", "folder.nemo"):
-        with pytest.raises(ValueError, match=f"{name} is no NeMo ASR checkpoint"):
+        with pytest.raises(ValueError, match=f"{name} is not a readable NeMo ASR checkpoint"):
             load_asr_model(tmp_path / name)

@@ -179,14 +179,14 @@ def parse_sentence(text: str) -> Sentence:
     """Recover the sentence from its transcript.
 
     Raises:
-        ValueError: If ``text`` is no sentence of the grammar.
+        ValueError: If ``text`` is not a sentence of the grammar.
     """
     for pattern in _PATTERNS.values():
         match = pattern.fullmatch(text)
         if match:
             return Sentence(tuple(text.split(" ")), match.groupdict())
     raise ValueError(
-        f"{text!r} is no sentence of the demo grammar; give lower-case words, single spaces, in one of the forms: "
+        f"{text!r} is not a sentence of the demo grammar; give lower-case words, single spaces, in one of the forms: "
         + "; ".join(f.template for f in FORMS.values())
     )
 
@@ -195,7 +195,7 @@ def references(text: str) -> dict[str, str]:
     """Return the right answer of every demo task for a transcript.
 
     Raises:
-        ValueError: If ``text`` is no sentence of the grammar.
+        ValueError: If ``text`` is not a sentence of the grammar.
     """
     sentence = parse_sentence(text)
     return {task: answer(sentence) for task, answer in ANSWERS.items()}

@@ -284,7 +284,7 @@ def weight_files(path: str | Path) -> list[Path]:
         names = read_json_object(index, limit=2**26)["weight_map"].values()
         wrong = [name for name in names if not isinstance(name, str) or PurePath(name).name != name]
         if wrong:
-            raise ValueError(f"it names {wrong[0]!r}, which is no file beside it")
+            raise ValueError(f"it names {wrong[0]!r}, which is not a file beside it")
         return [index.parent / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} can't be read ({error}): copy it again") from error

@@ -118,7 +118,7 @@ class MegatronWeights:
             self._reader = FileSystemReader(str(path))
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         except OSError as error:
-            raise ValueError(f"{path} is no distributed checkpoint: {error}") from error
+            raise ValueError(f"{path} is not a distributed checkpoint: {error}") from error
         self._places = dict(self._find())
         self._chunks_at: dict[tuple[str, int], dict[tuple[int, ...], list[int]]] = {}
         self._last: tuple[tuple[str, int], Tensor] | None = None  # tensor and number of a chunk, and the chunk

@@ -74,10 +74,10 @@ def folder_of(path: str | Path) -> Path:
     """Return the folder of a checkpoint, from the path that Lightning or NeMo gave it (with or without ``.ckpt``).
 
     Raises:
-        ValueError: for an address that is no local path.
+        ValueError: for an address that is not a local path.
     """
     if "://" in str(path):
-        raise ValueError(f"{path} is no local path: checkpoints are written to a file system that all nodes share")
+        raise ValueError(f"{path} is not a local path: checkpoints are written to a file system that all nodes share")
     return Path(str(path).removesuffix(".ckpt")).absolute()
 
 
@@ -158,7 +158,7 @@ def read_marker(folder: Path) -> Marker:
             )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"{folder} is no whole checkpoint: it has no {MARKER}, so its save was not finished"
+            f"{folder} is not a whole checkpoint: it has no {MARKER}, so its save was not finished"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged_marker(folder, error) from error
@@ -172,7 +172,7 @@ def read_marker(folder: Path) -> Marker:
 
 
 def _damaged_marker(folder: Path, error: Exception) -> ValueError:
-    return ValueError(f"{folder} is no whole checkpoint: its {MARKER} is damaged ({error})")
+    return ValueError(f"{folder} is not a whole checkpoint: its {MARKER} is damaged ({error})")
 
 
 def check(folder: Path) -> Marker:
@@ -185,12 +185,14 @@ def check(folder: Path) -> Marker:
     for name, expected in marker.files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder} is no whole checkpoint: {name} is missing")
+            raise ValueError(f"{folder} is not a whole checkpoint: {name} is missing")
         size = path.stat().st_size
         if size != expected.size:
-            raise ValueError(f"{folder} is no whole checkpoint: {name} has {size} of {expected.size} bytes")
+            raise ValueError(f"{folder} is not a whole checkpoint: {name} has {size} of {expected.size} bytes")
         if size <= HASHED_BYTES and expected.sha256 is not None and not expected.fits(path):
-            raise ValueError(f"{folder} is no whole checkpoint: the content of {name} has changed since it was saved")
+            raise ValueError(
+                f"{folder} is not a whole checkpoint: the content of {name} has changed since it was saved"
+            )
     return marker
 
 

@@ -93,7 +93,7 @@ def _named(folder: Path, read: Callable[[], Value]) -> Value:
     except ValueError as error:
         if isinstance(error, DamageError):
             message = f"{folder} is damaged: {error}; move it away"
-        elif "is no whole checkpoint" in str(error):
+        elif "is not a whole checkpoint" in str(error):
             message = str(error)
         else:
             raise

@@ -86,15 +86,15 @@ def state_shards(
 
 def state_keys(number: int, names: Sequence[str], metadata: Metadata) -> list[tuple[str, int, str, bool]]:
     """Return the stored states of an optimizer: key, index of the parameter, name of the state, whether a number."""
-    index_of, found = {name: index for index, name in enumerate(names)}, []
+    index_of, keys = {name: index for index, name in enumerate(names)}, []
     for key in metadata.state_dict_metadata:
         for prefix in (_TENSOR, _NUMBER):
             start = f"{prefix}{number}."
             if key.startswith(start):
                 kind, _, name = key[len(start) :].partition(".")
                 if name in index_of:
-                    found.append((key, index_of[name], kind, prefix == _NUMBER))
-    return found
+                    keys.append((key, index_of[name], kind, prefix == _NUMBER))
+    return keys
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_a_killed_run_leaves_nothing_in_the_way(folder, source, tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="is no distributed checkpoint"):
+    with pytest.raises(ValueError, match="is not a distributed checkpoint"):
         MegatronWeights(tmp_path, 509)
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(ValueError, match="holds os.system, which no checkpoint has"):

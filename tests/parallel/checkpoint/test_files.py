@@ -157,7 +157,7 @@ def test_a_broken_one_is_refused_by_name_and_the_one_before_it_is_used(case, tmp
 def test_nothing_whole_is_an_error_that_names_all_and_moves_none(tmp_path):
     for step, name in enumerate(("a", "b-last"), 3):
         truncate(write(tmp_path / name, step))
-    with pytest.raises(ValueError, match="no checkpoint .*b-last is no whole.*a is no whole.*begin anew"):
+    with pytest.raises(ValueError, match="no checkpoint .*b-last is not a whole.*a is not a whole.*begin anew"):
         files.recover(tmp_path)
     assert (tmp_path / "a").is_dir() and (tmp_path / "b-last").is_dir()
 
@@ -226,7 +226,7 @@ def test_the_folder_has_no_extension(path, tmp_path, monkeypatch):
 
 
 def test_other_addresses_than_paths_are_refused():
-    with pytest.raises(ValueError, match="s3://x/y is no local path"):
+    with pytest.raises(ValueError, match="s3://x/y is not a local path"):
         files.folder_of("s3://x/y")
 
 

@@ -248,7 +248,7 @@ def choose_job(folder):
         run.io.remove_checkpoint(f"{folder}/a.ckpt")
         Path(folder, "a-last").mkdir()
     dist.barrier()
-    with pytest.raises(ValueError, match="a-last is no whole checkpoint: it has no checkpoint.json"):
+    with pytest.raises(ValueError, match="a-last is not a whole checkpoint: it has no checkpoint.json"):
         choose_resume(folder)
 
 
