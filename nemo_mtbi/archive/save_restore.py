@@ -294,7 +294,7 @@ def override(stored: DictConfig, given: str | Path | Mapping | None) -> DictConf
         return stored
     try:
         loaded = OmegaConf.load(given) if isinstance(given, (str, Path)) else given
-        conf = loaded if OmegaConf.is_config(loaded) else OmegaConf.create(dict(loaded))
+        conf = OmegaConf.create(dict(loaded)) if isinstance(loaded, Mapping) else loaded
         if not isinstance(conf, DictConfig):
             raise ValueError(f"override_config_path={given} holds no keys and values")
         conf = OmegaConf.create(plain(conf.model if "model" in conf else conf))

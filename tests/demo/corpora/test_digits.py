@@ -153,7 +153,7 @@ def test_other_recordings_or_arguments_give_another_corpus(tmp_path, clone):
         ({"speakers": ["ann", "zoe"]}, "unknown speaker zoe .* it has ann, bob"),
         ({"speakers": []}, "must be a list of names out of ann, bob"),
         ({"speakers": "ann"}, "must be a list of names out of ann, bob"),
-        ({"split": "dev"}, "choose one of train, validation, test"),
+        ({"split": "dev"}, "must be one of train, validation, test"),
         ({"num_utterances": 0}, "at least 1"),
     ],
 )
