@@ -298,7 +298,7 @@ def run_case(folder, layout, case, model):
     """Relative errors of everything that this process knows; with recomputation, how often its attention ran too."""
     from nemo_mtbi.parallel import groups
     from nemo_mtbi.parallel.gradients import share_parameters
-    from nemo_mtbi.speech_llm.model import fill_schedule
+    from nemo_mtbi.speech_llm.layout_decoder import fill_schedule
 
     rank, replica = torch.distributed.get_rank(), groups.data_parallel_rank()
     # each process draws a connector of its own; the first one's must reach all

@@ -53,7 +53,7 @@ from nemo_mtbi.parallel.strategy import MTBIStrategy
 from nemo_mtbi.planning.build import make_plan
 from nemo_mtbi.planning.layout_table import show_start
 from nemo_mtbi.planning.report import show_plan
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_text_llm
 from nemo_mtbi.targets.tasks import TaskPool
 

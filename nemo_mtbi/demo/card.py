@@ -14,7 +14,7 @@ from nemo_mtbi.evaluation.questions import questions
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.metrics.corpus import score, wer
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_asr_model, load_text_llm
 from nemo_mtbi.targets.tasks import TaskPool
 

@@ -29,7 +29,7 @@ from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.llm.architecture import parameter_count
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import DEMO, load_asr_model, load_text_llm, resolve
 from nemo_mtbi.targets.generate import TargetPlan, generate_targets
 from nemo_mtbi.targets.plan import rows_at_once

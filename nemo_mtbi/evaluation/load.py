@@ -23,7 +23,7 @@ from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.file_digests import file_digest
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.parallel.device import pick_device
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import find_text_llm, load_text_llm, resolve
 
 

@@ -12,8 +12,8 @@ from nemo_mtbi.layouts.layout import MicroBatch, Row, group_by_length
 from nemo_mtbi.llm.lora import without_lora
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.losses import response_divergence
-from nemo_mtbi.speech_llm.model import LayoutDecoder
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from nemo_mtbi.layouts.layout import group_by_length
 from nemo_mtbi.llm.decoder import whole_sequences
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
-from nemo_mtbi.speech_llm.model import LayoutDecoder, speech_positions
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder, speech_positions
 
 
 @dataclass(frozen=True)

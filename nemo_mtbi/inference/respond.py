@@ -20,7 +20,8 @@ from nemo_mtbi.inference.generate import Generated, check_prompts, evaluating, g
 from nemo_mtbi.layouts.layout import group_by_length, speech
 from nemo_mtbi.llm.lora import without_lora
 from nemo_mtbi.parallel.agreement import agreed
-from nemo_mtbi.speech_llm.model import LayoutDecoder, SpeechLLM
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
+from nemo_mtbi.speech_llm.model import SpeechLLM
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_the_text_llm_stays_what_it_was(model, model_section):
     from dataclasses import replace
 
     from nemo_mtbi.inference.respond import Responder
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     text = load_text_llm(model_section().pretrained_llm)

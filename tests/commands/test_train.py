@@ -16,7 +16,7 @@ from nemo_mtbi.commands.train import train
 from nemo_mtbi.config.model import parse_model_config
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.models.mtbi_model import MTBIModel
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
 TASKS = {

@@ -27,7 +27,7 @@ def test_the_text_llm_answers_every_task():
     from nemo_mtbi.config.generation import GenerationConfig
     from nemo_mtbi.inference.respond import Responder
     from nemo_mtbi.parallel import groups
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     groups.initialize()

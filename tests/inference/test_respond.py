@@ -8,7 +8,7 @@ import torch
 from nemo_mtbi.config.generation import GenerationConfig
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.layouts.layout import speech
-from nemo_mtbi.speech_llm.model import LayoutDecoder
+from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 from nemo_mtbi.testing import tiny_chat
 
 PROMPTS = ("say it", "first word", "count it", "")

@@ -62,7 +62,7 @@ def expected(path):
 def test_chats_are_answered_as_hugging_face_answers_them(folder, family):
     from nemo_mtbi.config.generation import GenerationConfig
     from nemo_mtbi.inference.respond import Responder
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 
     found = load_text_llm(folder / family)
     responder = Responder(LayoutDecoder(found.chunks), found.chat, GenerationConfig(NEW))
@@ -106,7 +106,7 @@ def test_answers_end_where_hugging_face_ends_them(copy):
 
     from nemo_mtbi.config.generation import GenerationConfig
     from nemo_mtbi.inference.respond import Responder
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 
     def theirs(ids):
         model = AutoModelForCausalLM.from_pretrained(copy).eval()

@@ -40,7 +40,7 @@ CLIP, DECAY = 5.0, (1.0, 0.5, 0.25)
 
 
 def build(folder, name):
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     text = load_text_llm(f"{folder}/{name}")

@@ -36,7 +36,7 @@ STEPS = 3
 
 def build(folder, config, values=True):
     """A text LLM with adapters, whose values no layout changes."""
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     text = load_text_llm(folder, torch.float64)
@@ -85,7 +85,7 @@ ROWS = [make_row([3, 4, -1, -2, 5], [7, 8]), make_row([9, 4, 3], [7])]
 
 
 def test_at_first_adapters_add_nothing(folder):
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     plain = LayoutDecoder(load_text_llm(folder, torch.float64).chunks).train()
@@ -98,7 +98,7 @@ def test_at_first_adapters_add_nothing(folder):
 
 def test_adapters_are_the_weights_that_they_stand_for(folder):
     """The textbook: W + alpha / rank B A in the place of W."""
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
     from nemo_mtbi.speech_llm.pretrained import load_text_llm
 
     model, plain = build(folder, CONFIGS["all"]), LayoutDecoder(load_text_llm(folder, torch.float64).chunks).train()

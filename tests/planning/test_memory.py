@@ -259,7 +259,8 @@ def count_in_flight(name, microbatches):
 
 def text_only_model(chunks):
     """A speech LLM whose frames come from nowhere."""
-    from nemo_mtbi.speech_llm.model import LayoutDecoder, SpeechLLM
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
+    from nemo_mtbi.speech_llm.model import SpeechLLM
 
     model = SpeechLLM.__new__(SpeechLLM)
     LayoutDecoder.__init__(model, chunks)
@@ -322,7 +323,7 @@ def test_a_step_needs_at_most_what_is_estimated_and_not_much_less(granularity, k
 
 def test_the_cache_of_generation_is_what_is_counted(monkeypatch):
     from nemo_mtbi.inference import generate as module
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 
     groups.initialize()
     contexts, make = [], module.StaticInferenceContext

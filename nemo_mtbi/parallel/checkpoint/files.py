@@ -90,10 +90,7 @@ def unfinished_mark(folder: Path) -> Path:
 
 
 def explain(error: BaseException) -> str:
-    """Return cause and remedy of an error, in one line.
-
-    A writer may fail again while it cleans up, so the first error of the operating system in the chain is the cause.
-    """
+    """Return cause and remedy of an error in one line; the cause is the first error of the system in its chain."""
     system: OSError | None = None
     link: BaseException | None = error
     number, seen = 0, set()

@@ -87,7 +87,7 @@ def compare(folder, layout):
     from nemo_mtbi.llm.decoder import build_decoder
     from nemo_mtbi.llm.weights import load_weights
     from nemo_mtbi.parallel import groups
-    from nemo_mtbi.speech_llm.model import LayoutDecoder
+    from nemo_mtbi.speech_llm.layout_decoder import LayoutDecoder
 
     groups.initialize(LAYOUTS.get(layout))
     for name in CHOSEN[layout]:
