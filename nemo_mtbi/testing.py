@@ -268,7 +268,7 @@ def tiny_cuts(
     """
     from nemo_mtbi.data.behaviors import BEHAVIORS, PROVENANCE
     from nemo_mtbi.data.cut_files import CUTS_FILE, write_cuts
-    from nemo_mtbi.demo.corpora.corpus import Utterance, to_cut, write_flac
+    from nemo_mtbi.demo.corpora.corpus import SyntheticUtterance, to_cut, write_flac
 
     folder = Path(folder)
     origin = tiny_provenance(llm) if llm else {"llm": "sha256:tiny", "chat": "tiny", "decoding": {}}
@@ -278,7 +278,7 @@ def tiny_cuts(
         words, spans, samples = _tones(random.Random(f"{seed}-{index}"))
         path = folder / "audio" / f"{name}.flac"
         write_flac(path, samples)
-        cut = to_cut(Utterance(name, samples, words, spans, speaker="tone"), path)
+        cut = to_cut(SyntheticUtterance(name, samples, words, spans, speaker="tone"), path)
         if behaviors:
             cut.custom = {BEHAVIORS: tiny_behaviors(" ".join(words)), PROVENANCE: origin}
         cuts.append(cut)

@@ -20,7 +20,7 @@ from nemo_mtbi.demo.encoder import configuration
 from nemo_mtbi.llm.directory import open_text_llm
 from nemo_mtbi.planning import memory
 from nemo_mtbi.planning.build import make_plan
-from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.footprint import read_encoder_settings
 
 CONF = Path(nemo_mtbi.__file__).resolve().parents[1] / "conf"
 GIB = 2**30
@@ -164,14 +164,14 @@ def test_whisper_has_the_published_size(hub):
         theirs = WhisperForConditionalGeneration(AutoConfig.from_pretrained(hub / "whisper-large-v3"))
     theirs.tie_weights()
     assert sum(value.numel() for value in theirs.parameters()) == 1_543_490_560
-    encoder = read_encoder(str(hub / "whisper-large-v3"))
+    encoder = read_encoder_settings(str(hub / "whisper-large-v3"))
     assert encoder.parameters == sum(value.numel() for value in theirs.model.encoder.parameters()) == 636_968_960
     assert (encoder.shape.size, encoder.shape.frame_rate) == (1280, 50.0)
 
 
 @pytest.mark.parametrize("name", FASTCONFORMERS)
 def test_fastconformers_have_the_published_size(hub, name):
-    encoder = read_encoder(str(hub / name))
+    encoder = read_encoder_settings(str(hub / name))
     assert encoder.parameters / 1e6 == pytest.approx(FASTCONFORMERS[name][3], rel=0.06)
     assert encoder.shape.frame_rate == 12.5
 
@@ -204,7 +204,7 @@ def test_the_processes_of_a_replica_hold_the_published_number(plans, hub, name):
     assert plan.world == composed(name).trainer.devices * composed(name).trainer.num_nodes
     tensor = plan.layout.tensor_model_parallel_size
     held = sum(stage.frozen for stage in plan.stages)
-    encoder = read_encoder(str(hub / composed(name).model.pretrained_asr)).parameters
+    encoder = read_encoder_settings(str(hub / composed(name).model.pretrained_asr)).parameters
     # norms, and what else is not split, are on each tensor rank: at most a thousandth
     assert (held - encoder) * tensor == pytest.approx(LLMS[llm][1], rel=1e-3)
 

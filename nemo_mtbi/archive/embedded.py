@@ -26,7 +26,7 @@ _KIND = "kind"  # of an encoder, in its settings; NeMo's have none
 ENCODER_SETTINGS, ENCODER_WEIGHTS = "encoder/encoder.yaml", "encoder/encoder.safetensors"
 
 
-def check_architecture(settings: bytes, tensors: StoredTensors) -> None:
+def check_stored_architecture(settings: bytes, tensors: StoredTensors) -> None:
     """Compare an LLM's size with that of its weights, before memory is taken for it."""
     values = read_yaml(settings, LLM_SETTINGS)
     architecture = read_section(DecoderConfig, values.get("architecture"), f"{LLM_SETTINGS}: architecture")

@@ -16,7 +16,7 @@ from nemo_mtbi.archive.embedded import (
     LLM_SETTINGS,
     LLM_WEIGHTS,
     TOKENIZERS,
-    check_architecture,
+    check_stored_architecture,
     read_encoder,
 )
 from nemo_mtbi.archive.frozen import FrozenParts, archive_with
@@ -140,7 +140,7 @@ def _load_llm(config: ModelConfig, frozen: FrozenParts, archive: OpenArchive | N
     archive = archive_with("llm", archive)
     file, tensors = archive.file, archive.file.tensors(LLM_WEIGHTS)
     texts = {name: file.read(name, _TEXT_LIMIT) for name in (LLM_SETTINGS, *TOKENIZERS) if name in file}
-    check_architecture(texts[LLM_SETTINGS], tensors)
+    check_stored_architecture(texts[LLM_SETTINGS], tensors)
     with tempfile.TemporaryDirectory() as folder:  # tokenizers want a path
         for name, content in texts.items():
             (Path(folder) / Path(name).name).write_bytes(content)

@@ -120,7 +120,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: if files are missing, ``--config`` is that of another LLM, or the output would replace an input.
     """
-    from nemo_mtbi.llm.convert.hf import CONFIG, architecture_of, read_config
+    from nemo_mtbi.llm.convert.hf import CONFIG, architecture_of, read_hf_config
     from nemo_mtbi.llm.convert.hf_export import config_of, write_hf
     from nemo_mtbi.llm.directory import SENTENCEPIECE, TOKENIZER_FILES, OwnDirectory
 
@@ -131,7 +131,7 @@ def to_hf(arguments: argparse.Namespace) -> None:
     file, sizes = arguments.config or arguments.source / CONFIG, directory.architecture
     sizes = replace(sizes, kv_channels=sizes.head_channels)  # files of Hugging Face always name it
     if arguments.config or file.is_file():
-        config = read_config(file)
+        config = read_hf_config(file)
         if architecture_of(config) != sizes:
             raise ValueError(f"{file} describes another LLM than {arguments.source}: give the config.json of that one")
         others: dict[str, Path | bytes] = {CONFIG: file}

@@ -19,7 +19,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_mtbi.config.schema import explain
+from nemo_mtbi.config.schema import explain_config_error
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.agreement import together
@@ -69,12 +69,12 @@ def experiment(trainer: Trainer, manager: DictConfig) -> Iterator[Experiment]:
     with ExitStack() as held:
         what = "a run needs folders of its own (exp_manager.exp_dir, name and version)"
         first = groups.is_global_first()
-        together(what, lambda: _hold(held, folder, checkpoints) if first else None, files.explain)
+        together(what, lambda: _hold(held, folder, checkpoints) if first else None, files.explain_system_error)
         chosen = choose_resume(checkpoints) if manager.get("resume_if_exists") else None
         try:
             folder = Path(exp_manager(trainer, manager))
         except OmegaConfBaseException as error:
-            raise ValueError(explain(error, "exp_manager")) from error
+            raise ValueError(explain_config_error(error, "exp_manager")) from error
         if chosen is not None:
             trainer.ckpt_path = str(chosen)
         yield Experiment(folder, chosen, f"start the same command again with {_keys(manager, version, given)}")
@@ -118,10 +118,10 @@ def _keys(manager: Mapping, version: str | None, given: set[str]) -> str:
     values["resume_if_exists"] = True
     if not manager.get("resume_ignore_no_checkpoint"):
         values["resume_ignore_no_checkpoint"] = True  # there may be none yet
-    return " ".join(override(f"exp_manager.{key}", value, key in given) for key, value in values.items())
+    return " ".join(override_run(f"exp_manager.{key}", value, key in given) for key, value in values.items())
 
 
-def override(key: str, value: str | bool, is_given: bool = True) -> str:
+def override_run(key: str, value: str | bool, is_given: bool = True) -> str:
     """Return ``key=value`` for a shell, as Hydra reads it.
 
     Args:

@@ -25,7 +25,7 @@ from nemo_mtbi.commands.progress import progress_callbacks, step_limit
 from nemo_mtbi.commands.run_folder import spare_inputs
 from nemo_mtbi.config.checks import OneOf, suggestion
 from nemo_mtbi.config.model import ModelConfig, parse_model_config
-from nemo_mtbi.config.schema import explain, read_section
+from nemo_mtbi.config.schema import explain_config_error, read_section
 from nemo_mtbi.data.gate import open_manifest
 from nemo_mtbi.data.loader_config import check_config
 from nemo_mtbi.demo.recipe import DataConfig, Prepared, load_pool, parse_data_config, prepare
@@ -301,7 +301,7 @@ def _check(cfg: DictConfig) -> RunConfig:
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        raise ValueError(explain(error, "config")) from error
+        raise ValueError(explain_config_error(error, "config")) from error
     precision = cfg.trainer.get("precision", "32-true")
     OneOf(*dict.fromkeys(map(str, PRECISIONS))).check("trainer.precision", str(precision))
     if cfg.trainer.get("strategy") is not None:

@@ -40,7 +40,7 @@ def read_section(schema: type[Schema], cfg: Mapping | None, section: str = "") -
         _check_values(merged, section)
         return cast(Schema, OmegaConf.to_object(merged))  # it makes the type that it was structured by
     except OmegaConfBaseException as error:
-        raise ValueError(explain(error, section)) from error
+        raise ValueError(explain_config_error(error, section)) from error
 
 
 def plain(cfg: Mapping) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _join(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def explain(error: OmegaConfBaseException, section: str = "") -> str:
+def explain_config_error(error: OmegaConfBaseException, section: str = "") -> str:
     """Return what OmegaConf refuses in a section, in one line: where, what, and the nearest known key."""
     key = ".".join(part for part in (section, error.full_key) if part)
     if "missing mandatory value" in str(error).lower():

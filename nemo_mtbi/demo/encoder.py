@@ -77,7 +77,7 @@ def build(out: Path, steps: int, seed: int, utterances: int = 12000) -> None:
     train = build_synthetic(cache, num_utterances=utterances, seed=1000 + seed, split="train")
     held_out = build_synthetic(cache, num_utterances=300, seed=1000 + seed, split="validation")
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = write_tokenizer(folder, sorted(grammar.words()), VOCABULARY)
+        tokenizer = write_tokenizer(folder, sorted(grammar.grammar_words()), VOCABULARY)
         model = EncDecCTCModelBPE(configuration(tokenizer))
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
         train_ctc(model, [train / "cuts.jsonl.gz"], steps=steps, learning_rate=2e-3, seed=seed)

@@ -31,8 +31,8 @@ from nemo_mtbi.llm.convert.hf import (
     SINGLE,
     HFWeights,
     architecture_of,
-    read_config,
     read_end_tokens,
+    read_hf_config,
     weight_files,
 )
 from nemo_mtbi.llm.convert.megatron import MegatronWeights
@@ -292,7 +292,7 @@ class HFDirectory(TextLLMDirectory):
     @cached_property
     def architecture(self) -> DecoderConfig:
         """Architecture of the decoder, from ``config.json``."""
-        return self._checked(architecture_of(read_config(self.path)))
+        return self._checked(architecture_of(read_hf_config(self.path)))
 
     def chat(self, config: ChatConfig | None = None) -> ChatFormat:
         """Return the chat format, from the tokenizer's template."""

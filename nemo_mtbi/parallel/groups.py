@@ -121,7 +121,7 @@ def _start(limit: timedelta | None) -> None:
 def _new_control_group(limit: timedelta | None) -> dist.ProcessGroup:
     """Return a group of all processes on gloo, or one without threads where there is one process."""
     if dist.get_world_size() == 1:
-        one_process.register()  # who started torch.distributed may have chosen another backend
+        one_process.register_backend()  # who started torch.distributed may have chosen another backend
         return dist.new_group(backend=one_process.BACKEND)
     return dist.new_group(backend="gloo", timeout=limit)
 

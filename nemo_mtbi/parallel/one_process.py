@@ -143,7 +143,7 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> OneP
     return OneProcessGroup(rank, size)
 
 
-def register() -> None:
+def register_backend() -> None:
     """Make ``torch.distributed`` know the backend. Safe to call again."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
@@ -151,5 +151,5 @@ def register() -> None:
 
 def new_world() -> None:
     """Start ``torch.distributed`` for this process alone, without a port or a variable of the environment."""
-    register()
+    register_backend()
     dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)

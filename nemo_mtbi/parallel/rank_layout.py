@@ -9,7 +9,7 @@ from nemo_mtbi.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """Position of one process in the parallel layout.
 
     Attributes:
@@ -33,12 +33,12 @@ def stage_runs(layout: ParallelConfig, num_layers: int, stage: int) -> tuple[tup
     return tuple(tuple(range(start, start + size)) for start in starts)
 
 
-def places(layout: ParallelConfig, num_layers: int, world: int) -> list[Place]:
+def rank_places(layout: ParallelConfig, num_layers: int, world: int) -> list[RankPlace]:
     """Return all positions in Megatron's order of ranks: tensor parallelism fastest, then data, then the pipeline."""
     data = layout.replicas(world)
     positions = []
     for rank in range(world):
         rest, tensor = divmod(rank, layout.tensor_model_parallel_size)
         stage, replica = divmod(rest, data)
-        positions.append(Place(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
+        positions.append(RankPlace(rank, replica, tensor, stage, stage_runs(layout, num_layers, stage)))
     return positions

@@ -51,7 +51,7 @@ class Remedies:
         # not what came before it: making a folder fails first since its parent is missing
         number = error.errno
         alone = OSError(*error.args) if number is None else OSError(number, os.strerror(number), error.filename)
-        text = files.explain(alone)
+        text = files.explain_system_error(alone)
         key = self.place
         if error.filename is not None:
             path = Path(os.fsdecode(error.filename)).absolute()

@@ -16,7 +16,7 @@ from nemo_mtbi.data.dataset import MTBIDataset
 from nemo_mtbi.data.loader import cost_bins, training_costs
 from nemo_mtbi.planning.checks import check_model, read_llm
 from nemo_mtbi.planning.data_checks import section_of
-from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.footprint import read_encoder_settings
 from nemo_mtbi.planning.plan import Plan
 from nemo_mtbi.speech_llm.connector import frame_counter
 
@@ -88,7 +88,9 @@ def estimate_bins(cfg: DictConfig) -> Bins:
     plan = Plan()
     config = check_model(plan, cfg.model)
     llm = read_llm(plan, cfg.model.get("pretrained_llm"), config.chat if config else None)
-    encoder = plan.attempt(read_encoder, str(cfg.model.get("pretrained_asr")), config.encoder if config else None)
+    encoder = plan.attempt(
+        read_encoder_settings, str(cfg.model.get("pretrained_asr")), config.encoder if config else None
+    )
     if not (config and llm and llm.chat and encoder):
         raise ValueError("; ".join(plan.problems))
     dataset = MTBIDataset(

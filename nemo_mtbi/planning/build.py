@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_mtbi.config.model import ModelConfig
 from nemo_mtbi.config.parallel import ParallelConfig
-from nemo_mtbi.config.schema import explain
+from nemo_mtbi.config.schema import explain_config_error
 from nemo_mtbi.data.step import Step, assumed_step
 from nemo_mtbi.llm.architecture import DecoderConfig
 from nemo_mtbi.llm.lora import check_lora
-from nemo_mtbi.parallel.rank_layout import places
+from nemo_mtbi.parallel.rank_layout import rank_places
 from nemo_mtbi.planning import memory
 from nemo_mtbi.planning.checks import (
     check_architecture,
@@ -30,7 +30,7 @@ from nemo_mtbi.planning.checks import (
     read_llm,
 )
 from nemo_mtbi.planning.data_checks import check_data
-from nemo_mtbi.planning.footprint import EncoderFacts, read_encoder, speech_parts
+from nemo_mtbi.planning.footprint import EncoderFacts, read_encoder_settings, speech_parts
 from nemo_mtbi.planning.layout_table import RankFacts
 from nemo_mtbi.planning.memory import Load, StageMemory
 from nemo_mtbi.planning.plan import Plan
@@ -59,7 +59,7 @@ def make_plan(
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        plan.refuse(explain(error, "config"))
+        plan.refuse(explain_config_error(error, "config"))
         return plan
     for check in checks:
         plan.attempt(check, cfg)
@@ -70,7 +70,7 @@ def make_plan(
         plan.refuse("trainer.accumulate_grad_batches must be 1: raise model.train_ds.batch_tokens for a larger step")
     config = check_model(plan, model)
     llm = read_llm(plan, model.get("pretrained_llm"), config.chat if config else None)
-    encoder = plan.attempt(read_encoder, str(model.get("pretrained_asr")), config.encoder if config else None)
+    encoder = plan.attempt(read_encoder_settings, str(model.get("pretrained_asr")), config.encoder if config else None)
     layout = plan.layout
     divides = layout is not None and llm is not None and check_architecture(plan, layout, llm.architecture)
     if not (config and llm and encoder and plan.attempt(frame_counter, encoder.shape, config.connector)):
@@ -198,6 +198,6 @@ def name_ranks(
     if plan.world % layout.model_parallel_size:
         return
     devices = device_names(plan.world, per_node, accelerator)
-    for place in places(layout, architecture.num_layers, plan.world):
+    for place in rank_places(layout, architecture.num_layers, plan.world):
         stage = plan.stages[place.stage]
         plan.ranks.append(RankFacts(place, devices[place.rank], stage.trained, stage.frozen))

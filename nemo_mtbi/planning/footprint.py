@@ -70,7 +70,7 @@ class EncoderFacts:
         return min(features, most) if self.windowed else features
 
 
-def read_encoder(name: str | Path, config: EncoderConfig | None = None) -> EncoderFacts:
+def read_encoder_settings(name: str | Path, config: EncoderConfig | None = None) -> EncoderFacts:
     """Return facts about an encoder, or two of them, which are built with tensors that hold nothing.
 
     Args:

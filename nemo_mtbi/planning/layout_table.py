@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.rank_layout import Place
+from nemo_mtbi.parallel.rank_layout import RankPlace
 from nemo_mtbi.speech_llm.model import SpeechLLM
 
 MOST_ROWS = 32  # of the table; more processes are shown stage by stage
@@ -32,7 +32,7 @@ class RankFacts:
         frozen: number of frozen parameters.
     """
 
-    place: Place
+    place: RankPlace
     device: str
     trained: int
     frozen: int
@@ -51,7 +51,7 @@ def own_facts(model: SpeechLLM) -> RankFacts:
     for value in model.parameters():
         count[value.requires_grad] += value.numel()
     return RankFacts(
-        Place(rank, data, tensor, stage, runs), f"{socket.gethostname()} {device}", count[True], count[False]
+        RankPlace(rank, data, tensor, stage, runs), f"{socket.gethostname()} {device}", count[True], count[False]
     )
 
 

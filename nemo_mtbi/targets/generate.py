@@ -44,7 +44,7 @@ from nemo_mtbi.targets.origin import (
     without_format,
 )
 from nemo_mtbi.targets.plan import Request, TargetPlan, plan_shard
-from nemo_mtbi.targets.progress import Meter, speed_text
+from nemo_mtbi.targets.progress import TargetsMeter
 from nemo_mtbi.targets.store import (
     FORMAT,
     check_without_data,
@@ -59,7 +59,7 @@ from nemo_mtbi.targets.store import (
 )
 from nemo_mtbi.targets.tasks import TaskPool
 
-__all__ = ["TargetPlan", "generate_targets", "read_targets", "speed_text"]
+__all__ = ["TargetPlan", "generate_targets", "read_targets"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def generate_targets(
     out_dir = Path(out_dir)
     own = range(rank, num_shards, world_size)
     paths, work = [], sum(min(shard_size, total - number * shard_size) for number in own)
-    with own_share(out_dir, rank=rank), Meter(work, progress) as meter:
+    with own_share(out_dir, rank=rank), TargetsMeter(work, progress) as meter:
         _prepare(out_dir, num_shards, overwrite, outdated)
         maker = _ShardMaker(out_dir, plan, pool, chat, respond, origin, overwrite, counts, meter, batch_rows)
         usable = (cut for cut in cuts if transcript(cut))
@@ -195,7 +195,7 @@ class _ShardMaker:
     behaviors_from: dict
     overwrite: bool
     counts: Counter
-    meter: Meter
+    meter: TargetsMeter
     batch_rows: int | None
 
     def make(self, number: int, cuts: list[Cut]) -> Path:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from nemo_mtbi.io.heartbeat import Heartbeat, is_live, time_text
 
 
-class Meter:
+class TargetsMeter:
     """Progress of this process in cuts, with rows per second and the time left, from new work alone.
 
     A context manager.
@@ -32,7 +32,7 @@ class Meter:
         self._task = self._bar.add_task("behavior targets", total=total, state=self._state())
         self._heartbeat = Heartbeat(self._line, console, show, last=True)
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> TargetsMeter:
         self._begun = time.monotonic()
         self._bar.start()
         self._heartbeat.__enter__()
@@ -58,7 +58,7 @@ class Meter:
         left = (self._total - self._done) / self._cuts * self._seconds if self._cuts else 0.0
         parts = [f"{self._done:.0f}/{self._total} cuts"]
         if self._rows:
-            parts += [f"{self._rows} rows", speed_text(self._rows, self._seconds, left)]
+            parts += [f"{self._rows} rows", row_speed_text(self._rows, self._seconds, left)]
         elif self._asked:
             parts.append(f"the LLM is at its first {self._asked} rows")
         return ", ".join(parts)
@@ -67,6 +67,6 @@ class Meter:
         return f"behavior targets · {self._state()}, {time_text(time.monotonic() - self._begun)} so far"
 
 
-def speed_text(rows: int, seconds: float, left: float) -> str:
+def row_speed_text(rows: int, seconds: float, left: float) -> str:
     """Return rows per second and the time left (seconds) as they are shown."""
     return f"{rows / seconds:.1f} rows/s, {time_text(left)} left" if seconds else "…"

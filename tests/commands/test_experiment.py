@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
 from omegaconf import OmegaConf
 
-from nemo_mtbi.commands.experiment import LOCK, experiment, override
+from nemo_mtbi.commands.experiment import LOCK, experiment, override_run
 from nemo_mtbi.commands.train import train
 from nemo_mtbi.io.locks import exclusive
 from nemo_mtbi.models.mtbi_model import MTBIModel
@@ -192,13 +192,13 @@ def test_what_a_killed_run_has_left_is_removed(trainer, tmp_path):
     ["2026-11-30_09-20-28", "version_0", "/a b/ö", "it's", 'a"b', "a\\", 'a\\"b', "1e5", "null", "7", "a=1,2", "[x]"],
 )
 def test_a_printed_value_is_what_the_shell_and_hydra_read(value):
-    (word,) = shlex.split(override("exp_manager.name", value, is_given=False))
+    (word,) = shlex.split(override_run("exp_manager.name", value, is_given=False))
     parsed = OverridesParser.create().parse_override(word)
     assert parsed.is_force_add() and parsed.value() == value
 
 
 def test_a_printed_value_is_no_interpolation():
-    (word,) = shlex.split(override("exp_manager.name", "${seed}"))
+    (word,) = shlex.split(override_run("exp_manager.name", "${seed}"))
     value = OverridesParser.create().parse_override(word).value()
     assert OmegaConf.create({"name": value, "seed": 1}).name == "${seed}"
     assert Path(value).name == "\\${seed}"

@@ -14,7 +14,7 @@ from tar_tricks import repacked
 
 from nemo_mtbi.encoders.asr_archive import AsrFile
 from nemo_mtbi.io.tensor_file import ArchiveError
-from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.footprint import read_encoder_settings
 from nemo_mtbi.speech_llm.pretrained import load_asr_model, load_speech_encoder
 from nemo_mtbi.testing import tiny_asr_nemo
 
@@ -32,7 +32,9 @@ def archive(tmp_path_factory):
 def refused(archive, tmp_path):
     """``refused(change, message)``: however the archive is opened, it is refused after ``change``."""
 
-    def check(change, message, ways=(load_speech_encoder, load_asr_model, lambda path: read_encoder(str(path)))):
+    def check(
+        change, message, ways=(load_speech_encoder, load_asr_model, lambda path: read_encoder_settings(str(path)))
+    ):
         path = repacked(archive, tmp_path / "crafted.nemo", change)
         for way in ways:
             with pytest.raises(ValueError, match=rf"crafted.nemo is not a readable NeMo ASR checkpoint \(.*{message}"):

@@ -11,7 +11,7 @@ from hf_models import ENCODERS, hf_encoder
 from nemo_mtbi.config.encoder import EncoderConfig
 from nemo_mtbi.encoders.hf import load_hf_encoder
 from nemo_mtbi.layouts.frames import FrameCounter
-from nemo_mtbi.planning.footprint import read_encoder
+from nemo_mtbi.planning.footprint import read_encoder_settings
 from nemo_mtbi.speech_llm.pretrained import load_speech_encoder
 
 RATE = 16_000
@@ -128,7 +128,7 @@ def test_speech_from_a_directory_is_found_by_its_kind(folder):
 @pytest.mark.parametrize("name", ["whisper", "wavlm"])
 def test_the_facts_of_a_plan_are_those_of_the_encoder(folder, name):
     config = EncoderConfig(layers=[1, 2])
-    encoder, facts = load_hf_encoder(folder / name, config), read_encoder(str(folder / name), config)
+    encoder, facts = load_hf_encoder(folder / name, config), read_encoder_settings(str(folder / name), config)
     assert facts.shape == encoder.shape
     assert facts.numbers == sum(value.numel() for value in (*encoder.parameters(), *encoder.buffers()))
 

@@ -12,7 +12,7 @@ from nemo_mtbi.config.encoder import EncoderSection, SecondEncoder
 from nemo_mtbi.encoders.base import EncoderShape
 from nemo_mtbi.encoders.paired import PairedEncoder
 from nemo_mtbi.layouts.frames import FrameCounter
-from nemo_mtbi.planning.footprint import read_encoder, speech_parts
+from nemo_mtbi.planning.footprint import read_encoder_settings, speech_parts
 from nemo_mtbi.planning.memory import total
 from nemo_mtbi.speech_llm.pretrained import load_speech_encoder
 from nemo_mtbi.testing import tiny_asr_nemo
@@ -65,7 +65,7 @@ def counter(encoder):
 
 def test_the_footprint_is_that_of_both(paths):
     config = section(paths["wavlm"], freeze=False)
-    both = read_encoder(str(paths["nemo"]), config)
+    both = read_encoder_settings(str(paths["nemo"]), config)
     built = load_speech_encoder(paths["nemo"], torch.bfloat16, config)
     assert isinstance(built, PairedEncoder) and both.shape == built.shape
     first, second = both.parts
@@ -82,7 +82,10 @@ def test_the_footprint_is_that_of_both(paths):
 def test_the_fuller_moment_counts(paths, names):
     """Each hears the same samples, one after the other."""
     first, second = (str(paths[name]) for name in names)
-    facts = [read_encoder(first, section(second)), *(read_encoder(path, EncoderSection()) for path in (first, second))]
+    facts = [
+        read_encoder_settings(first, section(second)),
+        *(read_encoder_settings(path, EncoderSection()) for path in (first, second)),
+    ]
     settings = dict(hidden=16, bytes_per_param=2, share=1, states=2)
     moments = []
     for found in facts:

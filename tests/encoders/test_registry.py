@@ -83,14 +83,14 @@ def test_it_encodes_and_trains(folder):
 
 
 def test_a_plan_counts_it(folder):
-    facts = footprint.read_encoder(folder, EncoderConfig(freeze=["bias"]))
+    facts = footprint.read_encoder_settings(folder, EncoderConfig(freeze=["bias"]))
     assert (facts.shape.size, facts.parameters, facts.numbers, facts.fixed_bytes) == (8, 2568, 2568, 0)
     assert (facts.trained, facts.windowed, facts.padded) == (2560, False, False)
     sizes = dict(frames=10, bytes_per_param=2, share=1, states=2)
     parts = footprint.speech_parts(facts, ConnectorConfig(hidden_size=4, frame_rate=12.5), 16, **sizes)
     # in float32 where it trains; the first convolution works on 10 frames of 4 blocks, two at a time
     assert parts.encoder_bytes == 8 * 4 and parts.work[-1].size == 2 * 20 * 16 * 2
-    beside = footprint.read_encoder(folder, EncoderSection(beside=SecondEncoder(path=str(folder))))
+    beside = footprint.read_encoder_settings(folder, EncoderSection(beside=SecondEncoder(path=str(folder))))
     assert beside.shape.size == 16 and len(beside.parts) == 2
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from nemo_mtbi.models import resuming
 from nemo_mtbi.models.mtbi_model import MTBIModel
 from nemo_mtbi.models.resuming import CONTENT, RUN, run_settings
-from nemo_mtbi.parallel.checkpoint.content import plain
+from nemo_mtbi.parallel.checkpoint.content import plain_copy
 from nemo_mtbi.testing import tiny_asr_nemo, tiny_text_llm
 
 
@@ -23,7 +23,7 @@ def checkpoint_of(model):
     """What Lightning saves of it, as our checkpoints give it back."""
     checkpoint = {"hyper_parameters": {"cfg": model.cfg}}
     model.on_save_checkpoint(checkpoint)
-    return plain(checkpoint)
+    return plain_copy(checkpoint)
 
 
 @pytest.fixture

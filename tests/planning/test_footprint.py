@@ -6,7 +6,7 @@ import torch
 
 from nemo_mtbi.config.checks import choices
 from nemo_mtbi.config.connector import ConnectorConfig
-from nemo_mtbi.planning.footprint import kept_bytes, read_encoder, speech_parts
+from nemo_mtbi.planning.footprint import kept_bytes, read_encoder_settings, speech_parts
 from nemo_mtbi.planning.memory import total
 from nemo_mtbi.speech_llm.connector import build_connector
 from nemo_mtbi.speech_llm.pretrained import load_speech_encoder
@@ -19,7 +19,7 @@ def archive(request, tmp_path_factory):
 
 
 def test_an_encoder_without_weights_is_like_the_loaded_one(archive):
-    facts, encoder = read_encoder(archive), load_speech_encoder(archive)
+    facts, encoder = read_encoder_settings(archive), load_speech_encoder(archive)
     assert facts.shape == encoder.shape
     assert facts.parameters == sum(value.numel() for value in encoder.parameters())
     held = sum(value.numel() * value.element_size() for value in (*encoder.parameters(), *encoder.buffers()))
@@ -31,7 +31,7 @@ def test_an_encoder_without_weights_is_like_the_loaded_one(archive):
 
 @pytest.mark.parametrize("kind", choices(ConnectorConfig, "kind"))
 def test_the_connector_counts_as_built(kind, archive):
-    facts, config = read_encoder(archive), ConnectorConfig(kind, hidden_size=24)
+    facts, config = read_encoder_settings(archive), ConnectorConfig(kind, hidden_size=24)
     parts = speech_parts(facts, config, 32, frames=10, bytes_per_param=2, share=2, states=2)
     connector = build_connector(config, facts.shape.size, 32, facts.shape.frame_rate)
     assert parts.trained_parameters == sum(value.numel() for value in connector.parameters())
@@ -53,9 +53,9 @@ def test_what_autograd_keeps_of_a_linear_layer_is_its_input():
 def test_what_is_no_archive_is_refused(content, tmp_path):
     (tmp_path / "x.nemo").write_bytes(content)
     with pytest.raises(ValueError, match="model.pretrained_asr=.*x.nemo.* is not a readable NeMo ASR checkpoint"):
-        read_encoder(tmp_path / "x.nemo")
+        read_encoder_settings(tmp_path / "x.nemo")
 
 
 def test_a_path_that_does_not_exist():
     with pytest.raises(ValueError, match="model.pretrained_asr=/nowhere: /nowhere does not exist"):
-        read_encoder("/nowhere")
+        read_encoder_settings("/nowhere")

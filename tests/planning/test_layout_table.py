@@ -6,7 +6,7 @@ from rich.console import Console
 
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.parallel import groups
-from nemo_mtbi.parallel.rank_layout import Place, places
+from nemo_mtbi.parallel.rank_layout import RankPlace, rank_places
 from nemo_mtbi.planning.layout_table import (
     MOST_ROWS,
     RankFacts,
@@ -27,12 +27,12 @@ def printed(content, width=100):
 def facts_of(layout, world, layers=8):
     return [
         RankFacts(place, f"cuda:{place.rank % 8}", 7 if place.stage == 0 else 0, 10**6 * (place.stage + 1))
-        for place in places(layout, layers, world)
+        for place in rank_places(layout, layers, world)
     ]
 
 
 def test_one_process_is_one_line():
-    fact = RankFacts(Place(0, 0, 0, 0, ((0, 1, 2, 3),)), "host cpu", 608448, 4_555_232)
+    fact = RankFacts(RankPlace(0, 0, 0, 0, ((0, 1, 2, 3),)), "host cpu", 608448, 4_555_232)
     lines = printed(layout_table([fact]))
     assert lines == ["one process: layers 0-3 on host cpu, 608k trained and 4.56M frozen parameters"]
 
@@ -77,7 +77,7 @@ def test_sizes_of_a_step():
 def test_facts_of_this_process(speech_llm):
     groups.initialize()
     facts = own_facts(speech_llm)
-    assert facts.place == Place(0, 0, 0, 0, ((0, 1),)) and facts.device.endswith(" cpu")
+    assert facts.place == RankPlace(0, 0, 0, 0, ((0, 1),)) and facts.device.endswith(" cpu")
     assert facts.trained == sum(value.numel() for value in speech_llm.connector.parameters())
     assert facts.trained + facts.frozen == sum(value.numel() for value in speech_llm.parameters())
     console = Console(file=io.StringIO(), width=200)

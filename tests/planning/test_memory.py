@@ -20,7 +20,7 @@ from nemo_mtbi.llm.full_finetune import unfreeze
 from nemo_mtbi.llm.lora import add_lora
 from nemo_mtbi.parallel import groups
 from nemo_mtbi.parallel.cpu import megatron_device
-from nemo_mtbi.parallel.rank_layout import places
+from nemo_mtbi.parallel.rank_layout import rank_places
 from nemo_mtbi.planning import memory
 from nemo_mtbi.planning.memory import Load, SpeechParts, Term
 from nemo_mtbi.planning.trained import adapted_memory, trained_memory
@@ -88,7 +88,7 @@ def compare_with_built(name):
     world, rank = groups.dist.get_world_size(), groups.dist.get_rank()
     for config in LLMS.values():
         chunks = build_decoder(config)
-        place = places(layout, config.num_layers, world)[rank]
+        place = rank_places(layout, config.num_layers, world)[rank]
         here = (groups.data_parallel_rank(), groups.tensor_parallel_rank(), groups.pipeline_parallel_rank())
         assert (place.data, place.tensor, place.stage) == here
         assert place.runs == tuple(tuple(layer.layer_number - 1 for layer in chunk.decoder.layers) for chunk in chunks)

@@ -94,7 +94,7 @@ def test_a_textgrid_without_words(tmp_path):
 
 
 def test_a_folder_without_alignments(tmp_path):
-    with pytest.raises(ValueError, match="no CTM file and no folder with"):
+    with pytest.raises(ValueError, match="neither a CTM file nor a folder with"):
         read_times(tmp_path)
 
 

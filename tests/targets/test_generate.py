@@ -10,7 +10,8 @@ from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 
 from nemo_mtbi.chat.format import ChatFormat
 from nemo_mtbi.data.behaviors import check_provenance, draw_behaviors, read_behaviors, transcript
-from nemo_mtbi.targets.generate import read_targets, speed_text
+from nemo_mtbi.targets.generate import read_targets
+from nemo_mtbi.targets.progress import row_speed_text
 from nemo_mtbi.targets.store import with_behaviors
 
 CHAT, PLAN, POOL, FakeLLM = fakes.CHAT, fakes.PLAN, fakes.POOL, fakes.FakeLLM
@@ -261,5 +262,5 @@ def test_progress(tmp_path, capsys, undisturbed):
     generate(tmp_path, progress=True)
     assert "10/10 cuts" in capsys.readouterr().out
     assert content(tmp_path) == undisturbed[0]
-    assert speed_text(30, 20.0, 3725.0) == "1.5 rows/s, 1:02:05 left"
-    assert speed_text(0, 0.0, 0.0) == "…"
+    assert row_speed_text(30, 20.0, 3725.0) == "1.5 rows/s, 1:02:05 left"
+    assert row_speed_text(0, 0.0, 0.0) == "…"

@@ -8,13 +8,13 @@ from rich.console import Console
 
 from nemo_mtbi.io import heartbeat
 from nemo_mtbi.targets.plan import plan_shard, rows_at_once
-from nemo_mtbi.targets.progress import Meter
+from nemo_mtbi.targets.progress import TargetsMeter
 
 
 def test_a_log_gets_lines_while_the_first_batch_takes_long(monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY", 0.02)
     console = Console(file=io.StringIO(), width=40)
-    with Meter(100, True, console) as meter:
+    with TargetsMeter(100, True, console) as meter:
         meter.ask(32)
         time.sleep(0.2)
         before = console.file.getvalue()
@@ -28,7 +28,7 @@ def test_a_log_gets_lines_while_the_first_batch_takes_long(monkeypatch):
 def test_nothing_is_shown_where_nothing_is_wanted(monkeypatch):
     monkeypatch.setattr(heartbeat, "EVERY", 0.01)
     console = Console(file=io.StringIO())
-    with Meter(1, False, console) as meter:
+    with TargetsMeter(1, False, console) as meter:
         meter.advance(1.0, 1, 1.0)
         time.sleep(0.05)
     assert console.file.getvalue() == ""
@@ -36,7 +36,7 @@ def test_nothing_is_shown_where_nothing_is_wanted(monkeypatch):
 
 def test_an_error_ends_the_lines():
     console = Console(file=io.StringIO())
-    meter = Meter(1, True, console)
+    meter = TargetsMeter(1, True, console)
     with pytest.raises(KeyboardInterrupt), meter:
         raise KeyboardInterrupt
     assert not meter._heartbeat._thread.is_alive()

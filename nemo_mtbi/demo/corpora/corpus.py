@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Utterance:
+class SyntheticUtterance:
     """One finished utterance.
 
     Attributes:
@@ -71,7 +71,7 @@ class Utterance:
             raise ValueError(f"{self.id}: word times {self.spans} must rise within {len(self.samples)} samples")
 
 
-def to_cut(utterance: Utterance, audio_path: Path) -> MonoCut:
+def to_cut(utterance: SyntheticUtterance, audio_path: Path) -> MonoCut:
     """Return the Lhotse cut of an utterance whose audio is (or will be) at ``audio_path``."""
     num_samples = len(utterance.samples)
     duration = num_samples / SAMPLE_RATE
@@ -193,7 +193,7 @@ def _finished_root(folder: Path) -> Path | None:
 
 
 def build_corpus(
-    render: Callable[[Job], Utterance],
+    render: Callable[[Job], SyntheticUtterance],
     jobs: Sequence[Job],
     cache_dir: str | Path,
     key: Mapping[str, Any],
@@ -224,7 +224,9 @@ def build_corpus(
     return cached(build, cache_dir, key, name=name, version=version)
 
 
-def _render_to_disk(render: Callable[[Job], Utterance], work: Path, final: Path, item: tuple[int, Job]) -> MonoCut:
+def _render_to_disk(
+    render: Callable[[Job], SyntheticUtterance], work: Path, final: Path, item: tuple[int, Job]
+) -> MonoCut:
     index, job = item
     utterance = render(job)
     relative = Path("audio") / f"{index // _FILES_PER_FOLDER:03d}" / f"{utterance.id}.flac"

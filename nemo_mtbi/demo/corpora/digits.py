@@ -20,7 +20,7 @@ from scipy.ndimage import median_filter
 
 from nemo_mtbi.config.checks import OneOf, at_least
 from nemo_mtbi.demo.corpora import grammar
-from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, Utterance, build_corpus, finish, resample
+from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, SyntheticUtterance, build_corpus, finish, resample
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.seeds import stable_seed
 
@@ -213,14 +213,14 @@ def _log_uniform(rng: random.Random, limits: tuple[int, int]) -> int:
     return round(math.exp(rng.uniform(*map(math.log, limits))))
 
 
-def _render(folder: Path, job: _Job) -> Utterance:
+def _render(folder: Path, job: _Job) -> SyntheticUtterance:
     sounds = [
         _load_digit(folder / file, job.formants, job.duration) * np.float32(10 ** (gain_db / 20))
         for file, gain_db in zip(job.files, job.gains_db, strict=True)
     ]
     samples, spans = join_sounds(sounds, job.pauses)
     samples = finish(samples, np.random.default_rng(job.seed), job.augment)
-    return Utterance(job.id, samples, job.words, spans, job.speaker, job.references)
+    return SyntheticUtterance(job.id, samples, job.words, spans, job.speaker, job.references)
 
 
 def join_sounds(

@@ -146,7 +146,7 @@ class Sentence:
         return " ".join(self.words)
 
 
-def words() -> tuple[str, ...]:
+def grammar_words() -> tuple[str, ...]:
     """Return all spoken words, each once."""
     return tuple(SPANISH)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nemo_mtbi.config.checks import at_least
 from nemo_mtbi.demo.corpora import grammar
-from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, Utterance, build_corpus, finish, resample
+from nemo_mtbi.demo.corpora.corpus import SAMPLE_RATE, Augment, SyntheticUtterance, build_corpus, finish, resample
 from nemo_mtbi.demo.corpora.espeak import Espeak, espeak_version
 from nemo_mtbi.io.digests import digest_of
 from nemo_mtbi.io.seeds import stable_seed
@@ -157,7 +157,7 @@ def _engine() -> Espeak:
     return Espeak()  # one in each process
 
 
-def _render(job: _Job) -> Utterance:
+def _render(job: _Job) -> SyntheticUtterance:
     rng = np.random.default_rng(job.seed)
     speech = _engine().speak(" ".join(job.words), job.voice, job.rate, job.pitch)
     sound = resample(speech.samples, speech.sample_rate)
@@ -167,4 +167,4 @@ def _render(job: _Job) -> Utterance:
         (before + round(start * SAMPLE_RATE), before + round((start + duration) * SAMPLE_RATE))
         for start, duration in speech.words
     )
-    return Utterance(job.id, finish(samples, rng, job.augment), job.words, spans, job.voice, job.references)
+    return SyntheticUtterance(job.id, finish(samples, rng, job.augment), job.words, spans, job.voice, job.references)

@@ -11,7 +11,7 @@ from scipy.signal import resample_poly
 
 from nemo_mtbi.config.checks import at_least
 from nemo_mtbi.demo.corpora import grammar
-from nemo_mtbi.demo.corpora.corpus import Augment, Utterance, build_corpus, finish, resample
+from nemo_mtbi.demo.corpora.corpus import Augment, SyntheticUtterance, build_corpus, finish, resample
 from nemo_mtbi.demo.corpora.digits import draw_digits, join_sounds, level, trim_silence
 from nemo_mtbi.demo.corpora.espeak import Espeak, espeak_version
 from nemo_mtbi.io.digests import digest_of
@@ -128,10 +128,10 @@ def _engine() -> Espeak:
     return Espeak()  # one in each process
 
 
-def _render(job: _Job) -> Utterance:
+def _render(job: _Job) -> SyntheticUtterance:
     samples, spans = join_sounds([_speak(word, job) for word in job.spelling], job.pauses)
     samples = finish(samples, np.random.default_rng(job.seed), Augment())
-    return Utterance(job.id, samples, job.words, spans, job.voice)
+    return SyntheticUtterance(job.id, samples, job.words, spans, job.voice)
 
 
 def _speak(word: str, job: _Job) -> np.ndarray:

@@ -74,7 +74,7 @@ FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_hf_config(path: str | Path) -> dict[str, Any]:
     """Return the ``config.json`` of a directory.
 
     Args:
@@ -304,7 +304,7 @@ class HFWeights:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        config = read_config(path)
+        config = read_hf_config(path)
         self.family, self.architecture = config["model_type"], architecture_of(config)
         self._files = dict(self._open())  # not mapped into memory: the pages would count as this process's
         try:

@@ -30,7 +30,7 @@ OPTIMIZER_GROUPS = "optimizer_groups"  # key of the options of parameter groups,
 _OWN = ("callbacks", "loops")
 
 
-def plain(value: Any, where: str = "checkpoint") -> Any:
+def plain_copy(value: Any, where: str = "checkpoint") -> Any:
     """Return a copy made of dictionaries, lists, tuples, strings, numbers and CPU tensors only.
 
     Raises:
@@ -52,9 +52,9 @@ def plain(value: Any, where: str = "checkpoint") -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {plain(key, f"key of {where}"): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {plain_copy(key, f"key of {where}"): plain_copy(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+        items = [plain_copy(item, f"{where}.{index}") for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     raise ValueError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint can hold: let the "
@@ -128,7 +128,7 @@ def to_save(
     """
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     # `hparams_type` is the class of what becomes a plain dictionary here
-    common = plain({key: value for key, value in rest.items() if not isinstance(value, type)})
+    common = plain_copy({key: value for key, value in rest.items() if not isinstance(value, type)})
     unknown = sorted(checkpoint["state_dict"].keys() - weights.keys())
     if unknown:
         raise ValueError(f"weights that the model's state_dict(keep_vars=True) leaves out: {', '.join(unknown[:5])}")
@@ -145,7 +145,7 @@ def to_save(
         for number, (state, optimizer) in enumerate(zip(states, optimizers, strict=True)):
             names = parameter_names(optimizer, weights)
             tensors += state_shards(number, state["state"], names, weights, place)
-            common[OPTIMIZER_GROUPS].append(plain([group_options(group) for group in state["param_groups"]]))
+            common[OPTIMIZER_GROUPS].append(plain_copy([group_options(group) for group in state["param_groups"]]))
         if llm is not None:
             common[LLM_OPTIMIZER] = {"steps": llm.steps}
             for one in llm.fragments():

@@ -89,7 +89,7 @@ def unfinished_mark(folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
-def explain(error: BaseException) -> str:
+def explain_system_error(error: BaseException) -> str:
     """Return cause and remedy of an error in one line; the cause is the first error of the system in its chain."""
     system: OSError | None = None
     link: BaseException | None = error

@@ -61,9 +61,11 @@ def load(
         ValueError: the same in all processes; if the checkpoint is not whole, or does not fit.
     """
     what = f"the checkpoint {folder} could not be loaded"
-    together(what, lambda: _check(folder) if dist.get_rank() == 0 else None, files.explain)
+    together(what, lambda: _check(folder) if dist.get_rank() == 0 else None, files.explain_system_error)
     loading = _Loading(folder, weights, Place.here())
-    stored = together(what, lambda: _named(folder, lambda: loading.read(optimizers, seed, llm)), files.explain)[0]
+    stored = together(
+        what, lambda: _named(folder, lambda: loading.read(optimizers, seed, llm)), files.explain_system_error
+    )[0]
     wanted = together(what, lambda: list(weights))
     unknown = sorted(stored - {name for names in wanted for name in names})
     if unknown:

@@ -138,7 +138,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
         try:
             files.remove(folder)
         except OSError as error:
-            logger.warning(f"the old checkpoint {folder} could not be removed: {files.explain(error)}")
+            logger.warning(f"the old checkpoint {folder} could not be removed: {files.explain_system_error(error)}")
 
     @property
     def async_calls_queue(self) -> ShardedCheckpointIO:
@@ -175,4 +175,6 @@ def choose_resume(folder: str | Path) -> Path | None:
         RuntimeError: in all processes, if the folder can't be read or changed.
     """
     what = f"no checkpoint could be chosen in {folder}"
-    return together(what, lambda: files.recover(folder) if dist.get_rank() == 0 else None, files.explain)[0]
+    return together(what, lambda: files.recover(folder) if dist.get_rank() == 0 else None, files.explain_system_error)[
+        0
+    ]

@@ -46,7 +46,7 @@ def is_first() -> bool:
 
 
 def _explain(error: Exception) -> str:
-    return f"{files.explain(error)}; checkpoints saved before are intact"
+    return f"{files.explain_system_error(error)}; checkpoints saved before are intact"
 
 
 class _Writing(threading.Thread):

@@ -17,7 +17,7 @@ from nemo_mtbi.data.cut_files import CUTS_FILE
 from nemo_mtbi.demo.corpora.corpus import (
     SAMPLE_RATE,
     Augment,
-    Utterance,
+    SyntheticUtterance,
     build_corpus,
     cached,
     finish,
@@ -29,10 +29,10 @@ from nemo_mtbi.demo.corpora.corpus import (
 from nemo_mtbi.io.seeds import stable_seed
 
 
-def tone(job: int) -> Utterance:
+def tone(job: int) -> SyntheticUtterance:
     samples = 0.5 * np.sin(np.arange(8000 + job) * 0.1).astype(np.float32)
     references = {"first": "one"} if job % 2 else None
-    return Utterance(f"tone-{job}", samples, ("one", "two"), ((100, 3000), (3000, 8000)), "sine", references)
+    return SyntheticUtterance(f"tone-{job}", samples, ("one", "two"), ((100, 3000), (3000, 8000)), "sine", references)
 
 
 def build(folder, jobs=(0, 1, 2), **kwargs):
@@ -86,7 +86,7 @@ def test_manifest_names_existing_absolute_files(tmp_path, monkeypatch):
 )
 def test_wrong_word_times_are_refused(spans):
     with pytest.raises(ValueError, match="word times"):
-        Utterance("u", np.zeros(100, np.float32), ("one", "two"), spans, "nobody")
+        SyntheticUtterance("u", np.zeros(100, np.float32), ("one", "two"), spans, "nobody")
 
 
 def test_moved_or_missing_corpus_is_refused(tmp_path):

@@ -108,7 +108,7 @@ def test_a_larger_corpus_starts_with_the_smaller_one():
 
 
 def test_every_voice_speaks_every_word_with_times():
-    espeak, words = Espeak(), list(grammar.words())
+    espeak, words = Espeak(), list(grammar.grammar_words())
     for voice in itertools.chain.from_iterable(VOICES.values()):
         random.Random(voice).shuffle(words)
         for i in range(0, len(words), 12):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_mtbi.config.parallel import ParallelConfig
 from nemo_mtbi.llm.architecture import weight_shapes
-from nemo_mtbi.llm.convert.hf import FAMILIES, HFWeights, architecture_of, read_config, segments
+from nemo_mtbi.llm.convert.hf import FAMILIES, HFWeights, architecture_of, read_hf_config, segments
 from nemo_mtbi.planning.memory import decoder_parameters
 
 COMMON = {**LLM, "vocab_size": 97, "max_position_embeddings": 96}
@@ -222,10 +222,10 @@ def test_what_cannot_be_expressed_is_refused(change, message):
 
 def test_other_families_are_refused(tmp_path):
     with pytest.raises(ValueError, match="config.json can't be read.*give a directory with a Hugging Face causal LLM"):
-        read_config(tmp_path)
+        read_hf_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
     with pytest.raises(ValueError, match="model_type is 'gemma2'; supported are llama, mistral, qwen2, qwen3"):
-        read_config(tmp_path)
+        read_hf_config(tmp_path)
 
 
 def test_wrong_tensors_are_listed(folder, tmp_path):

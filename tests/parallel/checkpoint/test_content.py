@@ -45,7 +45,7 @@ Pair = collections.namedtuple("Pair", "a b")
     ],
 )
 def test_containers_become_plain_and_load_without_unpickling(value, expected):
-    found = content.plain(value)
+    found = content.plain_copy(value)
     assert found == expected
 
     def types(item):
@@ -62,7 +62,7 @@ def test_containers_become_plain_and_load_without_unpickling(value, expected):
 
 def test_tensors_are_copies_without_a_graph():
     parameter = torch.nn.Parameter(torch.ones(2))
-    found = content.plain({"a": parameter})["a"]
+    found = content.plain_copy({"a": parameter})["a"]
     with torch.no_grad():
         parameter.zero_()
     assert type(found) is torch.Tensor and not found.requires_grad and found.tolist() == [1, 1]
@@ -80,7 +80,7 @@ def test_tensors_are_copies_without_a_graph():
 )
 def test_anything_else_is_refused_by_name(value, where, what):
     with pytest.raises(ValueError, match=f"^{where} is a {what}, which no checkpoint can hold: let the state_dict"):
-        content.plain(value)
+        content.plain_copy(value)
 
 
 def test_equal_content_has_an_equal_hash():

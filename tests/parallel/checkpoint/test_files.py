@@ -13,7 +13,7 @@ import torch
 
 from nemo_mtbi.io.digests import DamageError
 from nemo_mtbi.parallel.checkpoint import digests, files
-from nemo_mtbi.parallel.checkpoint.files import Marker
+from nemo_mtbi.parallel.checkpoint.files import Marker, explain_system_error
 
 
 def write(folder, step, serial=None, place=None):
@@ -323,14 +323,16 @@ def test_a_save_that_fails_leaves_what_stood_there(number, tmp_path, monkeypatch
 
 
 def test_reasons_are_told_with_a_remedy():
-    assert files.explain(OSError(errno.ENOSPC, "x", "/a/b")) == (
+    assert explain_system_error(OSError(errno.ENOSPC, "x", "/a/b")) == (
         "no space left on the device (/a/b): free space there, or use another folder (exp_manager.exp_dir)"
     )
-    assert files.explain(OSError(errno.EROFS, "x", b"/a")).startswith("the file system is read-only (/a): have it")
-    assert files.explain(OSError(errno.EROFS, "x")).startswith("the file system is read-only: have it mounted")
-    assert files.explain(OSError(errno.ENXIO, "x", "/a")).startswith("No such device or address (/a): see that")
-    assert files.explain(ValueError("told")) == "told"
-    assert files.explain(KeyError()) == "KeyError"
+    assert explain_system_error(OSError(errno.EROFS, "x", b"/a")).startswith(
+        "the file system is read-only (/a): have it"
+    )
+    assert explain_system_error(OSError(errno.EROFS, "x")).startswith("the file system is read-only: have it mounted")
+    assert explain_system_error(OSError(errno.ENXIO, "x", "/a")).startswith("No such device or address (/a): see that")
+    assert explain_system_error(ValueError("told")) == "told"
+    assert explain_system_error(KeyError()) == "KeyError"
 
 
 def test_the_first_error_of_the_system_is_the_reason():
@@ -341,10 +343,12 @@ def test_the_first_error_of_the_system_is_the_reason():
         except OSError:
             raise RuntimeError("unexpected position 64")  # noqa: B904
     except RuntimeError as error:
-        assert files.explain(error).startswith("a file would be larger than the limit: raise it with `ulimit -f`")
+        assert explain_system_error(error).startswith(
+            "a file would be larger than the limit: raise it with `ulimit -f`"
+        )
 
 
 def test_a_real_full_device_is_named():
     with pytest.raises(OSError) as error:
         files.write_durably("/dev/full", b"x" * 100)
-    assert files.explain(error.value).startswith("no space left on the device")
+    assert explain_system_error(error.value).startswith("no space left on the device")
