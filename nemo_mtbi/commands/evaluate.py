@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_mtbi.evaluation.answers import Unit, load_answers, load_divergences, save_answers
-from nemo_mtbi.evaluation.figures import Answered, Asked, Resampling
+from nemo_mtbi.evaluation.figures import AnsweredSet, Resampling, SystemAnswers
 from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.items import BARE, Divergence, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.load import Loader
@@ -143,7 +143,7 @@ def _run(config: EvalConfig, sets: Sequence[EvalSet], loader: Loader, folder: Pa
     if not groups.is_global_first():
         return None
     answered = [
-        Answered(chosen, _collect(config, chosen, loader, folder), _bare(config, chosen, loader, folder))
+        AnsweredSet(chosen, _collect(config, chosen, loader, folder), _bare(config, chosen, loader, folder))
         for chosen in sets
     ]
     if speeds:
@@ -267,7 +267,7 @@ def _in_chunks(chunks: _Chunks, items: Sequence[Item], system: TextSystem, speed
     return results
 
 
-def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) -> dict[str, Asked]:
+def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) -> dict[str, SystemAnswers]:
     """Return all answers to a set by system, read from disk: those of earlier runs are nowhere else."""
     systems = {}
     for name in config.systems:
@@ -286,7 +286,7 @@ def _collect(config: EvalConfig, chosen: EvalSet, loader: Loader, folder: Path) 
                 replies += mine
             seeds.append(replies)
         if items:
-            systems[name] = Asked(items, seeds)
+            systems[name] = SystemAnswers(items, seeds)
     return systems
 
 

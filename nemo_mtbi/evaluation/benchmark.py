@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.data.behaviors import custom_value, transcript
-from nemo_mtbi.evaluation.figures import Answered, Asked, Resampling
+from nemo_mtbi.evaluation.figures import AnsweredSet, Resampling, SystemAnswers
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, check_references, metrics_of
 from nemo_mtbi.evaluation.questions import questions
 from nemo_mtbi.evaluation.results import collect_results
@@ -67,7 +67,7 @@ def benchmark_set(cuts: Iterable[Cut], pool: TaskPool, seed: int) -> EvalSet:
     return chosen
 
 
-def run_benchmark(speech: TextSystem, text: TextSystem, chosen: EvalSet, progress: bool = True) -> Answered:
+def run_benchmark(speech: TextSystem, text: TextSystem, chosen: EvalSet, progress: bool = True) -> AnsweredSet:
     """Answer every question from the transcript and from the speech, all in one batch of requests.
 
     Args:
@@ -93,7 +93,7 @@ def run_benchmark(speech: TextSystem, text: TextSystem, chosen: EvalSet, progres
         slots = text.slots(chosen.clips)
         seeds[TEXT] = text.ask(slots, requests, "raise", lambda n: bar.advance(lines["text"], n))
         seeds[SPEECH] = speech.ask(frames, requests, "raise", lambda n: bar.advance(lines["speech"], n))
-    return Answered(chosen, {name: Asked(chosen.items, [seeds[name]]) for name in (SPEECH, TEXT)}, {})
+    return AnsweredSet(chosen, {name: SystemAnswers(chosen.items, [seeds[name]]) for name in (SPEECH, TEXT)}, {})
 
 
 def benchmark_config(title: str, nemo: Path, llm: str | None = None) -> EvalConfig:
@@ -109,7 +109,7 @@ def benchmark_config(title: str, nemo: Path, llm: str | None = None) -> EvalConf
     return EvalConfig(str(nemo.parent), title, systems, {}, compare_with=SPEECH)
 
 
-def benchmark_results(config: EvalConfig, answered: Answered, seed: int, train: TrainingRecord) -> dict[str, Any]:
+def benchmark_results(config: EvalConfig, answered: AnsweredSet, seed: int, train: TrainingRecord) -> dict[str, Any]:
     """Return ``results.json`` of a training: that of an evaluation, with a summary and the facts of the training.
 
     Args:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_mtbi.evaluation.figures import Answered
+from nemo_mtbi.evaluation.figures import AnsweredSet
 from nemo_mtbi.evaluation.items import Clip
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.io.display import printable
@@ -49,18 +49,18 @@ class Example:
         return exact(self.text, self.speech) == 1.0
 
 
-def speech_system(answered: Answered, config: EvalConfig) -> str | None:
+def speech_system(answered: AnsweredSet, config: EvalConfig) -> str | None:
     """Return the first speech system that answered, or None."""
     return next((name for name in answered.systems if config.systems[name].kind == "speech"), None)
 
 
-def examples_of(answered: Answered, config: EvalConfig) -> list[Example]:
+def examples_of(answered: AnsweredSet, config: EvalConfig) -> list[Example]:
     """Return all questions of a set as examples, with the answers of the first seed; none without a speech system."""
     speech = speech_system(answered, config)
     if speech is None:
         return []
     text = config.text_of(speech)
-    replies = {name: asked.answers(0) for name, asked in answered.systems.items()}
+    replies = {name: given.answers(0) for name, given in answered.systems.items()}
     examples = []
     for index, item in enumerate(answered.systems[speech].items):
         answers = {name: texts[index] for name, texts in replies.items()}

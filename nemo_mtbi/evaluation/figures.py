@@ -28,7 +28,7 @@ from nemo_mtbi.metrics.tally import Tally, mean, mean_tally, pooled
 
 
 @dataclass(frozen=True)
-class Asked:
+class SystemAnswers:
     """The answers of a system to some questions.
 
     Attributes:
@@ -39,20 +39,20 @@ class Asked:
     items: Sequence[Item]
     seeds: Sequence[Sequence[Reply]]
 
-    def where(self, keep: Callable[[Item], bool]) -> Asked:
+    def where(self, keep: Callable[[Item], bool]) -> SystemAnswers:
         """Return the questions that pass, with their answers."""
         kept = [index for index, item in enumerate(self.items) if keep(item)]
-        return Asked([self.items[i] for i in kept], [[replies[i] for i in kept] for replies in self.seeds])
+        return SystemAnswers([self.items[i] for i in kept], [[replies[i] for i in kept] for replies in self.seeds])
 
-    def in_group(self, group: str) -> Asked:
+    def in_group(self, group: str) -> SystemAnswers:
         """Return the questions of one group, with their answers."""
         return self.where(lambda item: item.group == group)
 
-    def of_task(self, task: str) -> Asked:
+    def of_task(self, task: str) -> SystemAnswers:
         """Return the questions of one task, with their answers."""
         return self.where(lambda item: item.task == task)
 
-    def scored(self) -> Asked:
+    def scored(self) -> SystemAnswers:
         """Return the questions that have a right answer and a metric, with their answers."""
         return self.where(lambda item: item.reference is not None and bool(item.metrics))
 
@@ -142,8 +142,8 @@ def over_seeds(tallies: Sequence[Tally]) -> dict[str, Any]:
 
 def describe(
     chosen: EvalSet,
-    asked: Asked,
-    text: Asked | None,
+    own: SystemAnswers,
+    text: SystemAnswers | None,
     bare: Sequence[str] | None,
     resampling: Resampling,
     in_tasks: bool = True,
@@ -152,34 +152,34 @@ def describe(
 
     Args:
         chosen: The set.
-        asked: The answers.
+        own: The answers of the system.
         text: The answers of the text system to the same questions; None where there is none.
         bare: Its answers to the bare transcript of each question; None likewise.
         resampling: Of intervals.
         in_tasks: Whether to add the figures of each task.
     """
-    utterances = [chosen.clips[item.clip].id for item in asked.items]
-    figures: dict[str, Any] = {"n": len(asked.items), "utterances": len(set(utterances)), "seeds": len(asked.seeds)}
-    replies = [reply for seed in asked.seeds for reply in seed]
+    utterances = [chosen.clips[item.clip].id for item in own.items]
+    figures: dict[str, Any] = {"n": len(own.items), "utterances": len(set(utterances)), "seeds": len(own.seeds)}
+    replies = [reply for seed in own.seeds for reply in seed]
     figures["truncated"] = sum(reply.truncated for reply in replies)
     figures["unheard"] = sum(reply.unheard is not None for reply in replies)
     figures["tokens"] = sum(reply.tokens for reply in replies)
     figures["empty"] = sum(not reply.answer.strip() for reply in replies)
-    figures |= _scores(chosen, asked, text, resampling)
+    figures |= _scores(chosen, own, text, resampling)
     if text is not None:
-        figures |= _behavior(utterances, asked, text, bare, resampling)
+        figures |= _behavior(utterances, own, text, bare, resampling)
     if in_tasks:
-        figures |= _transcription(chosen, asked, resampling)
+        figures |= _transcription(chosen, own, resampling)
         figures["tasks"] = {}
-        for task in sorted({item.task for item in asked.items}):
-            mine, twin = asked.of_task(task), text and text.of_task(task)
+        for task in sorted({item.task for item in own.items}):
+            mine, twin = own.of_task(task), text and text.of_task(task)
             figures["tasks"][task] = describe(chosen, mine, twin, None, resampling, in_tasks=False)
     return figures
 
 
-def _scores(chosen: EvalSet, asked: Asked, text: Asked | None, resampling: Resampling) -> dict[str, Any]:
+def _scores(chosen: EvalSet, own: SystemAnswers, text: SystemAnswers | None, resampling: Resampling) -> dict[str, Any]:
     """Return the figures that need right answers."""
-    scored = asked.scored()
+    scored = own.scored()
     figures: dict[str, Any] = {"n_scored": len(scored.items), "metrics": {}}
     if not scored.items:
         return figures
@@ -208,7 +208,7 @@ def _scores(chosen: EvalSet, asked: Asked, text: Asked | None, resampling: Resam
     return figures
 
 
-def _metric(chosen: EvalSet, scored: Asked, name: str, resampling: Resampling) -> dict[str, Any]:
+def _metric(chosen: EvalSet, scored: SystemAnswers, name: str, resampling: Resampling) -> dict[str, Any]:
     """Return the figure of one metric over the items that name it."""
     part = scored.where(lambda item: name in item.metrics)
     where = [chosen.clips[item.clip].id for item in part.items]
@@ -216,9 +216,9 @@ def _metric(chosen: EvalSet, scored: Asked, name: str, resampling: Resampling) -
     return figure(tallies, where, resampling) | {"abstained": sum(tally.abstentions for tally in tallies)}
 
 
-def _transcription(chosen: EvalSet, asked: Asked, resampling: Resampling) -> dict[str, Any]:
+def _transcription(chosen: EvalSet, own: SystemAnswers, resampling: Resampling) -> dict[str, Any]:
     """Return the error rates of the answers that should be the transcript; nothing where there are none."""
-    part = asked.where(lambda item: is_transcription(item, chosen.clips[item.clip].transcript))
+    part = own.where(lambda item: is_transcription(item, chosen.clips[item.clip].transcript))
     if not part.items:
         return {}
     where = [chosen.clips[item.clip].id for item in part.items]
@@ -227,11 +227,11 @@ def _transcription(chosen: EvalSet, asked: Asked, resampling: Resampling) -> dic
     return {"transcription": {name: figure(tallies, where, resampling) for name, tallies in rates.items()}}
 
 
-def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]]:
+def wording_scores(own: SystemAnswers, rights: Sequence[Tally]) -> list[dict[str, Any]]:
     """Return the share of right answers under each wording of each task, over all seeds."""
     points: dict[tuple[str, str], list[float]] = {}
     for tally in rights:
-        for item, value in zip(asked.items, tally.rows[:, 0], strict=True):
+        for item, value in zip(own.items, tally.rows[:, 0], strict=True):
             points.setdefault((item.task, item.prompt), []).append(value)
     return [
         {"task": task, "prompt": prompt, "right": math.fsum(values) / len(values)}
@@ -240,22 +240,26 @@ def wording_scores(asked: Asked, rights: Sequence[Tally]) -> list[dict[str, Any]
 
 
 def _behavior(
-    utterances: Sequence[str], asked: Asked, text: Asked, bare: Sequence[str] | None, resampling: Resampling
+    utterances: Sequence[str],
+    own: SystemAnswers,
+    text: SystemAnswers,
+    bare: Sequence[str] | None,
+    resampling: Resampling,
 ) -> dict[str, Any]:
     """Return the figures against the answers to the text; they need no right answers."""
-    pairs = [(text.answers(seed), asked.answers(seed)) for seed in range(len(asked.seeds))]
+    pairs = [(text.answers(seed), own.answers(seed)) for seed in range(len(own.seeds))]
     figures = {
         "agreement": figure([agreement(*pair) for pair in pairs], utterances, resampling),
         "token_f1": figure([text_f1(*pair) for pair in pairs], utterances, resampling),
     }
-    measured = [[_divergence(reply) for reply in replies] for replies in asked.seeds]
-    compared = [i for i in range(len(asked.items)) if all(pairs[i] is not None for pairs in measured)]
+    measured = [[_divergence(reply) for reply in replies] for replies in own.seeds]
+    compared = [i for i in range(len(own.items)) if all(pairs[i] is not None for pairs in measured)]
     if compared:
         known = [[pair for i in compared if (pair := pairs[i]) is not None] for pairs in measured]
         kls = [mean_kl([kl for kl, _ in pairs], [tokens for _, tokens in pairs]) for pairs in known]
         figures["mean_kl"] = figure(kls, [utterances[i] for i in compared], resampling)
-    if bare is not None and any(item.prompt for item in asked.items):
-        prompted = [index for index, item in enumerate(asked.items) if item.prompt]
+    if bare is not None and any(item.prompt for item in own.items):
+        prompted = [index for index, item in enumerate(own.items) if item.prompt]
         unprompted = [bare[i] for i in prompted]
         biases = [anchor_bias([a[i] for i in prompted], unprompted, [b[i] for i in prompted]) for a, b in pairs]
         figures["anchor_bias"] = figure(biases, [utterances[i] for i in prompted], resampling)
@@ -271,7 +275,7 @@ def _divergence(reply: Reply) -> tuple[float, int] | None:
 
 def comparisons(
     chosen: EvalSet,
-    systems: Mapping[str, Asked],
+    systems: Mapping[str, SystemAnswers],
     pairs: Sequence[tuple[str, str]],
     texts: Mapping[str, str | None],
     resampling: Resampling,
@@ -314,7 +318,7 @@ def _corrected(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
 
 def _compared(
     chosen: EvalSet,
-    systems: Mapping[str, Asked],
+    systems: Mapping[str, SystemAnswers],
     pair: tuple[str, str],
     group: str,
     measure: str,
@@ -344,21 +348,21 @@ def _compared(
     return {**row, "p": result.p_value, "exact": result.exact}
 
 
-def _agreements(asked: Asked, text: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
-    if not asked.items:
+def _agreements(own: SystemAnswers, text: SystemAnswers) -> tuple[Sequence[Item], list[Tally]] | None:
+    if not own.items:
         return None
-    return asked.items, [agreement(text.answers(seed), asked.answers(seed)) for seed in range(len(asked.seeds))]
+    return own.items, [agreement(text.answers(seed), own.answers(seed)) for seed in range(len(own.seeds))]
 
 
-def _rights(asked: Asked) -> tuple[Sequence[Item], list[Tally]] | None:
-    scored = asked.scored()
+def _rights(own: SystemAnswers) -> tuple[Sequence[Item], list[Tally]] | None:
+    scored = own.scored()
     if not scored.items or not all(is_share(item.metrics[0]) for item in scored.items):
         return None
     return scored.items, [right(score(scored.items, scored.answers(seed))) for seed in range(len(scored.seeds))]
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredSet:
     """A set with all answers to it.
 
     Attributes:
@@ -368,5 +372,5 @@ class Answered:
     """
 
     chosen: EvalSet
-    systems: Mapping[str, Asked]
+    systems: Mapping[str, SystemAnswers]
     bare: Mapping[str, Mapping[int, str]]

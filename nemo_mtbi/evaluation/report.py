@@ -21,7 +21,7 @@ from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.evaluation import charts
 from nemo_mtbi.evaluation.charts import Point
 from nemo_mtbi.evaluation.examples import Example, displayed, examples_of, pick_examples, speech_system
-from nemo_mtbi.evaluation.figures import Answered
+from nemo_mtbi.evaluation.figures import AnsweredSet
 from nemo_mtbi.evaluation.items import Clip, load_clip
 from nemo_mtbi.evaluation.settings import EvalConfig
 from nemo_mtbi.evaluation.tables import (
@@ -69,7 +69,9 @@ class ChartFigure:
             self.charts.append({"title": title, "svg": svg})
 
 
-def render_report(results: Mapping[str, Any], curves: Curves, answered: Sequence[Answered], config: EvalConfig) -> str:
+def render_report(
+    results: Mapping[str, Any], curves: Curves, answered: Sequence[AnsweredSet], config: EvalConfig
+) -> str:
     """Return the report as HTML.
 
     Args:
@@ -112,7 +114,9 @@ def _systems(systems: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _set(results: Mapping[str, Any], palette: Mapping[str, int], part: Answered, config: EvalConfig) -> dict[str, Any]:
+def _set(
+    results: Mapping[str, Any], palette: Mapping[str, int], part: AnsweredSet, config: EvalConfig
+) -> dict[str, Any]:
     """Return the values of one section."""
     name, systems = part.chosen.name, results["systems"]
     about = results["sets"][name]

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from nemo_mtbi.evaluation.curves import read_curves
-from nemo_mtbi.evaluation.figures import Answered, Resampling, comparisons, describe, score
+from nemo_mtbi.evaluation.figures import AnsweredSet, Resampling, comparisons, describe, score
 from nemo_mtbi.evaluation.files import rounded, write_json, write_text
 from nemo_mtbi.evaluation.items import EvalSet, Item, find_metric
 from nemo_mtbi.evaluation.report import render_report
@@ -73,7 +73,7 @@ def is_evaluation(folder: Path) -> bool:
 
 
 def write_evaluation(
-    config: EvalConfig, answered: Sequence[Answered], folder: Path, resampling: Resampling, console: Console
+    config: EvalConfig, answered: Sequence[AnsweredSet], folder: Path, resampling: Resampling, console: Console
 ) -> Path:
     """Write ``predictions.jsonl``, ``results.json``, ``results.md`` and ``report.html``; print the table.
 
@@ -117,7 +117,7 @@ def _curves(config: EvalConfig) -> dict[str, Any]:
     return curves
 
 
-def collect_results(config: EvalConfig, answered: Sequence[Answered], resampling: Resampling) -> dict[str, Any]:
+def collect_results(config: EvalConfig, answered: Sequence[AnsweredSet], resampling: Resampling) -> dict[str, Any]:
     """Return all figures as one JSON value, the content of ``results.json``."""
     systems = {}
     for name, system in config.systems.items():
@@ -127,7 +127,7 @@ def collect_results(config: EvalConfig, answered: Sequence[Answered], resampling
     return {"title": config.title, "systems": systems, "sets": sets, "not_measured": list(NOT_MEASURED)}
 
 
-def _set_figures(config: EvalConfig, part: Answered, resampling: Resampling) -> dict[str, Any]:
+def _set_figures(config: EvalConfig, part: AnsweredSet, resampling: Resampling) -> dict[str, Any]:
     chosen, notes = part.chosen, list(part.chosen.notes)
     missing = [name for name in config.systems if name not in part.systems and chosen.items]
     if missing:
@@ -162,7 +162,7 @@ def points_of(item: Item, answer: str) -> float | None:
     return score([item], [answer]).items[0]
 
 
-def _prediction_lines(config: EvalConfig, answered: Sequence[Answered]) -> Iterator[str]:
+def _prediction_lines(config: EvalConfig, answered: Sequence[AnsweredSet]) -> Iterator[str]:
     for part in answered:
         for name in config.systems:
             if name not in part.systems:

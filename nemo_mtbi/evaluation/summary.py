@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_mtbi.evaluation.figures import Answered, Asked, Resampling, describe
+from nemo_mtbi.evaluation.figures import AnsweredSet, Resampling, SystemAnswers, describe
 from nemo_mtbi.evaluation.items import Item
 from nemo_mtbi.evaluation.questions import GROUPS, NEW_TASKS, SEEN
 from nemo_mtbi.metrics.corpus import ERROR_KINDS, SCORERS, cer, normalize, wer
@@ -18,7 +18,7 @@ from nemo_mtbi.metrics.corpus import ERROR_KINDS, SCORERS, cer, normalize, wer
 _VALUES_ONLY = Resampling(1)  # intervals are not read here
 
 
-def summary(answered: Answered, figures: Mapping[str, Any], speech: str, text: str) -> dict[str, Any]:
+def summary(answered: AnsweredSet, figures: Mapping[str, Any], speech: str, text: str) -> dict[str, Any]:
     """Return the keys ``transcription``, ``behavior`` and ``tasks`` of ``results.json``.
 
     ``transcription``: ``wer`` of the speech answers of the transcription task (scored by WER or CER, seen wordings)
@@ -63,7 +63,7 @@ def _value(figures: Mapping[str, Any] | None, key: str) -> float | None:
     return figures[key]["value"] if figures and key in figures else None
 
 
-def _task(task: str, answered: Answered, figures: Mapping[str, Any], speech: str, text: str) -> dict[str, Any]:
+def _task(task: str, answered: AnsweredSet, figures: Mapping[str, Any], speech: str, text: str) -> dict[str, Any]:
     mine, reference = (answered.systems[name].of_task(task) for name in (speech, text))
     groups = [group for group in GROUPS if any(item.group == group for item in mine.items)]
     pooled = [
@@ -80,7 +80,7 @@ def _scoring(item: Item) -> str:
     return next(name for name in item.metrics if name in SCORERS)
 
 
-def _transcription(answered: Answered, speech: Asked) -> dict[str, Any]:
+def _transcription(answered: AnsweredSet, speech: SystemAnswers) -> dict[str, Any]:
     said, written, kinds = [], [], set()
     for item, answer in zip(speech.items, speech.answers(0), strict=True):
         transcript = answered.chosen.clips[item.clip].transcript or ""

@@ -26,7 +26,7 @@ class Audio:
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenConversation:
     """A conversation whose last turn waits for its answer.
 
     Attributes:
@@ -38,7 +38,7 @@ class Open:
     answers: tuple[str, ...]
 
 
-def read_messages(messages: Sequence[Message]) -> Open:
+def read_messages(messages: Sequence[Message]) -> OpenConversation:
     """Return the conversation of messages as chat templates of Hugging Face have them.
 
     Raises:
@@ -58,7 +58,7 @@ def read_messages(messages: Sequence[Message]) -> Open:
     answers = [" ".join(map(str, contents)) for contents in said[1::2]]
     if any(isinstance(content, Audio) for contents in said[1::2] for content in contents):
         raise ValueError("the assistant speaks in a conversation: answers are text")
-    return Open(tuple(said[::2]), tuple(answers))
+    return OpenConversation(tuple(said[::2]), tuple(answers))
 
 
 def _contents(content: Any) -> Iterator[str | Audio]:

@@ -18,7 +18,7 @@ from nemo_mtbi.parallel.agreement import agreed
 from nemo_mtbi.speech_llm.model import SpeechLLM
 
 
-class Asking:
+class GenerationMixin:
     """Answers of a model, to utterances and to conversations."""
 
     speech_llm: SpeechLLM

@@ -30,7 +30,7 @@ from nemo_mtbi.llm.decoder import check_training
 from nemo_mtbi.llm.full_finetune import build_llm_optimizer
 from nemo_mtbi.llm.lora import set_merged
 from nemo_mtbi.models import profiling
-from nemo_mtbi.models.generation import Asking
+from nemo_mtbi.models.generation import GenerationMixin
 from nemo_mtbi.models.loaders import build_loader
 from nemo_mtbi.models.optimizers import OPTIMIZERS, check_optimizers, names
 from nemo_mtbi.models.resuming import RUN, check_resume, describe_run
@@ -46,7 +46,7 @@ from nemo_mtbi.register import register
 from nemo_mtbi.speech_llm.trainable import TRAINABLE_PARTS, check_shapes, part_tensors
 
 
-class MTBIModel(Asking, TrainingSteps):
+class MTBIModel(GenerationMixin, TrainingSteps):
     """A speech LLM trained by multi-task behavior imitation (arXiv 2505.18644).
 
     Args:

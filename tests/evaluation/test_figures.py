@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_mtbi.evaluation.figures import Asked, Resampling, comparisons, describe, right, score
+from nemo_mtbi.evaluation.figures import Resampling, SystemAnswers, comparisons, describe, right, score
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply, check_references, metrics_of
 from nemo_mtbi.metrics.scorers import score as score_of
 from nemo_mtbi.targets.tasks import Task
@@ -21,7 +21,7 @@ def items(reference="yes", prompts=("p", "q")):
 
 
 def asked(questions, *seeds):
-    return Asked(questions, [[Reply(answer, 2, False) for answer in answers] for answers in seeds])
+    return SystemAnswers(questions, [[Reply(answer, 2, False) for answer in answers] for answers in seeds])
 
 
 QUESTIONS = items()
@@ -99,7 +99,7 @@ def test_a_set_without_references_has_behavior_and_no_score():
 
 def test_order_of_the_items_changes_no_figure():
     order = [5, 0, 7, 2, 1, 6, 3, 4]
-    turned = [Asked([a.items[i] for i in order], [[a.seeds[0][i] for i in order]]) for a in (SPEECH, TEXT)]
+    turned = [SystemAnswers([a.items[i] for i in order], [[a.seeds[0][i] for i in order]]) for a in (SPEECH, TEXT)]
     assert describe(CHOSEN, *turned, None, FEW) == describe(CHOSEN, SPEECH, TEXT, None, FEW)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_mtbi.evaluation.figures import Answered, Asked, Resampling
+from nemo_mtbi.evaluation.figures import AnsweredSet, Resampling, SystemAnswers
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply
 from nemo_mtbi.evaluation.report import render_report
 from nemo_mtbi.evaluation.results import collect_results
@@ -47,8 +47,10 @@ def answered(tmp_path):
     clips = [Clip(f"u{index}", path, EVIL) for index, path in enumerate(paths)]
     items = [Item(clip, "t", "seen", prompt, ("exact",), "a") for clip in range(3) for prompt in (EVIL, "q")]
     replies = {"small": "abcaaa", "large": "aaaaab", "text": "aaaaaa"}
-    systems = {n: Asked(items, [[Reply(x if x != "b" else EVIL, 1, False) for x in a]]) for n, a in replies.items()}
-    return Answered(EvalSet("s", clips, items, {EVIL: 2}, (EVIL,)), systems, {})
+    systems = {
+        n: SystemAnswers(items, [[Reply(x if x != "b" else EVIL, 1, False) for x in a]]) for n, a in replies.items()
+    }
+    return AnsweredSet(EvalSet("s", clips, items, {EVIL: 2}, (EVIL,)), systems, {})
 
 
 def config(**changes):
@@ -105,7 +107,7 @@ def test_without_hours_or_logs_there_is_no_such_plot(answered):
 
 def test_without_a_text_system_there_are_scores_and_no_behavior(answered):
     alone = EvalConfig("out", systems={"small": SystemConfig(nemo="s.nemo")}, sets={}, compare_with="small")
-    part = Answered(answered.chosen, {"small": answered.systems["small"]}, {})
+    part = AnsweredSet(answered.chosen, {"small": answered.systems["small"]}, {})
     found = collect_results(alone, [part], Resampling(50))["sets"]["s"]["systems"]["small"]["seen"]
     assert found["right"]["value"] == pytest.approx(4 / 6) and "agreement" not in found
     assert "Examples" in render_report(collect_results(alone, [part], Resampling(50)), {}, [part], alone)
@@ -120,8 +122,8 @@ def test_names_of_systems_sets_and_utterances_stay_text(answered):
     chosen = answered.chosen
     clips = [Clip(clip.id + evil, clip.audio, clip.transcript) for clip in chosen.clips]
     items = [Item(x.clip, evil, evil, x.prompt, x.metrics, evil) for x in chosen.items]
-    given = {f"{name}{evil}": Asked(items, asked.seeds) for name, asked in answered.systems.items()}
-    part = Answered(EvalSet(evil, clips, items, {}, ()), given, {})
+    given = {f"{name}{evil}": SystemAnswers(items, asked.seeds) for name, asked in answered.systems.items()}
+    part = AnsweredSet(EvalSet(evil, clips, items, {}, ()), given, {})
     curves = {f"large{evil}": {"val_agreement": [[(1, 0.1), (2, 0.5)]]}}
     page = render_report(collect_results(hostile, [part], Resampling(50)), curves, [part], hostile)
     tree = Tree()

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nemo_mtbi.evaluation.benchmark import SET, SPEECH, TEXT, TrainingRecord, benchmark_config, benchmark_results
 from nemo_mtbi.evaluation.examples import examples_markdown, examples_of, pick_examples
-from nemo_mtbi.evaluation.figures import Answered, Asked
+from nemo_mtbi.evaluation.figures import AnsweredSet, SystemAnswers
 from nemo_mtbi.evaluation.files import write_json
 from nemo_mtbi.evaluation.items import Clip, EvalSet, Item, Reply, metrics_of
 from nemo_mtbi.evaluation.terminal import print_summary
@@ -58,8 +58,8 @@ def answered(rows):
     ]
     named = [Clip(f"{name}, {said}" if several[name] > 1 else name, Path("x.wav"), said) for name, said in clips]
     replies = {SPEECH: [row.speech for row in rows], TEXT: [row.text for row in rows]}
-    systems = {name: Asked(items, [[Reply(x, 1, False) for x in texts]]) for name, texts in replies.items()}
-    return Answered(EvalSet(SET, named, items), systems, {})
+    systems = {name: SystemAnswers(items, [[Reply(x, 1, False) for x in texts]]) for name, texts in replies.items()}
+    return AnsweredSet(EvalSet(SET, named, items), systems, {})
 
 
 def summarize(rows, **record):
