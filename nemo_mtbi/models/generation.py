@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is asked."""
+"""Answers of a restored or trained model: `generate` for utterances, `converse` for conversations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GenerationMixin:
     config: ModelConfig
 
     def responder(self) -> Responder:
-        """Answers with this model."""
+        """Return a responder with this model, its chat format and its decoding parameters."""
         return Responder(self.speech_llm, self.chat, self.config.generation)
 
     def generate(
@@ -35,7 +35,7 @@ class GenerationMixin:
         prompts: Sequence[str] | str,
         sample_rate: int = 16000,
     ) -> list[str]:
-        """Answers to spoken utterances.
+        """Return answers to spoken utterances.
 
         Args:
             audio: paths, or arrays ``[n]``, ``[channels, n]`` or ``[n, channels]`` at ``sample_rate``; any rate,
@@ -55,7 +55,7 @@ class GenerationMixin:
         return self.responder().speech(samples, list(zip(prompts, range(len(samples)), strict=True)))
 
     def converse(self, conversations: Sequence[Sequence[Message]], sample_rate: int = 16000) -> list[str]:
-        """Answers to the last turn of conversations: several turns, several audios or none.
+        """Return answers to the last turn of conversations: several turns, several audios or none.
 
         Args:
             conversations: lists of messages ``{role, content}``, user and assistant in turn, the user last. A content
@@ -63,7 +63,7 @@ class GenerationMixin:
             sample_rate: of arrays, in hertz; files know theirs.
 
         Raises:
-            ValueError: for what is no conversation, an LLM that knows single turns only, or audio as in
+            ValueError: for what is not a conversation, an LLM that knows single turns only, or audio as in
                 :meth:`generate`.
         """
         return answer(self.responder(), conversations, lambda sources: self._samples(sources, sample_rate))

@@ -56,7 +56,7 @@ def build_loader(model: SpeechModel, section: DictConfig, train: bool) -> Replic
 
 
 def _build_checked(given: Mapping[str, Any], dataset: MTBIDataset, **options: Any) -> Any:
-    """Build the loader of cuts that are as they were written, where that can be told; on a reader."""
+    """Build the loader of cuts checked to be as they were written, where that is known; on a reader."""
     for key in ("cuts_path", "input_cfg"):
         paths = given.get(key)
         for path in paths if isinstance(paths, (list, tuple)) else [paths]:

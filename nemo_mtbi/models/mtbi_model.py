@@ -95,7 +95,7 @@ class MTBIModel(GenerationMixin, TrainingSteps):
         self._llm_moments: dict | None = None  # the same
         self.llm_optimizer: LlmOptimizer | None = None  # within a fit, if the LLM trains
         self.run_settings: dict | None = None  # of the training that are not the model's, for its checkpoints
-        self.wants_to_stop: Callable[[], bool] = lambda: False  # asked before each step, on every process
+        self.wants_to_stop: Callable[[], bool] = lambda: False  # called before each step, on every process
         if not restoring:  # the data may be elsewhere
             if data["train_ds"] is not None:
                 self.setup_training_data(data["train_ds"])
@@ -189,7 +189,7 @@ class MTBIModel(GenerationMixin, TrainingSteps):
 
     @property
     def agreed_to_stop(self) -> bool:
-        """Whether some process had been asked to stop when the step in hand was read; the same on all of them."""
+        """Whether some process had a request to stop when the step in hand was read; the same on all of them."""
         return self.train_dataloader().stop_requested
 
     @property

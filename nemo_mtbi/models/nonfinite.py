@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose fault a NaN or Inf is."""
+"""Attribution of a NaN or Inf in loss or gradient to the cuts of a step."""
 
 from __future__ import annotations
 

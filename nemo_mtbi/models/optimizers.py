@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which optimizer a checkpoint belongs to."""
+"""Check that the optimizers of a run are those of its checkpoint."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def step_maker(model: SpeechModel, rows: int = 1) -> StepMaker:
 
 @dataclass
 class ProfilingBatch:
-    """What :func:`oomptimizer_schema` describes: noise in the place of utterances and answers.
+    """Batch that :func:`oomptimizer_schema` describes: noise in the place of utterances and answers.
 
     Attributes:
         audio: ``[U, N]`` samples.
@@ -115,7 +115,7 @@ def profile_step(model: SpeechModel, batch: ProfilingBatch, rows: int = 1) -> Te
 
 
 def largest(fits: Callable[[int], bool], start: int = 8, tolerance: float = 0.05) -> int:
-    """Return the largest size that fits, found by doubling and then halving the gap.
+    """Return the largest size that fits, searched by doubling and then halving the gap.
 
     Args:
         fits: whether a size does; every size below one that fits fits too.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What validation says of a model."""
+"""Validation metrics: loss, agreement with the text LLM, word error rate."""
 
 from __future__ import annotations
 
