@@ -33,7 +33,7 @@ class SpeechModel(Protocol):
         llm_optimizer: the optimizer of the LLM's own weights, within a fit that trains them.
         expected_targets: provenance that targets must have.
         run_settings: settings of the training that are not the model's.
-        wants_to_stop: whether this process was asked to stop; called before each step.
+        wants_to_stop: whether this process has a request to stop; called before each step.
         trainer: Lightning's; ``None`` outside of a run.
     """
 
@@ -52,7 +52,7 @@ class SpeechModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the model."""
         ...
 
     @property

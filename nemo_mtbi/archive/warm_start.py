@@ -86,7 +86,7 @@ def _init_from(model: SpeechModel, path: Path, source: Mapping[str, Any], strict
 
 
 def _check_whole(stored: Mapping[str, Any], path: Path) -> None:
-    """Refuse a file that holds a trained LLM as a whole: what it has learned can't be told from what it was."""
+    """Refuse a file that holds a trained LLM as a whole: the change can't be separated from the original."""
     if stored.get("llm_was_trained"):
         raise ValueError(
             f"init_from_nemo_model: {path} is a full .nemo whose LLM has been trained: restore it, or unpack it (tar) "
