@@ -102,4 +102,4 @@ def answer(
         layouts.append(responder.chat.question(answered, turns[-1]))
     check_prompts(responder.model, layouts, sum(counts), responder.config)
     frames = responder.encode(samples) if samples else None
-    return [responder.chat.decode(found.ids) for found in responder.layouts(layouts, frames)]
+    return [responder.chat.decode(generated.ids) for generated in responder.layouts(layouts, frames)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the LLM's predictions where it hears are from those where it reads, token by token of an answer."""
+"""Divergence of the LLM's predictions from speech and from the transcript, at each token of a response."""
 
 from __future__ import annotations
 

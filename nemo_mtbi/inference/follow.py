@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a model replica asks, the others follow: for work that only one of them may write to disk."""
+"""One process of a replica sends requests, the others follow: for work that only one may write to disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_mtbi.inference.generate import Generated
 from nemo_mtbi.inference.respond import Responder
 from nemo_mtbi.parallel import groups
 
-PATIENT = "patient_replica"  # the leader may read for long, or wait for another run, before it asks
+PATIENT = "patient_replica"  # the leader may read for long, or wait for another run, before a request
 
 
 class Leader:

@@ -3,7 +3,7 @@
 
 Rows of different lengths are padded on the left and masked; rotary positions are relative, so a row answers in a batch
 as it answers alone. Under pipeline parallelism positions travel from stage to stage, the last stage picks the tokens
-and tells them to all, and every process of a model replica returns the same answers. Replicas share nothing.
+and broadcasts them, and every process of a model replica returns the same answers. Replicas share nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _run_layers(
     Args:
         model: the speech LLM.
         embeddings: ``[T, R, H]`` on the first stage, ``None`` on the others.
-        layout: ``[R, T]``, so that nobody has to be told the shape.
+        layout: ``[R, T]``, from which each process knows the shape.
         attention: mask ``[R, 1, T, keys]``.
         context: the cache of all layers of this process, which are numbered over the whole pipeline.
         has_speech: whether there may be speech among the positions.
@@ -192,7 +192,7 @@ def generate(
     """Return greedy answers to prompt layouts, in the order given.
 
     Under tensor or pipeline parallelism all processes of a model replica call it with the same arguments (except for
-    ``frames``), and each returns all answers. Other replicas may be asked something else, or nothing.
+    ``frames``), and each returns all answers. Other replicas may get other prompts, or none.
 
     Args:
         model: the speech LLM; put in ``eval()`` for the duration, with sequence parallelism off.
@@ -204,7 +204,7 @@ def generate(
 
     Raises:
         ValueError: if a prompt and its answer could pass the LLM's longest sequence, it points past ``frames``, or
-            the processes of a replica were asked differently. All of them raise.
+            the processes of a replica were given different arguments. All of them raise.
     """
     ends = frozenset([end_ids] if isinstance(end_ids, int) else end_ids)
     check_prompts(model, layouts, _agree_on_prompts(model, layouts, frames, ends, config), config)

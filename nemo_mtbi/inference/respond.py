@@ -93,7 +93,7 @@ class Responder:
 
         Args:
             audio: ``[n]`` samples of each utterance, at the encoder's rate. Each is encoded once.
-            requests: what is asked about which utterance.
+            requests: prompt, and index in ``audio`` of the utterance that it is about.
             progress: called with the number of rows answered.
 
         Raises:
