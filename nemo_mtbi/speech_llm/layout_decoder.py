@@ -25,7 +25,7 @@ Finish = Callable[[GPTDecoder, MicroBatch, Tensor], tuple[Tensor, Tensor]]
 
 
 class LayoutDecoder(nn.Module):
-    """The decoder behind layouts, frozen unless asked for. Alone it is the text LLM: its layouts hold token ids only.
+    """The decoder behind layouts, frozen unless configured to train. Alone it is the text LLM: layouts hold token ids.
 
     Args:
         decoder: the LLM, or this process's runs of its layers.
@@ -66,7 +66,7 @@ class LayoutDecoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder computes."""
+        """Device of the decoder."""
         return self.decoder.device
 
     def no_frames(self) -> Tensor:
@@ -107,7 +107,7 @@ class LayoutDecoder(nn.Module):
             microbatch = next(iterator)
             embeddings = self.embed(microbatch.layout, frames) if decoder.pre_process else None
             if self.llm_state.needs_gradients and embeddings is not None and not forward_only:
-                embeddings.requires_grad_()  # text alone does, if nothing in these layers learns
+                embeddings.requires_grad_()  # text alone does, if nothing in these layers trains
             hidden = decoder.hidden(embeddings, speech=speech_positions(decoder, microbatch.layout))  # [T, R, H]
             if not decoder.post_process:
                 return hidden, None

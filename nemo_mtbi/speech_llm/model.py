@@ -134,7 +134,7 @@ class SpeechLLM(LayoutDecoder):
 
         Returns:
             On the last stage ``[M, H]``, after the final norm, at the positions that ``MicroBatch.twin_index`` counts;
-            elsewhere, and if no row hears, ``[0, H]``.
+            elsewhere, and if no row has speech, ``[0, H]``.
 
         Raises:
             RuntimeError: if the rows came without twins.
