@@ -2,7 +2,7 @@
 """Speech against text in a few figures: a short view of the results of one speech system and its text system.
 
 Every figure is a mean over questions (micro average; one question is one utterance under one prompt), so a task counts
-by how often it was asked. The figures of each single task stand beside.
+by its number of questions. The figures of each single task stand beside.
 """
 
 from __future__ import annotations
