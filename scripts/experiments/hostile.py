@@ -191,10 +191,10 @@ def good_archives(folder: Path) -> dict[str, Good]:
     def encoded(path: Path) -> Any:
         return str(load_speech_encoder(path))
 
-    def asked(path: Path) -> Any:
+    def opened_recognizer(path: Path) -> Any:
         return str(load_asr_model(path).cfg)
 
-    opened = {"small": restored, "rich": restored, "full": restored, "tensors": asked, "encoder": encoded}
+    opened = {"small": restored, "rich": restored, "full": restored, "tensors": opened_recognizer, "encoder": encoded}
     return {name: Good(_files(folder / f"{name}.nemo"), how) for name, how in opened.items()}
 
 
@@ -237,16 +237,16 @@ def attack(folder: Path, count: int, seed: int) -> Counter:
         start = time.monotonic()
         with watch.watching():
             try:
-                told, outcome = goods[kind].opened(path), "opened"
+                text, outcome = goods[kind].opened(path), "opened"
             except (ValueError, RuntimeError) as error:
-                told, outcome = str(error), "refused"
+                text, outcome = str(error), "refused"
             except Exception as error:  # a raw error, which names neither file nor remedy
-                told, outcome = str(error), "raw"
+                text, outcome = str(error), "raw"
                 raws.append(f"{archive!r:.500} -> {type(error).__name__}: {error!s:.300} {_place(error)}")
         ran = canary.exists()
         canary.unlink(missing_ok=True)
         assert not ran and not watch.seen, f"code ran: {watch.seen}"
-        assert SECRET not in str(told), "a variable of the environment got out"
+        assert SECRET not in str(text), "a variable of the environment got out"
         assert set(os.listdir(folder)) == before, "files were written elsewhere"
         assert time.monotonic() - start < LONGEST, "it took too long"
         outcomes[kind, outcome] += 1

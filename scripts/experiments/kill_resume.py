@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole.go()
     share = 0.1 if args.kills == 1 else 1.5 / max(args.kills, 3)  # so that the last kill still finds the run at work
     longest = share * whole.seconds()
-    while (told := killed.go(None if kills == args.kills else KINDS[kills % 3], longest)) is not None:
+    while (ending := killed.go(None if kills == args.kills else KINDS[kills % 3], longest)) is not None:
         kills += 1
-        print(f"{args.layout}: kill {kills}, {told}", flush=True)
+        print(f"{args.layout}: kill {kills}, {ending}", flush=True)
     same = weights(args.out / "undisturbed") == weights(args.out / "killed")
     resumed = killed.log.read_text(errors="replace").count("resuming ·")
     print(
