@@ -3,7 +3,7 @@
 
 Megatron-core and Lightning want their groups to exist, also where a run has one process. A group of gloo has threads
 that poll, and one of NCCL holds memory of the GPU. A backend of this package is registered with ``torch.distributed``
-in their place. What it does not define is an error, so that no collective is wrong without a word.
+in their place. A collective that it does not define raises an error, so that none is silently wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class OneProcessGroup(_ProcessGroup):
         return BACKEND
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        """Wait for nobody."""
+        """Return at once: there is no other process to wait for."""
         return _Done()
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> dist.Work:
@@ -124,7 +124,7 @@ class OneProcessGroup(_ProcessGroup):
     all_to_all_single = alltoall_base
 
     def shutdown(self) -> None:
-        """Nothing to end."""
+        """Do nothing: the group has no thread and no connection."""
 
     abort = shutdown
 

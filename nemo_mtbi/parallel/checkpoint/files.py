@@ -50,7 +50,7 @@ CAUSES = {  # error number: cause and remedy
 
 @dataclass(frozen=True)
 class Marker:
-    """What stands in the marker of a whole checkpoint.
+    """Content of the marker file of a complete checkpoint.
 
     Attributes:
         step: optimizer steps taken.
@@ -247,7 +247,7 @@ def abandon(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint. It is moved away first, so that none is ever seen half gone."""
+    """Delete a checkpoint. It is moved away first, so that no partly deleted one is ever found."""
     removed = _in_saving(folder, _REMOVED)
     os.rename(folder, removed)
     shutil.rmtree(removed)

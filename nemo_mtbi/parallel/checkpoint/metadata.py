@@ -17,7 +17,7 @@ from nemo_mtbi.compat.torch import METADATA_CLASSES
 
 
 class _Unread:
-    """In the place of what Megatron's own writer adds to speed up its next save, and nobody needs to read."""
+    """Placeholder for objects that Megatron's writer stores to speed up its next save; they are not read."""
 
     def __init__(self, *args: Any): ...
 
@@ -25,7 +25,7 @@ class _Unread:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what describes tensors, and calls nothing else."""
+    """Unpickles descriptions of tensors only, so that a checkpoint cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)

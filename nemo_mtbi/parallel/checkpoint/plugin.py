@@ -142,7 +142,7 @@ class ShardedCheckpointIO(FinalizableCheckpointIO):
 
     @property
     def async_calls_queue(self) -> ShardedCheckpointIO:
-        """Where NeMo's ``AsyncFinalizerCallback`` asks how many saves go on."""
+        """Return this object: NeMo's ``AsyncFinalizerCallback`` reads the number of saves in progress from it."""
         return self
 
     def get_num_unfinalized_calls(self) -> int:
