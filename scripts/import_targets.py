@@ -118,7 +118,7 @@ def load_targets(paths: Iterable[Path], counts: Counter) -> dict[str, list[dict]
     """The behaviors of each cut, in the order of the lines.
 
     Raises:
-        ValueError: if a line is malformed or asks the same of the same cut again; the message names file and line.
+        ValueError: if a line is malformed or repeats a question about a cut; the message names file and line.
     """
     targets: dict[str, list[dict]] = {}
     places: dict[tuple[str, str, str], str] = {}
@@ -151,7 +151,7 @@ def survey(cuts: Iterable, targets: dict[str, list[dict]], arguments: argparse.N
     for cut in cuts:
         check_without_data(cut)
         if cut.id in seen:
-            raise ValueError(f"{arguments.cuts}: two cuts have the id {cut.id}, so its targets can't be told apart")
+            raise ValueError(f"{arguments.cuts}: two cuts have the id {cut.id}, so its targets would be mixed up")
         seen.add(cut.id)
         if not targets.get(cut.id):
             missing.append(cut.id)

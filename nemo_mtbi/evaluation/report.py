@@ -38,7 +38,7 @@ from nemo_mtbi.metrics.scorers import exact
 
 Curves = Mapping[str, Mapping[str, Sequence[Sequence[tuple[float, float]]]]]
 _KINDS = {
-    "speech": "hears the speech",
+    "speech": "answers the speech",
     "cascade": "reads the transcript of a recognizer",
     "text": "reads the reference transcript",
 }

@@ -131,7 +131,7 @@ def _set_figures(config: EvalConfig, part: AnsweredSet, resampling: Resampling) 
     chosen, notes = part.chosen, list(part.chosen.notes)
     missing = [name for name in config.systems if name not in part.systems and chosen.items]
     if missing:
-        notes.append(f"not asked, since {chosen.untranscribed} utterances have no transcript: {', '.join(missing)}")
+        notes.append(f"left out, since {chosen.untranscribed} utterances have no transcript: {', '.join(missing)}")
     groups = group_order(item.group for item in chosen.items)
     figures: dict[str, dict[str, Any]] = {}
     for name, asked in part.systems.items():

@@ -258,7 +258,7 @@ def _load_answers(place: Path) -> str:
 
     loaded = [load_answers(place, unit) for unit in _units()]
     if None in loaded:
-        raise ValueError(f"{place} lacks answers, which are asked again")
+        raise ValueError(f"{place} lacks answers, which are generated again")
     return hash_of([[vars(reply) for reply in replies] for replies in loaded])
 
 

@@ -29,7 +29,7 @@ ADAPTERS = "model.lora={rank: 8, alpha: 16, target_modules: [linear_qkv, linear_
 STYLE = "++data.reference_format='the answer is {}'"
 # Under which conditions an effect appears: systems trained on all of the speech, and what differs from the plan's.
 CONDITIONS = {
-    # Adapters in the LLM, which then learns to listen, and may forget how to read.
+    # Adapters in the LLM, which is trained on speech then, and may answer text otherwise than before.
     "lora": (("mtbi", "imitation", "transcription_sft", "continuation"), ADAPTERS),
     # As many steps as the embedded default has: nearly three passes.
     "long": (("mtbi", "imitation", "transcription_sft"), "trainer.max_steps=1100"),

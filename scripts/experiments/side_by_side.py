@@ -185,7 +185,7 @@ def evaluation(out: Path, made: Sequence[Run], hours: float, title: str) -> dict
 
 
 def parts_of(settings: dict) -> dict[str, dict]:
-    """The configuration of each system alone, beside the text, so that several can be asked at once.
+    """The configuration of each system alone, beside the text, so that several can be evaluated at once.
 
     Answers are kept by system in one folder, where the whole evaluation finds them; what these write about one system
     is replaced by it.
@@ -219,7 +219,7 @@ def evaluate_all(settings: dict, out: Path, at_once: int) -> int:
 
     parts = {f"evaluation-{name}": values for name, values in parts_of(settings).items()}
     jobs = [Job(name, command(name, values), out / "logs" / f"{name}.txt") for name, values in parts.items()]
-    # one first: it asks the text, with whose answers all are compared
+    # one first: it evaluates the text system too, with which all are compared
     if run_all(jobs[:1], 1) or run_all(jobs[1:], at_once):
         print("evaluations failed: run the same command again to go on", flush=True)
         return 1

@@ -67,7 +67,7 @@ def saved(folder: Path) -> dict[Path, int]:
 
 
 def has_saved(folder: Path, before: Mapping[Path, int]) -> bool:
-    """Whether an experiment has a whole checkpoint that it had not when :func:`saved` was asked."""
+    """Whether an experiment has a whole checkpoint that it did not have when :func:`saved` was called."""
     return bool(saved(folder).items() - before.items())
 
 
