@@ -166,6 +166,7 @@ def test_a_cluster(corpus, place):
     run(place, in_pieces(train, 4), *CLUSTER)
 
 
+@pytest.mark.full
 def test_targets_on_a_cluster(corpus, place):
     *_, targets = commands("On a cluster")
     (place / "targets").rename(place / "targets-before")  # the others train on either

@@ -65,7 +65,7 @@ def test_speech_ifeval(tmp_path):
     (clip,) = found.clips  # one audio, asked twice
     assert clip.audio == tmp_path / "audios" / "part" / "a.flac" and clip.transcript.startswith("[00:00:00")
     assert sorted(found.left_out.values()) == [1, 1] and any("judge" in reason for reason in found.left_out)
-    assert "no IFrate" in found.notes[0]
+    assert "not IFrate" in found.notes[0]
     assert rights(found, ["IT RAINS", "* a\n* b"]) == [True, True]
     assert rights(found, ["it rains", "* a"]) == rights(found, ["", ""]) == [False, False]
 

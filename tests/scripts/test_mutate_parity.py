@@ -70,10 +70,9 @@ def test_the_table_names_survivors():
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_what_changes_a_result_is_noticed_and_what_does_not_survives(capsys):
-    harmless = mutate.Mutation(
-        "a name", SCALE.file, "def fill_schedule(", "x = 1\n\n\ndef fill_schedule(", "single-k1"
-    )
+    harmless = mutate.Mutation("a name", SCALE.file, "class StepLoss(", "x = 1\n\n\nclass StepLoss(", "single-k1")
     scale = mutate.Mutation(SCALE.name, SCALE.file, SCALE.old, SCALE.new, "single-k1")
     assert mutate.main([scale, harmless], timeout=120) == 1
     out = capsys.readouterr().out
