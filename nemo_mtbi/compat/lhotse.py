@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is replaced in Lhotse."""
+"""Functions of Lhotse that are replaced."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Megatron-core needs to run without CUDA, and nothing more.
+"""The least that lets Megatron-core run without CUDA.
 
 Megatron-core allocates small tensors on ``torch.cuda.current_device()`` or ``device="cuda"`` and forks a CUDA random
 state where weights are initialized. :func:`megatron_device` redirects these to the CPU while its body runs. It patches

@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def aligned(cuts: Path, asr: str | Path, out: Path) -> dict:
-    """What ``scripts/align.py`` reports of a corpus whose word times are known."""
+    """Return the report of ``scripts/align.py`` on a corpus whose word times are known."""
     from nemo_mtbi.io.file_digests import file_digest
     from nemo_mtbi.prepare.alignment.corpus import AlignConfig, align_corpus
     from nemo_mtbi.prepare.alignment.ctc import CTCModel

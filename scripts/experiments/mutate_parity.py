@@ -72,7 +72,7 @@ def read_mutations() -> list[Mutation]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the suite says of a mutation.
+    """Verdict of the suite on a mutation.
 
     Attributes:
         test: the first that failed; ``None``: the mutation survived.

@@ -32,7 +32,7 @@ _POLL = 0.02  # seconds
 
 
 def arguments(layout: str, folder: Path, steps: int, every: int, extra: Sequence[str] = ()) -> list[str]:
-    """What the command line says after the name of the script.
+    """Arguments of the command line after the name of the script.
 
     Args:
         layout: one of :data:`LAYOUTS`.
@@ -131,7 +131,7 @@ class TorchRun:
                 yield int(path.name), env
 
     def last_line(self, rank: int) -> str:
-        """What a process has written last, on standard error if there is anything."""
+        """Return what a process has written last, on standard error if there is anything."""
         (folder,) = self._ranks.glob(f"*/attempt_0/{rank}")
         for name in ("stderr.log", "stdout.log"):
             lines = [line for line in (folder / name).read_text(errors="replace").splitlines() if line.strip()]
@@ -213,7 +213,7 @@ def wait_for(condition: Callable[[], bool], run: TorchRun | ForkedRun, deadline:
 
 
 class Tail:
-    """What is added to a log from now on."""
+    """The lines that are added to a log from now on."""
 
     def __init__(self, log: Path):
         self._log = log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training checkpoint holds: Lightning's dictionary of each process, split for storage.
+"""Content of a training checkpoint: Lightning's dictionary of each process, split for storage.
 
 Weights, optimizer states and random states become sharded tensors. The rest is equal in all processes and is kept as
 plain containers, so that nothing has to be unpickled.

@@ -285,7 +285,7 @@ def candidates(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder of checkpoints holds.
+    """The checkpoints of a folder.
 
     Attributes:
         last: the newest whole checkpoint; ``None``: there is none.
