@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matrix import with_core
 
 SIZES = {  # tensor- and pipeline-parallel, and processes
     "tp2_pp2": (2, 2, 4),
@@ -134,7 +135,7 @@ def folder(tmp_path_factory, _pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", with_core(LEARNERS, ["lora"]))
 def test_a_run_goes_on_in_another_layout(folder, learner, tmp_path, processes):
     """Losses of the second half and the last weights are those of the run that stayed in its layout."""
     import torch

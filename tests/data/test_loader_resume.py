@@ -4,13 +4,14 @@
 import os
 import random
 from collections import defaultdict
-from itertools import islice
+from itertools import islice, product
 
 import loader_sources as sources
 import numpy as np
 import pytest
 import torch
 from lhotse import Recording
+from matrix import with_core
 
 from nemo_mtbi.data.audio import BadAudioError
 from nemo_mtbi.data.dataset import MTBIDataset
@@ -81,9 +82,12 @@ SOURCES = {
 }
 
 
+# Each source once without workers or with them; all combinations with --full.
+PAIRS = with_core(product(SOURCES, (0, 2)), [("manifest", 2), ("tarred", 0), ("shar", 2), ("blend of shar", 0)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name, workers", PAIRS)
 def test_a_resumed_pass_goes_on_bit_for_bit(corpus, dataset, name, workers):
     """In any pass, on any rank, with noise, clipping and buckets."""
     config = {**SOURCES[name](corpus, corpus.cuts(18)), **noise(corpus), "rows_per_cut": 2, "num_workers": workers}
@@ -101,8 +105,7 @@ def test_a_resumed_pass_goes_on_bit_for_bit(corpus, dataset, name, workers):
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name, workers", PAIRS)
 def test_nothing_is_decoded_for_what_was_consumed(corpus, dataset, decoded, name, workers):
     config = {**SOURCES[name](corpus, corpus.cuts(12)), "rows_per_cut": 2, "num_workers": workers}
     loader = build_dataloader({**config, "batch_size": 2, "shuffle": True}, dataset)

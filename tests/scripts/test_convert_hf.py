@@ -137,6 +137,8 @@ def test_the_fingerprint_of_a_checkpoint_tells_its_weights(folder, tmp_path):
     assert find_text_llm(copy).fingerprint != same
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_an_llm_passes_through_little_memory(tmp_path):
     """Peak memory stays below two of the largest shards and one that is written, beside the imports."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 8}

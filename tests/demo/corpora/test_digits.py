@@ -96,6 +96,8 @@ def test_pauses_and_levels(tmp_path, clone):
         assert max(levels) / min(levels) < 1.1  # recorded at 0.42 and 0.62
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_augmentation_moves_formants_durations_and_levels_apart(tmp_path, clone):
     formants, durations, levels = [], [], []
     for cut in load_corpus(build(tmp_path, clone, augment=True, num_utterances=25)):

@@ -181,9 +181,7 @@ def resume_job(tensor, pipeline, async_save, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tensor, pipeline, count, async_save",
-    with_core(
-        [(1, 1, 1, False), (1, 1, 2, True), (2, 1, 2, True), (1, 2, 2, False)], [(1, 1, 2, True), (1, 2, 2, False)]
-    ),
+    with_core([(1, 1, 1, False), (1, 1, 2, True), (2, 1, 2, True), (1, 2, 2, False)], [(1, 2, 2, False)]),
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     tensor, pipeline, count, async_save, tmp_path, processes
