@@ -71,6 +71,7 @@ setup(
             "types-PyYAML",
             "build",
         ],
+        "benchmark": ["peft", "accelerate"],  # NeMo's SALM, which scripts/benchmark compares with
         # By URL: PyPI's `apex` is another project.
         "apex": ["apex @ git+https://github.com/NVIDIA/apex"],
     },
