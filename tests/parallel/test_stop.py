@@ -195,3 +195,8 @@ def late_process():
 @pytest.mark.slow
 def test_a_process_that_is_late_ends_the_others(processes):
     processes(late_process)
+
+
+def test_an_error_without_a_number_keeps_its_text():
+    """Libraries raise them; the system has no text for ``None``."""
+    assert Remedies().about(OSError("the disk is odd")) == "the disk is odd"

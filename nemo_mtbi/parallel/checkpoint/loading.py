@@ -117,8 +117,6 @@ class _Loading:
         """Fill ``result``; return the names of all weights that are stored."""
         self._marks = files.read_marker(self.folder).files
         self._metadata = read_metadata(self.folder, self._marks, self._content(".metadata"))
-        entries = self._metadata.state_dict_metadata.items()
-        self._stored = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
         common, saved = self._read_common()
         options, moments = common.pop(OPTIMIZER_GROUPS, None), common.pop(LLM_OPTIMIZER, None)
         self.result = {**common, "state_dict": {name: self._weight(name) for name in self._weights}}
@@ -156,15 +154,16 @@ class _Loading:
                 f"{self.folder / 'common.pt'} is not loaded, it holds more than plain data: {reason}"
             ) from error
 
-    def _tensor(self, key: str) -> TensorStorageMetadata:
-        """Return the description of a tensor.
+    def _find(self, key: str) -> TensorStorageMetadata | None:
+        """Return the description of a stored tensor; ``None`` if nothing is stored under that key.
 
         Raises:
-            ValueError: if something else is stored under its name.
+            ValueError: if something else than a tensor is.
         """
-        if key not in self._stored:
-            raise ValueError(f"{self.folder} holds {key}, but not as a tensor: it is damaged, resume from another")
-        return self._stored[key]
+        stored = self._metadata.state_dict_metadata.get(key)
+        if stored is not None and not isinstance(stored, TensorStorageMetadata):
+            raise ValueError(f"it holds {key}, but not as a tensor: resume from another checkpoint")
+        return stored
 
     def _want(self, shards: Sequence[Any]) -> None:
         for shard in shards:
@@ -175,7 +174,7 @@ class _Loading:
         parameter = self._weights[name]
         data = torch.zeros_like(parameter, device="cpu", requires_grad=False)  # where it is padded, it stays so
         shards = tensors.weight_shards(name, data, parameter, self._place)
-        stored = self._stored.get(shards[0].key)
+        stored = self._find(shards[0].key)
         if stored is None:
             raise ValueError(f"the model's {name} is not in it: {_CONFIG}")
         stored_as, wanted = (stored.properties.dtype, tuple(stored.size)), (data.dtype, shards[0].global_shape)
@@ -198,7 +197,9 @@ class _Loading:
         names = optimizer_state.parameter_names(optimizer, self._weights)
         states: dict[int, dict[str, Any]] = {}
         for key, index, kind, is_number in optimizer_state.state_keys(number, names, self._metadata):
-            parameter, stored = self._weights[names[index]], self._tensor(key)
+            parameter, stored = self._weights[names[index]], self._find(key)
+            if stored is None:  # the keys are those of the metadata
+                raise ValueError(f"it holds no {key}: resume from another checkpoint")
             whole = tensors.weight_shards("", parameter.detach(), parameter, self._place)[0].global_shape
             if tuple(stored.size) == whole:
                 data = torch.empty(parameter.shape, dtype=stored.properties.dtype)
@@ -221,7 +222,7 @@ class _Loading:
         for fragment in llm.fragments(complete=True):
             for kind, value in fragment.values.items():
                 key = tensors.llm_key(kind, fragment.name)
-                if key in self._stored:
+                if self._find(key) is not None:
                     data = moments.setdefault(fragment.name, {})[kind] = torch.zeros(value.shape, dtype=value.dtype)
                     self._want(tensors.fragments(key, data, fragment.start, fragment.weight, self._place))
         return moments
@@ -235,7 +236,7 @@ class _Loading:
         new = []
         for name in states:
             tracked = name.startswith(random_states.TRACKED)
-            stored = self._stored.get(tensors.random_key(name))
+            stored = self._find(tensors.random_key(name))
             if stored is None or origin is None or (tracked and not same):
                 new.append(name)
                 states[name] = apart[name] if tracked else states[name]
