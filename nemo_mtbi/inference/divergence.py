@@ -46,9 +46,8 @@ def twin_divergences(model: LayoutDecoder, rows: Sequence[Row], frames: Tensor, 
     with without_lora(model.chunks):  # the LLM itself
         text_states = _response_states(model, [[twins[i] for i in group] for group in members], model.no_frames())
     with megatron_device(model.device):
-        for group, *states in zip(
-            members, speech_states, text_states, strict=False
-        ):  # off the last stage there are no states
+        # off the last stage there are no states
+        for group, *states in zip(members, speech_states, text_states, strict=False):
             counts = [len(rows[i].response) for i in group]
             for i, *pair in zip(group, *(part.split(counts) for part in states), strict=True):
                 index = torch.arange(len(pair[0]), device=model.device)
